@@ -1,0 +1,1 @@
+"""Latent diffusion from scratch in pure PyTorch."""

@@ -1,0 +1,264 @@
+"""Architectures as frozen dataclasses, their presets, and a strict TOML reader for experiments.
+
+A preset holds every number that a checkpoint dictates; nothing else in the package branches on a model's name.
+"""
+
+import dataclasses
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+T = TypeVar("T")
+Prediction = Literal["eps", "v", "x0"]
+BetaSchedule = Literal["scaled_linear", "linear"]
+Spacing = Literal["leading", "trailing", "linspace", "karras"]
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The denoising network (Rombach et al. 2022; Podell et al. 2023 for SDXL)."""
+
+    in_channels: int = 4  # 9 for inpainting (latent, mask, masked latent), 8 for instruct-pix2pix
+    out_channels: int = 4
+    channels: tuple[int, ...] = (320, 640, 1280, 1280)  # one entry per level, full resolution first
+    res_blocks: int = 2  # per level going down; one more per level going up
+    depth: tuple[int, ...] = (
+        1,
+        1,
+        1,
+        0,
+    )  # transformer blocks per spatial transformer; 0: no attention
+    mid_depth: int = 1
+    heads: tuple[int, ...] = (8, 8, 8, 8)  # the number of heads, not their width
+    context_dim: int = 768
+    vector_dim: int | None = None  # pooled text and sizes (SDXL); None: timestep conditioning only
+    linear_projection: bool = (
+        False  # linear instead of 1x1-convolution projections around transformers
+    )
+    norm_groups: int = 32
+
+    def __post_init__(self) -> None:
+        if not len(self.channels) == len(self.depth) == len(self.heads):
+            raise ValueError(
+                "channels, depth and heads need one entry per level, got "
+                f"{self.channels}, {self.depth} and {self.heads}"
+            )
+        for channels, heads in zip(self.channels, self.heads, strict=True):
+            for divisor, what in ((self.norm_groups, "norm_groups"), (heads, "heads")):
+                if channels % divisor:
+                    raise ValueError(f"{channels} channels are not divisible by {divisor} {what}")
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """The autoencoder with a KL-regularised latent (Rombach et al. 2022, section 3.1)."""
+
+    channels: tuple[int, ...] = (128, 256, 512, 512)
+    res_blocks: int = 2
+    latent_channels: int = 4
+    norm_groups: int = 32
+    scaling_factor: float = (
+        0.18215  # 1 / (standard deviation of the latents over the training data)
+    )
+
+    @property
+    def factor(self) -> int:
+        """How many image pixels one latent pixel spans along each side."""
+        return int(2 ** (len(self.channels) - 1))
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """One CLIP text tower and which of its outputs conditions the UNet."""
+
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    mlp: int = 3072
+    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    projection: int | None = None  # width of the pooled projection; None: the tower has none
+    vocab_size: int = 49408
+    max_length: int = 77
+    pad_id: int = 49407  # 0 for the OpenCLIP towers, where "!" is still 256
+    output_layer: int = -1  # hidden state used as context: -1 the last, -2 the one before
+    final_norm: bool = True  # apply the tower's final LayerNorm to that hidden state
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """The forward process, what the network predicts, and the step list its authors sample with."""
+
+    prediction: Prediction = "eps"
+    betas: BetaSchedule = "scaled_linear"
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    timesteps: int = 1000
+    zero_terminal_snr: bool = False
+    spacing: Spacing = "leading"
+    offset: int = 1  # added to the leading timesteps
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything needed to build a model: its networks and its diffusion process."""
+
+    name: str = "custom"
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    vae: VAEConfig = field(default_factory=VAEConfig)
+    text: tuple[TextConfig, ...] = field(default_factory=lambda: (TextConfig(),))
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    image_size: int = 512  # pixels; what the model was trained at
+    guidance_scale: float = 7.5  # the default of its authors
+    micro_conditioning: tuple[
+        str, ...
+    ] = ()  # SDXL: scalars embedded after the pooled text, in order
+
+
+_VIT_H = TextConfig(
+    width=1024,
+    layers=23,  # the 24th layer of the file is unused: the context is the penultimate layer, normed
+    heads=16,
+    mlp=4096,
+    activation="gelu",
+    pad_id=0,
+)
+_SDXL_CLIP_L = TextConfig(output_layer=-2, final_norm=False)
+_SDXL_BIG_G = TextConfig(
+    width=1280,
+    layers=32,
+    heads=20,
+    mlp=5120,
+    activation="gelu",
+    projection=1280,
+    pad_id=0,
+    output_layer=-2,
+    final_norm=False,
+)
+
+SD15 = ModelConfig(name="sd15")
+SD21_BASE = ModelConfig(
+    name="sd21-base",
+    unet=UNetConfig(heads=(5, 10, 20, 20), context_dim=1024, linear_projection=True),
+    text=(_VIT_H,),
+)
+SD21 = dataclasses.replace(
+    SD21_BASE,
+    name="sd21",
+    diffusion=DiffusionConfig(prediction="v"),
+    image_size=768,
+)
+SDXL_BASE = ModelConfig(
+    name="sdxl-base",
+    unet=UNetConfig(
+        channels=(320, 640, 1280),
+        depth=(0, 2, 10),
+        mid_depth=10,
+        heads=(5, 10, 20),
+        context_dim=2048,
+        vector_dim=2816,
+        linear_projection=True,
+    ),
+    vae=VAEConfig(scaling_factor=0.13025),
+    text=(_SDXL_CLIP_L, _SDXL_BIG_G),
+    image_size=1024,
+    guidance_scale=5.0,
+    micro_conditioning=("original_height", "original_width", "crop_top", "crop_left")
+    + ("target_height", "target_width"),
+)
+SDXL_REFINER = ModelConfig(
+    name="sdxl-refiner",
+    unet=UNetConfig(
+        channels=(384, 768, 1536, 1536),
+        depth=(0, 4, 4, 0),
+        mid_depth=4,
+        heads=(6, 12, 24, 24),
+        context_dim=1280,
+        vector_dim=2560,
+        linear_projection=True,
+    ),
+    vae=VAEConfig(scaling_factor=0.13025),
+    text=(_SDXL_BIG_G,),
+    image_size=1024,
+    guidance_scale=5.0,
+    micro_conditioning=("original_height", "original_width", "crop_top", "crop_left")
+    + ("aesthetic_score",),
+)
+TINY = ModelConfig(
+    name="tiny",
+    unet=UNetConfig(
+        channels=(64, 128, 256),
+        depth=(0, 1, 1),
+        heads=(2, 4, 8),
+        context_dim=192,
+        norm_groups=8,  # 8 and more channels a group: fewer lose absolute colour
+    ),
+    vae=VAEConfig(channels=(32, 64, 128), res_blocks=1, norm_groups=4, scaling_factor=1.0),
+    text=(
+        TextConfig(
+            width=192, layers=3, heads=6, mlp=768, vocab_size=1024, max_length=32, pad_id=1023
+        ),
+    ),
+    diffusion=DiffusionConfig(prediction="v", spacing="trailing"),
+    image_size=64,
+    guidance_scale=4.0,
+)
+PRESETS: dict[str, ModelConfig] = {
+    preset.name: preset for preset in (SD15, SD21_BASE, SD21, SDXL_BASE, SDXL_REFINER, TINY)
+}
+
+
+def from_toml(path: str | Path, kind: type[T]) -> T:
+    """Read the TOML file at `path` into the dataclass `kind`, tables into nested dataclasses.
+
+    Raises ValueError for a file that is not TOML, an unknown key (listing the valid ones), a missing required key
+    or a value of the wrong type.
+    """
+    try:
+        table = tomllib.loads(Path(path).read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid TOML: {error}") from error
+    return from_dict(table, kind, where=str(path))
+
+
+def from_dict(table: dict[str, Any], kind: type[T], where: str = "") -> T:
+    """Build the dataclass `kind` from plain values, strictly; `where` names the source in errors.
+
+    Raises ValueError as `from_toml` does.
+    """
+    hints = typing.get_type_hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    unknown = sorted(set(table) - set(fields))
+    if unknown:
+        raise ValueError(
+            f"{where}: unknown {', '.join(map(repr, unknown))}; valid keys: {', '.join(fields)}"
+        )
+    values = {k: _convert(v, hints[k], f"{where}: {k}") for k, v in table.items()}
+    try:
+        return kind(**values)
+    except TypeError as error:  # a required key is missing
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _convert(value: Any, kind: Any, where: str) -> Any:
+    """`value` as the annotation `kind` wants it (dataclass, tuple, Literal, union or scalar)."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type) and isinstance(value, dict):
+        return from_dict(value, kind, where)
+    if origin is Literal:
+        if value in args:
+            return value
+        raise ValueError(f"{where} must be one of {', '.join(map(repr, args))}, got {value!r}")
+    if origin is tuple and isinstance(value, list | tuple):
+        return tuple(_convert(v, args[0], where) for v in value)
+    if origin in (typing.Union, types.UnionType):
+        return _convert(value, args[0], where)  # "X | None": TOML has no null
+    if kind is float and type(value) is int:
+        return float(value)
+    if isinstance(kind, type) and type(value) is kind:
+        return value
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    raise ValueError(f"{where} must be {getattr(kind, '__name__', kind)}, got {value!r}")

@@ -1,0 +1,97 @@
+"""The spatial transformer: self-attention over pixels, cross-attention to the text, and a gated MLP."""
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ldm.models.attention import Attend, sdpa
+
+
+class Attention(nn.Module):
+    """Multi-head attention from x to `context`, or to x itself where no context is given."""
+
+    def __init__(self, dim: int, heads: int, context_dim: int | None = None) -> None:
+        super().__init__()
+        context_dim = context_dim or dim
+        self.heads = heads
+        self.attend: Attend = sdpa
+        self.to_q = nn.Linear(dim, dim, bias=False)
+        self.to_k = nn.Linear(context_dim, dim, bias=False)
+        self.to_v = nn.Linear(context_dim, dim, bias=False)
+        self.to_out = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Map x: b n d with context: b m context_dim to b n d."""
+        context = x if context is None else context
+        q, k, v = (
+            rearrange(t, "b n (h d) -> b h n d", h=self.heads)
+            for t in (self.to_q(x), self.to_k(context), self.to_v(context))
+        )
+        out: Tensor = self.to_out(rearrange(self.attend(q, k, v), "b h n d -> b n (h d)"))
+        return out
+
+
+class GEGLU(nn.Module):
+    """A four times wider MLP whose hidden values are gated by a GELU (Shazeer 2020)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim, 8 * dim)  # values, then gates
+        self.out = nn.Linear(4 * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map b n d to b n d."""
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        out: Tensor = self.out(value * F.gelu(gate))  # the exact erf GELU; tanh would drift
+        return out
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention and GEGLU, each normalised before and added after."""
+
+    def __init__(self, dim: int, heads: int, context_dim: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn1 = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim)
+        self.attn2 = Attention(dim, heads, context_dim)
+        self.norm3 = nn.LayerNorm(dim)
+        self.ff = GEGLU(dim)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """Map x: b n d with context: b m context_dim to b n d."""
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        out: Tensor = x + self.ff(self.norm3(x))
+        return out
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer blocks over the pixels of a feature map, between two projections, added to it."""
+
+    def __init__(
+        self, dim: int, heads: int, context_dim: int, *, depth: int, linear: bool, groups: int
+    ) -> None:
+        super().__init__()
+        self.linear = linear  # SD2 and SDXL project tokens, SD1 projects pixels: the same numbers
+        self.norm = nn.GroupNorm(groups, dim, eps=1e-6)  # 1e-5 in the UNet's other norms
+        self.proj_in = nn.Linear(dim, dim) if linear else nn.Conv2d(dim, dim, 1)
+        self.blocks = nn.ModuleList(TransformerBlock(dim, heads, context_dim) for _ in range(depth))
+        self.proj_out = nn.Linear(dim, dim) if linear else nn.Conv2d(dim, dim, 1)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """Map x: b c h w with context: b m context_dim to b c h w."""
+        height = x.shape[-2]
+        h = self.norm(x)
+
+        h = h if self.linear else self.proj_in(h)
+        h = rearrange(h, "b c h w -> b (h w) c")
+        h = self.proj_in(h) if self.linear else h
+
+        for block in self.blocks:
+            h = block(h, context)
+
+        h = self.proj_out(h) if self.linear else h
+        h = rearrange(h, "b (h w) c -> b c h w", h=height)
+        h = h if self.linear else self.proj_out(h)
+        return x + h

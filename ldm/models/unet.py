@@ -1,0 +1,196 @@
+"""The denoising UNet: an encoder with skip connections, a middle, and a decoder that consumes them.
+
+`down` and `up` are flat lists with one entry per skip connection, numbered as in LDM's input_blocks and output_blocks.
+A ControlNet is the same encoder: its outputs enter here as `residuals`.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.config import UNetConfig
+from ldm.models.layers import ResBlock, timestep_embedding
+from ldm.models.transformer import SpatialTransformer
+
+
+class Stage(nn.Module):
+    """One entry of the encoder or decoder: those of its parts that it has, applied in this order."""
+
+    def __init__(
+        self,
+        *,
+        conv: nn.Conv2d | None = None,
+        res: ResBlock | None = None,
+        transformer: SpatialTransformer | None = None,
+        downsample: nn.Conv2d | None = None,
+        upsample: nn.Conv2d | None = None,
+    ) -> None:
+        super().__init__()
+        self.conv, self.res, self.transformer = conv, res, transformer
+        self.downsample, self.upsample = downsample, upsample
+
+    def forward(
+        self, x: Tensor, emb: Tensor, context: Tensor, size: torch.Size | None = None
+    ) -> Tensor:
+        """Map x: b c h w to b c' h' w'; `size` is what an upsampling stage grows to."""
+        if self.conv is not None:
+            x = self.conv(x)
+        if self.res is not None:
+            x = self.res(x, emb)
+        if self.transformer is not None:
+            x = self.transformer(x, context)
+        if self.downsample is not None:
+            x = self.downsample(x)
+        if self.upsample is not None:  # to the skip's size: odd sizes do not double
+            x = self.upsample(F.interpolate(x, size=size, mode="nearest"))
+        return x
+
+
+class Middle(nn.Module):
+    """The bottleneck: residual block, transformer, residual block."""
+
+    def __init__(
+        self, res_in: ResBlock, transformer: SpatialTransformer, res_out: ResBlock
+    ) -> None:
+        super().__init__()
+        self.res_in, self.transformer, self.res_out = res_in, transformer, res_out
+
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
+        """Map b c h w to b c h w."""
+        out: Tensor = self.res_out(self.transformer(self.res_in(x, emb), context), emb)
+        return out
+
+
+class Encoder(nn.Module):
+    """The half of the network that UNet and ControlNet share: embeddings, `down` and `mid`."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        first = config.channels[0]
+        emb_dim = 4 * first
+        self.time_embed = _embedding(first, emb_dim)
+        self.vector_embed = _embedding(config.vector_dim, emb_dim) if config.vector_dim else None
+
+        self.down = nn.ModuleList([Stage(conv=nn.Conv2d(config.in_channels, first, 3, padding=1))])
+        self.skip_channels = [first]
+        channels = first
+        for level, width in enumerate(config.channels):
+            for _ in range(config.res_blocks):
+                self.down.append(
+                    Stage(res=self._res(channels, width), transformer=self._transformer(level))
+                )
+                channels = width
+                self.skip_channels.append(channels)
+            if level < len(config.channels) - 1:
+                self.down.append(
+                    Stage(downsample=nn.Conv2d(channels, channels, 3, stride=2, padding=1))
+                )
+                self.skip_channels.append(channels)
+
+        middle = self._transformer(len(config.channels) - 1, config.mid_depth)
+        assert middle is not None
+        self.mid = Middle(self._res(channels, channels), middle, self._res(channels, channels))
+
+    def _res(self, in_channels: int, out_channels: int) -> ResBlock:
+        return ResBlock(
+            in_channels,
+            out_channels,
+            groups=self.config.norm_groups,
+            eps=1e-5,  # the VAE's blocks use 1e-6
+            emb_dim=4 * self.config.channels[0],
+        )
+
+    def _transformer(self, level: int, depth: int | None = None) -> SpatialTransformer | None:
+        config = self.config
+        depth = config.depth[level] if depth is None else depth
+        if depth == 0:
+            return None
+        return SpatialTransformer(
+            config.channels[level],
+            config.heads[level],
+            config.context_dim,
+            depth=depth,
+            linear=config.linear_projection,
+            groups=config.norm_groups,
+        )
+
+    def embed(self, timesteps: Tensor, vector: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Embed timesteps: b and, where the model has it, vector: b vector_dim, as b emb_dim."""
+        emb: Tensor = self.time_embed(
+            timestep_embedding(timesteps, self.config.channels[0]).to(dtype)
+        )
+        if self.vector_embed is not None:
+            if vector is None:
+                raise ValueError(
+                    f"this UNet needs vector= of width {self.config.vector_dim} (pooled text and sizes)"
+                )
+            emb = emb + self.vector_embed(vector.to(dtype))
+        return emb
+
+    def encode(self, x: Tensor, emb: Tensor, context: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Run `down` and `mid`: x b c h w to the middle's output and one skip per `down` stage."""
+        skips = []
+        for stage in self.down:
+            x = stage(x, emb, context)
+            skips.append(x)
+        return self.mid(x, emb, context), skips
+
+
+class UNet(Encoder):
+    """Predict noise, velocity or the clean latents, as the model was trained to."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__(config)
+        skip_channels = list(self.skip_channels)
+        channels = config.channels[-1]
+        self.up = nn.ModuleList()
+        for level, width in reversed(list(enumerate(config.channels))):
+            for i in range(config.res_blocks + 1):
+                last = i == config.res_blocks and level > 0
+                self.up.append(
+                    Stage(
+                        res=self._res(channels + skip_channels.pop(), width),
+                        transformer=self._transformer(level),
+                        upsample=nn.Conv2d(width, width, 3, padding=1) if last else None,
+                    )
+                )
+                channels = width
+
+        self.norm_out = nn.GroupNorm(config.norm_groups, channels, eps=1e-5)
+        self.conv_out = nn.Conv2d(channels, config.out_channels, 3, padding=1)
+
+    def forward(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        context: Tensor,
+        vector: Tensor | None = None,
+        residuals: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """Predict from noisy latents.
+
+        x: b in_channels h w, variance-preserving scale. timesteps: b, 0..999, fractions allowed.
+        context: b n context_dim. vector: b vector_dim, for models that have one. residuals: a
+        ControlNet's outputs, one per `down` stage and one for the middle, added to the skips and
+        the middle. Returns b out_channels h w.
+        Raises ValueError if a needed vector is missing.
+        """
+        emb = self.embed(timesteps, vector, x.dtype)
+        x, skips = self.encode(x, emb, context)
+
+        if residuals is not None:
+            *skips, x = (h + r for h, r in zip([*skips, x], residuals, strict=True))
+
+        for stage in self.up:
+            x = torch.cat([x, skips.pop()], dim=1)
+            x = stage(x, emb, context, size=skips[-1].shape[-2:] if skips else None)
+
+        out: Tensor = self.conv_out(F.silu(self.norm_out(x)))
+        return out
+
+
+def _embedding(in_dim: int, out_dim: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(in_dim, out_dim), nn.SiLU(), nn.Linear(out_dim, out_dim))
