@@ -1,0 +1,1 @@
+"""The mathematics of diffusion over plain callables: schedules, denoisers, samplers."""
