@@ -1,7 +1,7 @@
 """Scaled dot-product attention as three interchangeable functions of one signature.
 
-`softmax(q k^T / sqrt(d)) v` (Vaswani et al. 2017, eq. 1), always on tensors of shape b h n d. A module holds the function
-it uses as its attribute `attend`; `set_attention` changes it for a whole network.
+`softmax(q k^T / sqrt(d)) v` (Vaswani et al. 2017, eq. 1), always on tensors of shape b h n d. A module
+holds the function it uses as its attribute `attend`; `set_attention` changes it for a whole network.
 """
 
 import math
@@ -56,4 +56,4 @@ def set_attention(module: nn.Module, attend: Attend) -> None:
     """Make every attention layer inside `module` use `attend`."""
     for part in module.modules():
         if hasattr(part, "attend"):
-            part.attend = attend
+            part.attend = attend  # type: ignore[assignment]  # mypy sees any attribute as a tensor

@@ -33,10 +33,10 @@ class Tokenizer:
     def __init__(self, vocab: dict[str, int], merges: Sequence[tuple[str, str]]) -> None:
         from transformers import CLIPTokenizer  # seconds to import: only where text is encoded
 
-        self.vocab, self.merges = vocab, [tuple(pair) for pair in merges]
+        self.vocab, self.merges = vocab, list(merges)
         self.bos_id, self.eos_id = vocab[BOS], vocab[EOS]
         # Padding is TextTower's: as a special token, SD2's pad "!" would swallow real ones.
-        self._bpe = CLIPTokenizer(vocab=vocab, merges=self.merges, pad_token=EOS)
+        self._bpe = CLIPTokenizer(vocab=vocab, merges=self.merges, pad_token=EOS)  # type: ignore[arg-type]
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text` without begin and end tokens, however many there are."""
@@ -45,8 +45,7 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids`, lower-cased and with normalised spaces."""
-        text: str = self._bpe.decode(list(ids))
-        return text.strip()
+        return str(self._bpe.decode(list(ids))).strip()
 
     @classmethod
     def official(cls) -> "Tokenizer":
@@ -182,7 +181,7 @@ class TextEncoder(nn.Module):
 
     def encode(self, texts: list[str]) -> Conditioning:
         """Encode `texts` as context: b n d (d: sum of the widths) and vector: b p or None."""
-        outputs = [tower(tower.tokenize(texts)) for tower in self.towers]
+        outputs = [tower(tower.tokenize(texts)) for tower in self.towers]  # type: ignore[operator]
         vectors = [out.vector for out in outputs if out.vector is not None]
         context = torch.cat([out.context for out in outputs], dim=-1)  # b n d
         return Conditioning(context, vectors[-1] if vectors else None)

@@ -94,4 +94,5 @@ class SpatialTransformer(nn.Module):
         h = self.proj_out(h) if self.linear else h
         h = rearrange(h, "b (h w) c -> b c h w", h=height)
         h = h if self.linear else self.proj_out(h)
-        return x + h
+        out: Tensor = x + h
+        return out

@@ -186,4 +186,5 @@ class PixelAttention(nn.Module):
         """Map b c h w to b c h w."""
         h = rearrange(self.norm(x), "b c h w -> b 1 (h w) c")  # one head
         h = self.to_out(self.attend(self.to_q(h), self.to_k(h), self.to_v(h)))
-        return x + rearrange(h, "b 1 (h w) c -> b c h w", h=x.shape[-2])
+        out: Tensor = x + rearrange(h, "b 1 (h w) c -> b c h w", h=x.shape[-2])
+        return out

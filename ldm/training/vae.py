@@ -1,0 +1,105 @@
+"""The autoencoder's objective: reconstruct, stay near a standard normal and, optionally, fool a discriminator."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ldm.config import VAEConfig
+from ldm.models.discriminator import PatchDiscriminator
+from ldm.models.vae import VAE, Gaussian
+from ldm.training.loop import Batch, Objective
+
+
+@dataclass(frozen=True)
+class VAELoss:
+    """The weights of the terms. Differences are means over pixels, the KL a mean over latent values."""
+
+    gradient: float = 1.0  # L1 between the image gradients: edges without a perceptual network
+    kl: float = 1e-4
+    adversarial: float = 0.0  # 0 trains without a discriminator
+    adversarial_start: int = 0  # the optimiser step from which it counts
+    crop: int = 0  # train on random squares of so many pixels, 0: whole images
+
+
+class VAEObjective(Objective):
+    """Train an autoencoder (Rombach et al. 2022, section 3.1, with a gradient loss for LPIPS)."""
+
+    def __init__(self, config: VAEConfig, weights: VAELoss) -> None:
+        super().__init__()
+        self.weights = weights
+        self.trained = self.vae = VAE(config)
+        init_logvar(self.vae)
+        self.discriminator = PatchDiscriminator() if weights.adversarial else None
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the weighted loss of one batch and its terms."""
+        images = random_crop(batch[0], self.weights.crop) if self.weights.crop else batch[0]
+        posterior = self.vae.encode(images)
+        decoded = self.vae.decode(posterior.sample())
+
+        l1, edges, divergence = (images - decoded).abs().mean(), gradient_l1(images, decoded), kl(posterior)
+        loss = l1 + self.weights.gradient * edges + self.weights.kl * divergence
+        mse = F.mse_loss(decoded.detach().clamp(-1, 1), images)
+        logs = {"l1": l1, "edges": edges, "kl": divergence, "psnr": 10 * torch.log10(4 / mse)}
+
+        if self.discriminator is not None:
+            learn, fool = hinge_losses(self.discriminator, images, decoded)
+            started = (self.steps >= self.weights.adversarial_start).float()
+            loss = loss + learn + started * self.weights.adversarial * fool
+            logs |= {"discriminator": learn, "fool": fool}
+        self.steps += 1
+        return loss, logs
+
+    def sample(self, trained: nn.Module, batch: Batch) -> Tensor:
+        """Return up to 8 images, each followed by its reconstruction."""
+        assert isinstance(trained, VAE)
+        images = batch[0][:8]
+        decoded = trained.decode(trained.encode(images).mode())
+        return torch.stack([images, decoded], dim=1).flatten(0, 1)
+
+
+def init_logvar(vae: VAE, value: float = -5.0) -> None:
+    """Start the posterior narrow, so that the decoder can learn before noise hides the image."""
+    nn.init.constant_(vae.quant_conv.bias[vae.config.latent_channels :], value)  # type: ignore[index]
+
+
+def random_crop(images: Tensor, size: int) -> Tensor:
+    """Cut a square of `size` pixels from each of images: b c h w, each at its own random place."""
+    height, width = images.shape[-2:]
+    tops = torch.randint(0, height - size + 1, (len(images),)).tolist()
+    lefts = torch.randint(0, width - size + 1, (len(images),)).tolist()
+    parts = zip(images, tops, lefts, strict=True)
+    return torch.stack([im[:, t : t + size, le : le + size] for im, t, le in parts])
+
+
+def gradient_l1(images: Tensor, decoded: Tensor) -> Tensor:
+    """Return the mean absolute difference of horizontal and vertical neighbour differences."""
+    error = images - decoded
+    return error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+
+
+def kl(posterior: Gaussian) -> Tensor:
+    """Return KL(posterior || N(0, 1)) per latent value (Kingma & Welling 2014, appendix B)."""
+    mean, std = posterior
+    return 0.5 * (mean**2 + std**2 - 1 - 2 * std.log()).mean()
+
+
+def hinge_losses(discriminator: nn.Module, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the discriminator's hinge loss and the autoencoder's, each with gradients for its own player only.
+
+    (Lim & Ye 2017; used by Esser et al. 2021, eq. 6.) Both can be added to one loss and stepped at once.
+    """
+    learn = F.relu(1 - discriminator(real)).mean() + F.relu(1 + discriminator(fake.detach())).mean()
+    frozen = {name: p.detach() for name, p in discriminator.named_parameters()}
+    fool: Tensor = -functional_call(discriminator, frozen, (fake,)).mean()
+    return 0.5 * learn, fool
+
+
+@torch.no_grad()
+def latent_std(vae: VAE, images: Tensor) -> float:
+    """Measure the standard deviation of sampled latents; the scaling factor is one over it."""
+    return vae.encode(images).sample().std().item()

@@ -1,0 +1,76 @@
+"""Three attentions, one result."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from ldm.models.attention import math_attention, sdpa, set_attention, sliced_attention
+from ldm.models.transformer import Attention
+
+
+def qkv(dtype=torch.float32, b=2, h=3, n=20, m=7, d=8):
+    g = torch.Generator().manual_seed(0)
+    shapes = ((b, h, n, d), (b, h, m, d), (b, h, m, d))
+    return [torch.randn(s, generator=g).to(dtype) for s in shapes]
+
+
+def test_math_attention_is_the_formula_in_fp64():
+    q, k, v = qkv()
+    weights = torch.einsum("bhnd,bhmd->bhnm", q.double(), k.double()) / 8**0.5
+    expected = torch.einsum("bhnm,bhmd->bhnd", weights.softmax(-1), v.double())
+    difference = (math_attention(q, k, v) - expected).abs().max().item()
+    print(f"math attention against fp64: {difference:.1e}")
+    assert difference < 1e-6  # a few roundings of fp32
+
+
+def test_sdpa_equals_math_attention():
+    q, k, v = qkv()
+    torch.testing.assert_close(sdpa(q, k, v), math_attention(q, k, v), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("budget", [1, 6, 7, 8, 14, 50, 140, 141, 280, 420, 840, 10**9])
+def test_sliced_attention_equals_math_for_every_budget(budget):
+    q, k, v = qkv()
+    out = sliced_attention(q, k, v, budget=budget)
+    # the same sums in the same order, but a matrix product may block another shape differently
+    torch.testing.assert_close(out, math_attention(q, k, v), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("budget", [7, 33, 140, 300])
+def test_sliced_attention_never_holds_more_scores_than_its_budget(budget, monkeypatch):
+    sizes = []
+
+    def spy(q, k, v):
+        sizes.append(q.shape[0] * q.shape[1] * k.shape[1])
+        return math_attention(q, k, v)
+
+    monkeypatch.setattr("ldm.models.attention.math_attention", spy)
+    sliced_attention(*qkv(), budget=budget)
+    assert max(sizes) <= budget
+    assert sum(sizes) == 2 * 3 * 20 * 7  # each score once
+
+
+def test_a_budget_below_one_is_refused():
+    with pytest.raises(ValueError, match="at least 1 score element, got 0"):
+        sliced_attention(*qkv(), budget=0)
+
+
+def test_the_softmax_of_half_precision_runs_in_fp32():
+    q, k, v = qkv(torch.bfloat16)
+    expected = math_attention(*(t.float() for t in (q, k, v)))
+    out = math_attention(q, k, v)
+    assert out.dtype == torch.bfloat16
+    assert (out.float() - expected).abs().max() < 2e-2  # bf16 keeps 8 bits
+
+
+def test_set_attention_reaches_every_layer_and_changes_nothing_else():
+    torch.manual_seed(0)
+    net = nn.Sequential(Attention(16, 2), Attention(16, 4))
+    x = torch.randn(1, 5, 16)
+    before = net(x)
+    attend = partial(sliced_attention, budget=10)
+    set_attention(net, attend)
+    assert all(layer.attend is attend for layer in net)
+    torch.testing.assert_close(net(x), before, rtol=1e-5, atol=1e-6)

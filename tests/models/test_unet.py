@@ -1,0 +1,101 @@
+"""The UNet: its shapes, its counts, and what a residual does."""
+
+import pytest
+import torch
+
+from ldm.config import PRESETS, UNetConfig
+from ldm.models.layers import timestep_embedding
+from ldm.models.unet import UNet
+
+SMALL = UNetConfig(channels=(16, 32), depth=(1, 1), heads=(2, 4), context_dim=12, norm_groups=4)
+
+# Parameters and tensors of the official networks (counted on their checkpoints' tensor lists).
+OFFICIAL = {
+    "sd15": (859_520_964, 686),
+    "sd21-base": (865_910_724, 686),
+    "sd21": (865_910_724, 686),
+    "sdxl-base": (2_567_463_684, 1680),
+    "sdxl-refiner": (2_259_526_660, 1220),
+}
+
+
+def inputs(config, height=8, width=8, batch=2):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(batch, config.in_channels, height, width, generator=g)
+    return x, torch.tensor([1.0, 500.5][:batch]), torch.randn(batch, 5, config.context_dim, generator=g)
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_the_presets_have_the_official_number_of_parameters_and_tensors(name):
+    with torch.device("meta"):
+        state = UNet(PRESETS[name].unet).state_dict()
+    assert (sum(t.numel() for t in state.values()), len(state)) == OFFICIAL[name]
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (7, 5), (1, 3), (9, 16)])
+def test_latent_sizes_that_the_levels_do_not_divide_work(height, width):
+    torch.manual_seed(0)
+    x, t, context = inputs(SMALL, height, width)
+    assert UNet(SMALL)(x, t, context).shape == (2, 4, height, width)
+
+
+def test_an_image_does_not_depend_on_the_batch_around_it():
+    torch.manual_seed(0)
+    unet = UNet(SMALL)
+    x, t, context = inputs(SMALL)
+    alone = unet(x[1:], t[1:], context[1:])
+    # convolutions may sum in another order for another batch size
+    torch.testing.assert_close(unet(x, t, context)[1:], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_a_vector_is_needed_exactly_where_the_config_has_one():
+    config = UNetConfig(
+        channels=(16,), depth=(1,), heads=(2,), context_dim=12, norm_groups=4, vector_dim=6
+    )
+    torch.manual_seed(0)
+    unet = UNet(config)
+    x, t, context = inputs(config)
+    with pytest.raises(ValueError, match="needs vector= of width 6"):
+        unet(x, t, context)
+    vectors = torch.zeros(2, 6), torch.ones(2, 6)
+    assert not torch.equal(*(unet(x, t, context, vector) for vector in vectors))
+
+
+def test_residuals_are_added_to_every_skip_and_the_middle():
+    torch.manual_seed(0)
+    unet = UNet(SMALL)
+    x, t, context = inputs(SMALL)
+    middle, skips = unet.encode(x, unet.embed(t, None, x.dtype), context)
+    zeros = [torch.zeros_like(h) for h in [*skips, middle]]
+    plain = unet(x, t, context)
+    assert torch.equal(unet(x, t, context, residuals=zeros), plain)
+    for i in range(len(zeros)):
+        one = [r + (j == i) * torch.randn_like(r) for j, r in enumerate(zeros)]
+        assert not torch.equal(unet(x, t, context, residuals=one), plain)
+
+
+def test_the_wrong_number_of_residuals_is_an_error():
+    unet = UNet(SMALL)
+    x, t, context = inputs(SMALL)
+    with pytest.raises(ValueError, match=r"zip\(\)"):
+        unet(x, t, context, residuals=[torch.zeros(1)])
+
+
+def test_timestep_embedding_is_cosines_then_sines_of_falling_frequencies():
+    t = torch.tensor([0.0, 7.25, 999.0], dtype=torch.float64)
+    frequencies = 10000.0 ** (-torch.arange(4, dtype=torch.float64) / 4)
+    angles = t[:, None] * frequencies
+    expected = torch.cat([angles.cos(), angles.sin()], dim=-1)
+    out = timestep_embedding(t, 8)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-4)  # fp32 angle of ~1000
+
+
+def test_one_level_and_unlike_depths_build_and_run():
+    config = UNetConfig(
+        channels=(8, 16, 24), res_blocks=1, depth=(0, 2, 0), mid_depth=3, heads=(1, 2, 3), norm_groups=4,
+        context_dim=6, linear_projection=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    x, t, context = inputs(config)
+    assert UNet(config)(x, t, context).shape == x.shape
