@@ -186,10 +186,11 @@ class NoiseSchedule:
             return torch.cat([self.sigmas[-1:], inner, self.sigmas[:1]])
         i = torch.arange(n, dtype=torch.float64)
         if spacing == "leading":
-            stride = total // n
-            t = (n - 1 - i) * stride + min(offset, total - 1 - (n - 1) * stride)
+            start = (n - 1) * (total // n)
+            t = start - i * (total // n) + min(offset, total - 1 - start)
         elif spacing == "trailing":
-            t = (total - i * total / n).round() - 1
+            stride = (total - total / n) - total  # rounded as numpy's arange does: ties go as in
+            t = (total + i * stride).round() - 1  # diffusers, which matters for 48 steps
         else:
             t = torch.linspace(total - 1, 0, n, dtype=torch.float64)
         return self.sigma(t)
