@@ -7,12 +7,13 @@ All share one signature, `sampler(denoise, x, sigmas, *, noise)`, so that one ca
   noise     called for each b c h w of fresh noise, see `seeded_noise`; those that draw none
             (euler, heun, dpmpp_2m, and ddim with eta 0) may go without it
 They are generators: the loop, and with it progress, previews and stopping, belongs to the caller.
-Each raises ValueError, at the first step, for sigmas that it cannot walk down.
+Each raises ValueError, while it runs, for sigmas that it cannot walk down and for missing noise.
 
 Six of the eight are the same move, `_move`, between x, x0 and fresh noise:
 
-    keeps the noise it predicts    euler, ddim              dpmpp_2m       } towards x0,
-    renews as much as the SDE      euler_ancestral, ddpm    dpmpp_2m_sde   } or x0 extrapolated
+                                   towards x0               towards x0 extrapolated
+    keeps the noise it predicts    euler, ddim              dpmpp_2m
+    renews as much as the SDE      euler_ancestral, ddpm    dpmpp_2m_sde
 
 `heun` corrects the first of these with a second look, and `lcm` renews all of the noise. The
 coefficients are Python floats made of fp64 levels, x stays in its own dtype, and no two large
@@ -100,12 +101,10 @@ def ddim(
     """Sample with DDIM (Song et al. 2020, eq. 12), in the sigma form of `schedule.py`.
 
     eta: 0 renews no noise and is deterministic, 1 renews as much as DDPM (their eq. 16).
-    Raises ValueError for an eta outside 0 .. 1, or above 0 without `noise`.
+    Raises ValueError for an eta outside 0 .. 1.
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must lie in 0 .. 1, got {eta}")
-    if eta and noise is None:
-        raise ValueError(f"ddim with eta {eta} draws noise; pass noise=seeded_noise(seeds, shape)")
     for i, sigma, target in _levels(sigmas):
         x0 = denoise(x, sigmas[i])
         x = _move(x, x0, sigma, target, eta, noise)
@@ -175,16 +174,20 @@ def lcm(denoise: Denoiser, x: Tensor, sigmas: Tensor, *, noise: Noise) -> Iterat
     for i, _, target in _levels(sigmas):
         x = x0 = denoise(x, sigmas[i])
         if target:
-            x = x0 + target * noise().to(x0)
+            x = x0 + target * _drawn(noise, like=x0)
         yield Step(i, len(sigmas) - 1, target, x, x0)
 
 
 SAMPLERS: dict[str, Sampler] = {
-    sampler.__name__: sampler
-    for sampler in (
-        ddpm, ddim, euler, euler_ancestral, heun, dpmpp_2m, dpmpp_2m_sde, lcm,
-    )
-}  # fmt: skip
+    "ddpm": ddpm,
+    "ddim": ddim,
+    "euler": euler,
+    "euler_ancestral": euler_ancestral,
+    "heun": heun,
+    "dpmpp_2m": dpmpp_2m,
+    "dpmpp_2m_sde": dpmpp_2m_sde,
+    "lcm": lcm,
+}
 
 
 def _multistep(
@@ -216,8 +219,17 @@ def _move(
     up = eta target sqrt(1 - target^2 / sigma^2)
     """
     up = eta * target * math.sqrt(1 - (target / sigma) ** 2)
-    x = x0 + math.sqrt(target**2 - up**2) / sigma * (x - x0)
-    return x + up * noise().to(x) if up and noise is not None else x
+    moved = x0 + math.sqrt(target**2 - up**2) / sigma * (x - x0)
+    return moved + up * _drawn(noise, like=x) if up else moved
+
+
+def _drawn(noise: Noise | None, *, like: Tensor) -> Tensor:
+    """Fresh noise with the dtype and device of `like`."""
+    if noise is None:
+        raise ValueError(
+            "this sampler draws noise, got None; pass noise=seeded_noise(seeds, shape)"
+        )
+    return noise().to(like)
 
 
 def _levels(sigmas: Tensor) -> Iterator[tuple[int, float, float]]:

@@ -10,6 +10,9 @@ from tests.reference import diffusion_papers as papers
 STABLE_DIFFUSION = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 SPACINGS = ("leading", "trailing", "linspace", "karras")
 
+# diffusers hands its fp32 tables to numpy in a way that numpy 2 deprecates
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
 
 def largest(name: str, a: torch.Tensor, b: torch.Tensor) -> float:
     """The largest relative difference, printed for `pytest -s`."""
