@@ -1,0 +1,286 @@
+"""diffusers' and transformers' config.json files <-> our dataclasses.
+
+Unknown keys are ignored and missing ones take the classes' own defaults, as those libraries do; a value that would
+change the numbers in a way this package does not implement is an error.
+"""
+
+from typing import Any
+
+from ldm.config import DiffusionConfig, TextConfig, UNetConfig, VAEConfig, from_dict
+
+Json = dict[str, Any]
+
+_PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
+_LEADING_BY_DEFAULT = ("PNDM", "DDIM", "DDPM", "LCM", "TCD")
+
+# What each file may say about things that are fixed here. The first value is the default of the class.
+_UNET_FIXED: dict[str, tuple[Any, ...]] = {
+    "act_fn": ("silu",),
+    "addition_embed_type": (None, "text_time"),
+    "addition_time_embed_dim": (None, 256),
+    "attention_type": ("default",),
+    "center_input_sample": (False,),
+    "class_embed_type": (None,),
+    "num_class_embeds": (None,),
+    "conv_in_kernel": (3,),
+    "conv_out_kernel": (3,),
+    "downsample_padding": (1,),
+    "dropout": (0.0,),
+    "dual_cross_attention": (False,),
+    "encoder_hid_dim": (None,),
+    "encoder_hid_dim_type": (None,),
+    "flip_sin_to_cos": (True,),
+    "freq_shift": (0,),
+    "mid_block_scale_factor": (1,),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+    "norm_eps": (1e-5,),
+    "num_attention_heads": (None,),
+    "only_cross_attention": (False,),
+    "resnet_time_scale_shift": ("default",),
+    "reverse_transformer_layers_per_block": (None,),
+    "time_cond_proj_dim": (None,),
+    "time_embedding_type": ("positional",),
+    "time_embedding_act_fn": (None,),
+    "time_embedding_dim": (None,),
+    "timestep_post_act": (None,),
+}
+_VAE_FIXED: dict[str, tuple[Any, ...]] = {
+    "act_fn": ("silu",),
+    "in_channels": (3,),
+    "out_channels": (3,),
+    "latents_mean": (None,),
+    "latents_std": (None,),
+    "mid_block_add_attention": (True,),
+    "shift_factor": (None, 0.0),
+    "use_post_quant_conv": (True,),
+    "use_quant_conv": (True,),
+}
+_TEXT_FIXED: dict[str, tuple[Any, ...]] = {
+    "architectures": (None, ["CLIPTextModel"]),
+    "layer_norm_eps": (1e-5,),
+}
+_SCHEDULER_FIXED: dict[str, tuple[Any, ...]] = {"trained_betas": (None,)}
+
+
+def unet_from_json(json: Json, where: str) -> UNetConfig:
+    """Read unet/config.json. Raises ValueError naming `where` for what is malformed or not implemented."""
+    _check_fixed(json, _UNET_FIXED, where)
+    channels = _list(json, "block_out_channels", [320, 640, 1280, 1280], where)
+    levels = len(channels)
+    downs = _list(json, "down_block_types", ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"], where)
+    ups = _list(json, "up_block_types", ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3, where)
+    attends = ["CrossAttn" in str(name) for name in downs]
+    if (downs, ups) != _block_types(attends) or len(downs) != levels:
+        raise ValueError(
+            f"{where}: down_block_types {downs} and up_block_types {ups} are not supported; allowed are "
+            "(CrossAttn)DownBlock2D, one per entry of block_out_channels, and the mirrored up blocks"
+        )
+    layers = _per_level(json.get("transformer_layers_per_block", 1), levels)
+    table = {
+        "in_channels": json.get("in_channels", 4),
+        "out_channels": json.get("out_channels", 4),
+        "channels": channels,
+        "res_blocks": json.get("layers_per_block", 2),
+        "depth": [n if attend else 0 for n, attend in zip(layers, attends, strict=False)],
+        "mid_depth": layers[-1],
+        # a historic misnomer: it is the number of heads
+        "heads": _per_level(json.get("attention_head_dim", 8), levels),
+        "context_dim": json.get("cross_attention_dim", 1280),
+        "linear_projection": json.get("use_linear_projection", False),
+        "norm_groups": json.get("norm_num_groups", 32),
+    }
+    if json.get("addition_embed_type") == "text_time":
+        table["vector_dim"] = json.get("projection_class_embeddings_input_dim")
+    return from_dict(table, UNetConfig, where)
+
+
+def unet_to_json(config: UNetConfig, sample_size: int) -> Json:
+    """Write unet/config.json; sample_size: latent pixels. Raises ValueError for what it cannot express."""
+    depth = [n or 1 for n in config.depth]  # of no effect where a block has no attention
+    if config.depth[-1] == 0:
+        depth[-1] = config.mid_depth
+    if depth[-1] != config.mid_depth:
+        raise ValueError(
+            f"a diffusers folder cannot express mid_depth {config.mid_depth} beside a last level of depth "
+            f"{config.depth[-1]}: make them equal or save in the ldm layout"
+        )
+    downs, ups = _block_types([n > 0 for n in config.depth])
+    json: Json = {
+        "_class_name": "UNet2DConditionModel",
+        **{key: allowed[0] for key, allowed in _UNET_FIXED.items() if allowed[0] is not None},
+        "sample_size": sample_size,
+        "in_channels": config.in_channels,
+        "out_channels": config.out_channels,
+        "down_block_types": downs,
+        "up_block_types": ups,
+        "block_out_channels": list(config.channels),
+        "layers_per_block": config.res_blocks,
+        "transformer_layers_per_block": depth,
+        "attention_head_dim": list(config.heads),
+        "cross_attention_dim": config.context_dim,
+        "use_linear_projection": config.linear_projection,
+        "norm_num_groups": config.norm_groups,
+    }
+    if config.vector_dim is not None:
+        json |= {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": config.vector_dim,
+        }
+    return json
+
+
+def vae_from_json(json: Json, where: str) -> VAEConfig:
+    """Read vae/config.json. Raises ValueError naming `where` for what is malformed or not implemented."""
+    _check_fixed(json, _VAE_FIXED, where)
+    channels = _list(json, "block_out_channels", [64], where)
+    for key, name in (
+        ("down_block_types", "DownEncoderBlock2D"),
+        ("up_block_types", "UpDecoderBlock2D"),
+    ):
+        if (types := json.get(key, [name])) != [name] * len(channels):
+            raise ValueError(f"{where}: {key} must be {name} for every level, got {types}")
+    table = {
+        "channels": channels,
+        "res_blocks": json.get("layers_per_block", 1),
+        "latent_channels": json.get("latent_channels", 4),
+        "norm_groups": json.get("norm_num_groups", 32),
+        "scaling_factor": json.get("scaling_factor", 0.18215),
+    }
+    return from_dict(table, VAEConfig, where)
+
+
+def vae_to_json(config: VAEConfig, image_size: int) -> Json:
+    """Write vae/config.json."""
+    levels = len(config.channels)
+    return {
+        "_class_name": "AutoencoderKL",
+        "act_fn": "silu",
+        "in_channels": 3,
+        "out_channels": 3,
+        "sample_size": image_size,
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "block_out_channels": list(config.channels),
+        "layers_per_block": config.res_blocks,
+        "latent_channels": config.latent_channels,
+        "norm_num_groups": config.norm_groups,
+        "scaling_factor": config.scaling_factor,
+    }
+
+
+def text_from_json(json: Json, where: str, pad_id: int) -> TextConfig:
+    """Read text_encoder/config.json; transformers leaves out what equals its defaults.
+
+    Raises ValueError naming `where` for what is malformed or not implemented.
+    """
+    _check_fixed(json, _TEXT_FIXED, where)
+    table = {
+        "width": json.get("hidden_size", 512),
+        "layers": json.get("num_hidden_layers", 12),
+        "heads": json.get("num_attention_heads", 8),
+        "mlp": json.get("intermediate_size", 2048),
+        "activation": json.get("hidden_act", "quick_gelu"),
+        "vocab_size": json.get("vocab_size", 49408),
+        "max_length": json.get("max_position_embeddings", 77),
+        "pad_id": pad_id,
+    }
+    return from_dict(table, TextConfig, where)
+
+
+def text_to_json(config: TextConfig, bos_id: int, eos_id: int) -> Json:
+    """Write text_encoder/config.json. Raises ValueError for outputs that diffusers would not take."""
+    if (config.projection, config.output_layer, config.final_norm) != (None, -1, True):
+        raise ValueError(
+            "a diffusers folder of one text encoder uses its last, normed layer without projection, not output_layer "
+            f"{config.output_layer}, final_norm {config.final_norm}, projection {config.projection}"
+        )
+    return {
+        "architectures": ["CLIPTextModel"],
+        "model_type": "clip_text_model",
+        "hidden_size": config.width,
+        "intermediate_size": config.mlp,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "hidden_act": config.activation,
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.max_length,
+        "projection_dim": config.width,
+        "layer_norm_eps": 1e-5,
+        "bos_token_id": bos_id,
+        "eos_token_id": eos_id,
+        "pad_token_id": config.pad_id,
+    }
+
+
+def diffusion_from_json(json: Json, where: str) -> DiffusionConfig:
+    """Read scheduler/scheduler_config.json, whichever of diffusers' schedulers wrote it.
+
+    Raises ValueError naming `where` for what is malformed or not implemented.
+    """
+    _check_fixed(json, _SCHEDULER_FIXED, where)
+    name = str(json.get("_class_name", "DDIMScheduler"))
+    predictions = {theirs: ours for ours, theirs in _PREDICTIONS.items()}
+    prediction = json.get("prediction_type", "epsilon")
+    if name.startswith(("EDM", "CosineDPM", "Flow")) or prediction not in predictions:
+        raise ValueError(
+            f"{where}: {name} with prediction_type {prediction!r} is not supported; allowed are discrete "
+            f"schedulers with one of {', '.join(predictions)}"
+        )
+    default = "leading" if name.startswith(_LEADING_BY_DEFAULT) else "linspace"
+    spacing = json.get("timestep_spacing", default)
+    table = {
+        "prediction": predictions[prediction],
+        "betas": json.get("beta_schedule", "linear"),
+        "beta_start": json.get("beta_start", 0.0001),
+        "beta_end": json.get("beta_end", 0.02),
+        "timesteps": json.get("num_train_timesteps", 1000),
+        "zero_terminal_snr": json.get("rescale_betas_zero_snr", False),
+        "spacing": "karras" if json.get("use_karras_sigmas") else spacing,
+        "offset": json.get("steps_offset", 0),
+    }
+    return from_dict(table, DiffusionConfig, where)
+
+
+def diffusion_to_json(config: DiffusionConfig) -> Json:
+    """Write scheduler_config.json for DDIM, or for Euler where the steps are Karras': DDIM has none."""
+    json: Json = {
+        "_class_name": "DDIMScheduler",
+        "prediction_type": _PREDICTIONS[config.prediction],
+        "beta_schedule": config.betas,
+        "beta_start": config.beta_start,
+        "beta_end": config.beta_end,
+        "num_train_timesteps": config.timesteps,
+        "rescale_betas_zero_snr": config.zero_terminal_snr,
+        "steps_offset": config.offset,
+        "trained_betas": None,
+    }
+    if config.spacing == "karras":
+        return json | {"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": True}
+    ddim = {"clip_sample": False, "set_alpha_to_one": False, "timestep_spacing": config.spacing}
+    return json | ddim
+
+
+def _block_types(attends: list[bool]) -> tuple[list[str], list[str]]:
+    """diffusers' names of the down blocks and, mirrored, of the up blocks."""
+    kinds = ["CrossAttn" if attend else "" for attend in attends]
+    return [f"{kind}DownBlock2D" for kind in kinds], [f"{kind}UpBlock2D" for kind in kinds[::-1]]
+
+
+def _check_fixed(json: Json, fixed: dict[str, tuple[Any, ...]], where: str) -> None:
+    for key, allowed in fixed.items():
+        if json.get(key, allowed[0]) not in allowed:
+            raise ValueError(
+                f"{where}: {key} {json[key]!r} is not supported; allowed: {', '.join(map(repr, allowed))}"
+            )
+
+
+def _list(json: Json, key: str, default: list[Any], where: str) -> list[Any]:
+    value = json.get(key, default)
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{where}: {key} must be a list with one entry per level, got {value!r}")
+    return value
+
+
+def _per_level(value: Any, levels: int) -> list[Any]:
+    return value if isinstance(value, list) and value else [value] * levels
