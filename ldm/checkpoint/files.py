@@ -41,9 +41,10 @@ def load(
     path: str | Path,
     *,
     dtype: torch.dtype = torch.float32,
+    vae_dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> Model:
-    """Load the model at `path`, each tensor going straight to `device` in `dtype`.
+    """Load the model at `path`, each tensor going straight to `device` in `dtype` (the VAE's in `vae_dtype` if given).
 
     Networks are built without memory and given the file's tensors; on the CPU, what needs no cast stays memory-mapped.
     Raises ValueError as `identify` does, and for tensors that are missing, unknown or of another shape, naming them.
@@ -61,7 +62,8 @@ def load(
     modules = {"unet": unet, "vae": vae, "text_encoder": text_encoder}
     check(modules, source)
     for name, part in source.parts.items():
-        fill(modules[name], part, dtype=dtype, device=device)
+        wanted = vae_dtype or dtype if name == "vae" else dtype
+        fill(modules[name], part, dtype=wanted, device=device)
     return Model(config, unet, vae, text_encoder)
 
 
