@@ -1,3 +1,22 @@
 """Latent diffusion from scratch in pure PyTorch."""
 
+from ldm.config import PRESETS, SD15, SD21, SD21_BASE, SDXL_BASE, SDXL_REFINER, TINY, ModelConfig
+from ldm.memory import Placement
+from ldm.pipeline import Pipeline, Request, load
+
 __version__ = "0.1.0"  # pyproject.toml reads it from here
+
+__all__ = [
+    "PRESETS",
+    "SD15",
+    "SD21",
+    "SD21_BASE",
+    "SDXL_BASE",
+    "SDXL_REFINER",
+    "TINY",
+    "ModelConfig",
+    "Pipeline",
+    "Placement",
+    "Request",
+    "load",
+]

@@ -2,11 +2,17 @@
 
 import os
 import socket
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers or diffusers are imported
 
 import pytest
 import torch
+
+import ldm
+from ldm.checkpoint.files import save
+from ldm.checkpoint.parts import Model
+from tests.tiny import TINY_RANDOM, random_networks
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -24,5 +30,19 @@ def _no_network() -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
-    """Compute on one thread: the models are too small for more, and results cannot depend on it."""
+    """Compute on one thread: the models are too small for more."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tiny random model, for reading only."""
+    folder = tmp_path_factory.mktemp("models") / "random"
+    save(Model(TINY_RANDOM, *random_networks()), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pipe(model_folder: Path) -> ldm.Pipeline:
+    """The tiny random model, loaded on the CPU."""
+    return ldm.load(model_folder, ldm.Placement(device="cpu"))

@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import torch
 
-from ldm.checkpoint.folder import open_folder, write_folder
+from ldm.checkpoint.folder import open_folder, open_vae, write_folder, write_vae
 from ldm.checkpoint.parts import Layout, Model, ModelLike, Source, check, fill
 from ldm.checkpoint.single import open_single, write_single
 from ldm.config import ModelConfig, Prediction
-from ldm.models.text import TextEncoder
+from ldm.models.text import TextEncoder, Tokenizer
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
 
@@ -65,6 +65,32 @@ def load(
         wanted = vae_dtype or dtype if name == "vae" else dtype
         fill(modules[name], part, dtype=wanted, device=device)
     return Model(config, unet, vae, text_encoder)
+
+
+def load_vae(path: str | Path, *, device: torch.device | str = "cpu") -> VAE:
+    """Load a VAE alone, in fp32, from a folder with config.json and weights, such as a model's `vae/`.
+
+    Raises ValueError for a folder that lacks them, or tensors that do not match the configuration.
+    """
+    config, part = open_vae(Path(path))
+    with torch.device("meta"):
+        vae = VAE(config)
+    source = Source(ModelConfig(vae=config), "diffusers", "", {"vae": part}, lambda name: False, Tokenizer.official)
+    check({"vae": vae}, source)
+    fill(vae, part, dtype=torch.float32, device=torch.device(device))
+    return vae
+
+
+def save_vae(vae: VAE, path: str | Path, *, image_size: int) -> None:
+    """Save a VAE alone as a folder for `load_vae` and for diffusers, replacing what is there once it is written.
+
+    image_size: pixels it was trained at, for the configuration.
+    """
+    path = Path(path).resolve()
+    new = path.with_name(f".{path.name}.{os.getpid()}.new")
+    new.mkdir(parents=True)
+    write_vae(new, vae, image_size)
+    _replace_folder(path, new)
 
 
 def save(

@@ -1,0 +1,166 @@
+"""What a picture remembers: all it takes to make it again bit for bit, as JSON in a text chunk of its PNG."""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+import ldm
+from ldm.config import from_dict
+from ldm.images import A1111_SAMPLERS, a1111_parameters, read_texts
+from ldm.memory import Placement
+from ldm.pipeline import Pipeline, Request
+
+KEY = "ldm"  # of the PNG's text chunk
+
+
+@dataclass(frozen=True)
+class ModelUsed:
+    """Which model: where it was, what it calls itself, and the digest of its files (see `digest`)."""
+
+    path: str
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class PlacementUsed:
+    """A `Placement` in words, with nothing left open."""
+
+    device: str
+    dtype: str
+    vae_dtype: str
+    attention: str
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What, beside the inputs, decides the last bits of a number: versions, hardware and threads."""
+
+    ldm: str
+    torch: str
+    transformers: str
+    hardware: str
+    threads: int
+
+
+@dataclass(frozen=True)
+class Record:
+    """One run of one command; `picture` is the index of the picture that holds it, None in a grid of all."""
+
+    command: Literal["txt2img"]
+    request: Request  # resolved
+    model: ModelUsed
+    placement: PlacementUsed
+    environment: Environment
+    picture: int | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the record as JSON-ready values, without what is None."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+
+    def texts(self, picture: int | None) -> dict[str, str]:
+        """Return the PNG text chunks of that picture, or of a grid of all: A1111's `parameters` and ours."""
+        request = self.request
+        parameters = a1111_parameters(
+            request.prompt,
+            request.negative_prompt,
+            {
+                "Steps": request.steps,
+                "Sampler": A1111_SAMPLERS[request.sampler],
+                "Schedule type": str(request.spacing).capitalize(),
+                "CFG scale": request.guidance_scale,
+                "Seed": request.seeds[picture or 0],
+                "Size": f"{request.width}x{request.height}",
+                "Model hash": self.model.sha256[:10],
+                "Model": self.model.name,
+                "RNG": "CPU",
+                "Version": f"ldm {self.environment.ldm}",
+            },
+        )
+        return {
+            "parameters": parameters,
+            KEY: json.dumps(dataclasses.replace(self, picture=picture).as_dict()),
+        }
+
+
+def remember(
+    pipe: Pipeline, request: Request, placement: Placement, path: str | Path, sha256: str
+) -> Record:
+    """Describe the run of txt2img that makes `request` with `pipe`, loaded from `path` with that digest."""
+    weight = next(pipe.unet.parameters())
+    return Record(
+        command="txt2img",
+        request=request.resolved(pipe.config),
+        model=ModelUsed(str(path), pipe.config.name, sha256),
+        placement=PlacementUsed(
+            device=str(weight.device),
+            dtype=_name(weight.dtype),
+            vae_dtype=_name(next(pipe.vae.parameters()).dtype),
+            attention=placement.attention,
+        ),
+        environment=environment(weight.device),
+    )
+
+
+def environment(device: torch.device) -> Environment:
+    """Describe this process, computing on `device`."""
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    else:
+        hardware = f"{device.type} {torch.backends.cpu.get_cpu_capability()}"
+    return Environment(
+        ldm=ldm.__version__,
+        torch=torch.__version__,
+        transformers=version("transformers"),
+        hardware=hardware,
+        threads=torch.get_num_threads(),
+    )
+
+
+def recall(path: str | Path) -> Record:
+    """Read the record in the PNG at `path`.
+
+    Raises ValueError if that is no picture, holds no record, or one that this version cannot follow.
+    """
+    text = read_texts(path).get(KEY)
+    if text is None:
+        raise ValueError(f"{path} holds no record of how ldm made it")
+    try:
+        table = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: its {KEY!r} chunk is not JSON: {error}") from error
+    if not isinstance(table, dict):
+        raise ValueError(f"{path}: its {KEY!r} chunk is not a JSON object")
+    record = from_dict(table, Record, where=str(path))
+    if record.picture is not None and not 0 <= record.picture < record.request.images:
+        raise ValueError(
+            f"{path}: picture must be one of the {record.request.images} of its request, got {record.picture}"
+        )
+    return record
+
+
+def digest(path: str | Path) -> str:
+    """Return the sha256 that identifies a model: the file's own, or of the list of a folder's files and theirs.
+
+    A folder's files are those that can change a picture: .safetensors, .json and .txt, in it and below.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    parts = sorted(
+        (part.relative_to(path).as_posix(), digest(part))
+        for part in path.rglob("*")
+        if part.suffix in (".safetensors", ".json", ".txt") and part.is_file()
+    )
+    return hashlib.sha256("".join(f"{n} {d}\n" for n, d in parts).encode()).hexdigest()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

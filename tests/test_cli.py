@@ -1,0 +1,350 @@
+"""The `ldm` command: what it writes and prints, and one sentence with exit code 2 for every bad input."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, PngImagePlugin
+
+import ldm
+from ldm.cli import main
+from ldm.images import read_texts, save_png
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch) -> Path:
+    """Run each test in an empty folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def txt2img(model_folder, capsys):
+    """Run `ldm txt2img` with the tiny random model; returns exit code, stdout and stderr."""
+
+    def run(*words: str, model: bool = True) -> tuple[int, str, str]:
+        given = ["--model", str(model_folder)] if model else []
+        if "--from" not in words:
+            given += ["--steps", "2", "--device", "cpu"]
+        code = main(["txt2img", *given, *words])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+def pixels(path: str | Path) -> np.ndarray:
+    with Image.open(path) as picture:
+        return np.asarray(picture)
+
+
+def edit_record(source: str, target: str, **changes: object) -> None:
+    """Copy a picture with some entries of its record changed."""
+    record = json.loads(read_texts(source)["ldm"]) | changes
+    save_png(Image.open(source), target, {"ldm": json.dumps(record)})
+
+
+def test_a_prompt_makes_the_picture_that_the_pipeline_makes(txt2img, pipe, here):
+    assert txt2img("a frog") == (0, "out.png\n", "")
+    expected = pipe.generate(ldm.Request("a frog", steps=2))[0]
+    assert np.array_equal(pixels("out.png"), expected)
+    assert os.listdir(here) == ["out.png"]
+
+
+def test_every_option_reaches_the_request_and_is_reported(txt2img):
+    code, out, _ = txt2img(
+        *("a frog", "--negative", "bad", "--steps", "3", "--sampler", "euler_ancestral"),
+        *("--schedule", "karras", "--guidance", "2", "--rescale", "0.5", "--seed", "9"),
+        *("--images", "2", "--width", "36", "--height", "20", "--dtype", "bfloat16"),
+        *("--vae-dtype", "bfloat16", "--attention", "sliced", "--out", "frog.png", "--json"),
+    )
+    results = json.loads(out)
+    assert code == 0
+    assert results["files"] == ["frog-00001.png", "frog-00002.png"]
+    assert results["seeds"] == [9, 10]
+    assert list(results["seconds"]) == ["load", "sample", "decode", "save"]
+    settings = results["settings"]
+    assert settings["request"] == {
+        "prompt": "a frog",
+        "negative_prompt": "bad",
+        "steps": 3,
+        "guidance_scale": 2.0,
+        "guidance_rescale": 0.5,
+        "sampler": "euler_ancestral",
+        "spacing": "karras",
+        "width": 36,
+        "height": 20,
+        "seed": 9,
+        "images": 2,
+    }
+    assert settings["placement"] == {
+        "device": "cpu",
+        "dtype": "bfloat16",
+        "vae_dtype": "bfloat16",
+        "attention": "sliced",
+    }
+    assert settings["environment"]["torch"] == torch.__version__
+    assert pixels("frog-00002.png").shape == (20, 36, 3)
+
+
+def test_one_grid_holds_all_the_pictures(txt2img):
+    assert txt2img("a frog", "--images", "3", "--grid", "--out", "grid.png")[:2] == (
+        0,
+        "grid.png\n",
+    )
+    txt2img("a frog", "--images", "3", "--out", "one.png")
+    sheet = pixels("grid.png")
+    assert sheet.shape == (64, 64, 3)
+    assert np.array_equal(sheet[32:, :32], pixels("one-00003.png"))
+
+
+def test_the_default_name_takes_the_next_free_number(txt2img):
+    assert txt2img("a frog")[1] == "out.png\n"
+    assert txt2img("a frog")[1] == "out-00001.png\n"
+    assert txt2img("a frog", "--images", "2")[1] == "out-00002.png\nout-00003.png\n"
+    Path("out-00007.png").touch()
+    assert txt2img("a frog")[1] == "out-00008.png\n"
+    assert Path("out-00007.png").stat().st_size == 0
+
+
+def test_an_existing_file_is_replaced_only_with_overwrite(txt2img):
+    Path("a.png").write_bytes(b"precious")
+    code, _, err = txt2img("a frog", "--out", "a.png")
+    assert (code, err) == (
+        2,
+        "ldm: error: a.png exists; choose another --out, or add --overwrite\n",
+    )
+    assert Path("a.png").read_bytes() == b"precious"
+    assert txt2img("a frog", "--out", "a.png", "--overwrite")[0] == 0
+    assert pixels("a.png").shape == (32, 32, 3)
+    Path("b-00002.png").touch()
+    assert "b-00002.png exists" in txt2img("a frog", "--out", "b.png", "--images", "2")[2]
+
+
+def test_the_png_tells_other_programs_how_it_was_made(txt2img, model_folder):
+    txt2img("a frog, green", "--negative", "bad", "--seed", "4", "--images", "2", "--out", "a.png")
+    text = read_texts("a-00002.png")["parameters"]
+    assert re.fullmatch(
+        r"a frog, green\nNegative prompt: bad\nSteps: 2, Sampler: DPM\+\+ 2M, Schedule type: Leading, "
+        r"CFG scale: 3.0, Seed: 5, Size: 32x32, Model hash: [0-9a-f]{10}, Model: random, RNG: CPU, "
+        rf"Version: ldm {re.escape(ldm.__version__)}",
+        text,
+    )
+
+
+def test_metadata_can_be_left_out(txt2img):
+    txt2img("a frog", "--no-metadata")
+    assert read_texts("out.png") == {}
+
+
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "euler_ancestral"])
+def test_a_picture_is_repeated_from_its_file_bit_for_bit(txt2img, sampler):
+    txt2img(
+        "a frog 🐸", "--seed", "-1", "--sampler", sampler, "--guidance", "2.5", "--out", "a.png"
+    )
+    code, out, err = txt2img("--from", "a.png", "--out", "b.png", model=False)
+    assert (code, out, err) == (0, "b.png\n", "")
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+
+
+def test_one_picture_of_a_batch_is_repeated_alone_and_a_grid_as_a_grid(txt2img):
+    txt2img("a frog", "--images", "3", "--out", "a.png")
+    txt2img("--from", "a-00002.png", "--out", "b.png", model=False)
+    assert Path("a-00002.png").read_bytes() == Path("b.png").read_bytes()
+    txt2img("--from", "a-00002.png", "--grid", "--out", "c.png", model=False)
+    txt2img("--from", "c.png", "--out", "d.png", model=False)
+    assert Path("c.png").read_bytes() == Path("d.png").read_bytes()
+    assert pixels("d.png").shape == (64, 64, 3)
+
+
+def test_options_beside_from_change_that_picture(txt2img):
+    txt2img("a frog", "--images", "3", "--seed", "5", "--out", "a.png")
+    _, out, _ = txt2img("--from", "a-00002.png", "--sampler", "euler", "--json", model=False)
+    request = json.loads(out)["settings"]["request"]
+    assert (request["prompt"], request["seed"], request["images"]) == ("a frog", 6, 1)
+    assert request["sampler"] == "euler"
+    _, out, _ = txt2img("a cat", "--from", "a-00002.png", "--dtype", "bfloat16", "--json")
+    settings = json.loads(out)["settings"]
+    assert (settings["request"]["prompt"], settings["placement"]["dtype"]) == ("a cat", "bfloat16")
+
+
+def test_repeating_with_other_files_under_the_models_name_is_refused(txt2img, model_folder):
+    txt2img("a frog", "--out", "a.png")
+    record = json.loads(read_texts("a.png")["ldm"])
+    edit_record("a.png", "b.png", model=record["model"] | {"sha256": "0" * 64})
+    code, _, err = txt2img("--from", "b.png", model=False)
+    assert code == 2
+    assert f"{model_folder} is not the model that made b.png" in err
+    assert txt2img("--from", "b.png")[0] == 0  # --model given
+
+
+def test_repeating_on_other_versions_or_hardware_says_what_differs(txt2img):
+    txt2img("a frog", "--out", "a.png")
+    then = json.loads(read_texts("a.png")["ldm"])["environment"]
+    edit_record("a.png", "b.png", environment=then | {"torch": "1.4", "threads": 99})
+    code, out, err = txt2img("--from", "b.png", model=False)
+    assert (code, out) == (0, "out.png\n")
+    assert err == (
+        f"ldm: warning: b.png was made with torch 1.4 (here {torch.__version__}), threads 99 (here 1); "
+        "the new picture may differ in last bits\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"request": {"prompt": "a", "wings": 2}}, "b.png: request: unknown 'wings'"),
+        ({"request": {"steps": 2}}, "b.png: request: .*prompt"),
+        ({"request": {"prompt": "a", "steps": 0}}, "steps must be a whole number"),
+        ({"command": "rm"}, "b.png: command must be one of 'txt2img', got 'rm'"),
+        ({"picture": 1}, "b.png: picture must be one of the 1 of its request, got 1"),
+        ({"placement": {"device": "cpu"}}, "b.png: placement: .* missing 3 required"),
+    ],
+)
+def test_a_record_that_cannot_be_followed_is_refused(txt2img, changes, message):
+    txt2img("a frog", "--out", "a.png")
+    edit_record("a.png", "b.png", **changes)
+    code, _, err = txt2img("--from", "b.png", model=False)
+    assert code == 2
+    assert re.search(message, err)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "x.png holds no record of how ldm made it"),
+        ("{", "x.png: its 'ldm' chunk is not JSON"),
+        ("[]", "x.png: its 'ldm' chunk is not a JSON object"),
+        ("[" * 10**5, "x.png: its 'ldm' chunk is not JSON"),
+    ],
+)
+def test_a_picture_without_a_readable_record_cannot_be_repeated(txt2img, text, message):
+    save_png(Image.new("RGB", (1, 1)), "x.png", {} if text is None else {"ldm": text})
+    code, _, err = txt2img("--from", "x.png", model=False)
+    assert code == 2
+    assert err.startswith(f"ldm: error: {message}")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "give a prompt in quotes, or --from a picture that ldm made"),
+        (["a frog", "--steps", "0"], "steps must be a whole number from 1 to 1000, got 0"),
+        (["a frog", "--steps", "many"], "argument --steps: invalid int value: 'many'"),
+        (["a frog", "--guidance", "nan"], "guidance_scale must be a finite number, 0 or more"),
+        (["a frog", "--sampler", "plms"], "sampler must be one of ddpm, ddim"),
+        (["a frog", "--seed", str(2**64)], "seeds must lie below 2^64"),
+        (
+            ["a frog", "--width", "30"],
+            "width must be a multiple of 4 pixels for this model, got 30",
+        ),
+        (["a frog", "--images", "0"], "images must be a whole number, 1 or more"),
+        (["a frog", "--dtype", "float16"], "dtype float16 is up to 200 times slower"),
+        (["a frog", "--dtype", "int8"], "dtype must be one of float32, float16, bfloat16"),
+        (["a frog", "--device", "cuda:99"], "device cuda:99 is not available"),
+        (["a frog", "--attention", "flash"], "attention must be one of sdpa, sliced, math"),
+        (["a frog", "--out", "a.jpg"], "--out must end in .png, got 'a.jpg'"),
+        (["a frog", "--out", ""], "--out must end in .png, got '.'"),
+        (["a frog", "--out", "no/a.png"], "there is no folder no to write a.png into"),
+        (["a frog", "--out", "folder.png", "--overwrite"], "folder.png is a folder"),
+        (["a frog", "--out", "x" * 300 + ".png"], "File name too long"),
+        (["a frog", "--model", "no/model"], "no/model does not exist"),
+        (["a frog", "--model", "text.safetensors"], "text.safetensors"),
+        (["a frog", "--from", "no.png"], "no.png is not a readable picture"),
+        (["a frog", "on grass"], "unrecognized arguments: on grass"),
+        (["a frog", "--wings", "2"], "unrecognized arguments: --wings"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(txt2img, here, words, message):
+    (here / "folder.png").mkdir()
+    (here / "text.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    code, out, err = txt2img(*words)
+    assert (code, out) == (2, "")
+    assert err.startswith("ldm: error: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert sorted(os.listdir(here)) == ["folder.png", "text.safetensors"]
+
+
+def test_a_folder_that_cannot_be_written_is_noticed_before_the_work(txt2img, monkeypatch):
+    def refuse(self: Path, **_: object) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    monkeypatch.setattr(ldm, "load", None)  # must not get that far
+    code, _, err = txt2img("a frog")
+    assert (code, err) == (2, "ldm: error: cannot write into .: Permission denied\n")
+
+
+def test_a_prompt_that_is_cut_is_a_warning_on_one_line(txt2img):
+    code, _, err = txt2img("frogs " * 20)
+    assert code == 0
+    assert err.startswith("ldm: warning: the prompt has 100 tokens and the text encoder reads 30")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (MemoryError(), 1, "not enough memory"),
+        (torch.OutOfMemoryError("Tried to allocate 2 GiB"), 1, "not enough memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "not enough memory"),
+        (FloatingPointError("the VAE gave numbers"), 1, "the VAE gave numbers"),
+        (OSError(28, "No space left on device", "a.png"), 2, "a.png: No space left on device"),
+    ],
+)
+def test_what_goes_wrong_later_is_a_sentence_too(txt2img, here, monkeypatch, error, code, message):
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(ldm, "load", fail)
+    exit_code, _, err = txt2img("a frog")
+    assert exit_code == code
+    assert err.startswith(f"ldm: error: {message}")
+    assert os.listdir(here) == []
+
+
+def test_a_defect_of_the_program_keeps_its_traceback(txt2img, monkeypatch):
+    def fail(*_: object) -> None:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(ldm, "load", fail)
+    with pytest.raises(RuntimeError, match="shapes"):
+        txt2img("a frog")
+
+
+def test_progress_is_shown_on_a_terminal(txt2img, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    _, out, err = txt2img("a frog")
+    assert out == "out.png\n"
+    assert "2/2" in err
+
+
+@pytest.mark.parametrize("words", [["--version"], ["--help"], ["txt2img", "--help"]])
+def test_version_and_help_are_printed(capsys, words):
+    with pytest.raises(SystemExit) as exit_:
+        main(words)
+    assert exit_.value.code == 0
+    out = capsys.readouterr().out
+    assert out == f"ldm {ldm.__version__}\n" if words == ["--version"] else "usage: ldm" in out
+
+
+def test_the_command_runs_as_a_process_of_its_own_without_importing_transformers():
+    check = "import ldm.cli, sys; assert 'transformers' not in sys.modules; sys.exit(ldm.cli.main(['txt2img']))"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "ldm: error: give a prompt in quotes, or --from a picture that ldm made\n"
+
+
+def test_a_picture_too_large_to_be_a_picture_is_refused_as_a_source(txt2img, monkeypatch):
+    save_png(Image.new("RGB", (100, 100)), "x.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    assert "x.png is not a readable picture" in txt2img("--from", "x.png", model=False)[2]
+    assert PngImagePlugin.MAX_TEXT_CHUNK == 2**20  # what bounds a record

@@ -1,0 +1,217 @@
+"""From a request to pictures: what is refused, what the seed decides, and what each option does."""
+
+import dataclasses
+import math
+import operator
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldm.config import SD15
+from ldm.diffusion.samplers import SAMPLERS
+from ldm.memory import Placement
+from ldm.models.attention import math_attention
+from ldm.pipeline import Pipeline, Request, load
+
+FROG = Request("a frog on the grass", steps=3)
+
+
+def pixels(picture: Image.Image) -> np.ndarray:
+    return np.asarray(picture).astype(int)
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"prompt": None}, "prompt must be text, got None"),
+        ({"prompt": "\udcff"}, "prompt must be valid Unicode text"),
+        ({"negative_prompt": 3}, "negative_prompt must be text, got 3"),
+        ({"steps": 0}, "steps must be a whole number from 1 to 1000, got 0"),
+        ({"steps": 1001}, "steps must be a whole number from 1 to 1000, got 1001"),
+        ({"steps": 2.5}, "steps must be a whole number from 1 to 1000, got 2.5"),
+        ({"steps": True}, "steps must be a whole number from 1 to 1000, got True"),
+        ({"guidance_scale": math.nan}, "guidance_scale must be a finite number, 0 or more"),
+        ({"guidance_scale": math.inf}, "guidance_scale must be a finite number, 0 or more"),
+        ({"guidance_scale": -1.0}, "guidance_scale must be a finite number, 0 or more, got -1.0"),
+        ({"guidance_rescale": 2}, "guidance_rescale must be a finite number from 0 to 1, got 2"),
+        ({"sampler": "plms"}, f"sampler must be one of {', '.join(SAMPLERS)}, got 'plms'"),
+        ({"spacing": "even"}, "spacing must be one of leading, trailing, linspace, karras"),
+        ({"width": 0}, "width must be a whole number, 1 or more, got 0"),
+        ({"height": -8}, "height must be a whole number, 1 or more, got -8"),
+        ({"seed": "7"}, "seed must be a whole number, got '7'"),
+        ({"seed": 2**64}, "seeds must lie below 2\\^64"),
+        ({"seed": 2**64 - 1, "images": 2}, "seeds must lie below 2\\^64"),
+        ({"images": 0}, "images must be a whole number, 1 or more, got 0"),
+    ],
+)
+def test_a_request_that_no_model_can_follow_is_refused(choices, message):
+    with pytest.raises(ValueError, match=message):
+        Request(**({"prompt": "a frog"} | choices))
+
+
+def test_a_negative_seed_becomes_a_random_one_that_the_request_remembers():
+    seeds = {Request("a frog", seed=-1).seed for _ in range(8)}
+    assert len(seeds) > 1
+    assert all(seed >= 0 for seed in seeds)
+    request = Request("a frog", seed=-1, images=3)
+    assert request.seeds == [request.seed, request.seed + 1, request.seed + 2]
+    assert dataclasses.replace(request, steps=1).seed == request.seed
+
+
+def test_what_a_request_leaves_open_is_the_models_own_choice():
+    request = Request("a frog").resolved(SD15)
+    assert (request.guidance_scale, request.spacing) == (7.5, "leading")
+    assert (request.width, request.height) == (512, 512)
+    chosen = Request("a frog", guidance_scale=0.0, spacing="karras", width=8, height=16)
+    assert chosen.resolved(SD15) == chosen
+
+
+@pytest.mark.parametrize(("size", "nearest"), [(100, "96 or 104"), (7, "8")])
+def test_a_size_that_the_vae_cannot_make_is_refused_with_the_nearest_ones(size, nearest):
+    with pytest.raises(ValueError, match=f"multiple of 8 .* got {size}; nearest: {nearest}$"):
+        Request("a frog", height=size).resolved(SD15)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("steps", [1, 3])
+def test_every_sampler_makes_a_picture_that_its_seed_decides(pipe, sampler, steps):
+    request = dataclasses.replace(FROG, sampler=sampler, steps=steps, seed=5)
+    first, again = pipe.generate(request), pipe.generate(request)
+    assert first[0].size == (32, 32)
+    assert np.array_equal(first[0], again[0])
+    assert pixels(first[0]).std() > 10  # not flat
+    other = pipe.generate(dataclasses.replace(request, seed=6))
+    assert not np.array_equal(first[0], other[0])
+
+
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "euler_ancestral"])
+def test_picture_i_of_a_batch_equals_its_seed_alone(pipe, sampler):
+    request = dataclasses.replace(FROG, sampler=sampler, seed=7, images=3)
+    batch = pipe.generate(request)
+    for seed, picture in zip(request.seeds, batch, strict=True):
+        alone = pipe.generate(dataclasses.replace(request, seed=seed, images=1))[0]
+        # Kernels add up in another order for another batch size: a level on a boundary may flip.
+        assert abs(pixels(picture) - pixels(alone)).max() <= 1
+
+
+def test_the_stream_shows_every_step_and_ends_in_what_decode_takes(pipe):
+    steps = list(pipe.stream(FROG))
+    assert [step.index for step in steps] == [0, 1, 2]
+    assert all(step.total == 3 for step in steps)
+    assert all(step.x.shape == step.x0.shape == (1, 4, 8, 8) for step in steps)
+    assert all(step.x.dtype == torch.float32 for step in steps)
+    assert not steps[-1].x.requires_grad
+    assert np.array_equal(pipe.decode(steps[-1].x)[0], pipe.generate(FROG)[0])
+    assert len(pipe.decode(steps[0].x0)) == 1  # a preview
+
+
+def test_ddim_ends_at_the_first_timestep_in_variance_preserving_scale(pipe):
+    request = dataclasses.replace(FROG, sampler="ddim")
+    *_, last = pipe.stream(request)
+    sigma = float(pipe.schedule.sigmas[0])
+    assert last.sigma == sigma
+    sigmas = pipe.schedule.steps(3, "leading", final="first")
+    *_, before, _ = pipe.stream(request)
+    x = last.x0 + sigma / float(sigmas[2]) * (before.x - last.x0)  # DDIM's last step by hand
+    assert torch.allclose(last.x, x / math.sqrt(1 + sigma**2), rtol=0, atol=1e-5)  # fp32 rounding
+
+
+def test_a_request_is_checked_before_the_first_step_is_asked_for(pipe):
+    with pytest.raises(ValueError, match="width must be a multiple of 4"):
+        pipe.stream(dataclasses.replace(FROG, width=30))
+
+
+def test_sizes_that_the_levels_do_not_divide_work(pipe):
+    picture = pipe.generate(dataclasses.replace(FROG, width=36, height=20))[0]
+    assert picture.size == (36, 20)
+
+
+def test_guidance_up_to_1_ignores_the_negative_prompt_and_above_1_follows_it(pipe):
+    def picture(scale: float, negative: str, rescale: float = 0.0) -> np.ndarray:
+        return pixels(
+            pipe.generate(
+                dataclasses.replace(
+                    FROG,
+                    guidance_scale=scale,
+                    negative_prompt=negative,
+                    guidance_rescale=rescale,
+                )
+            )[0]
+        )
+
+    assert np.array_equal(picture(1.0, ""), picture(1.0, "blurry"))
+    assert np.array_equal(picture(1.0, ""), picture(0.0, ""))
+    assert not np.array_equal(picture(3.0, ""), picture(3.0, "blurry"))
+    assert not np.array_equal(picture(3.0, ""), picture(3.0, "", rescale=0.7))
+
+
+def test_the_prompt_the_steps_and_the_spacing_each_change_the_picture(pipe):
+    base = pixels(pipe.generate(FROG)[0])
+    for change in ({"prompt": "a cat"}, {"steps": 4}, {"spacing": "karras"}):
+        assert not np.array_equal(base, pipe.generate(dataclasses.replace(FROG, **change))[0])
+
+
+def test_a_prompt_longer_than_the_encoder_reads_is_cut_with_a_warning(pipe):
+    with pytest.warns(UserWarning, match="this part is cut off"):
+        pipe.generate(dataclasses.replace(FROG, prompt="a frog " * 30))
+
+
+@pytest.mark.parametrize("attention", ["sliced", "math"])
+def test_the_placements_attention_reaches_every_layer_and_changes_nothing(
+    pipe, model_folder, attention
+):
+    other = load(model_folder, Placement(device="cpu", attention=attention))
+    if attention == "math":
+        attends = {
+            m.attend for n in (other.unet, other.vae) for m in n.modules() if hasattr(m, "attend")
+        }
+        assert attends == {math_attention}
+    difference = abs(pixels(pipe.generate(FROG)[0]) - pixels(other.generate(FROG)[0]))
+    assert difference.max() <= 1  # fp32 sums in another order
+
+
+def test_bf16_networks_make_nearly_the_same_picture_with_an_fp32_sampler(pipe, model_folder):
+    half = load(model_folder, Placement(device="cpu", dtype=torch.bfloat16))
+    assert {p.dtype for p in half.unet.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in half.text_encoder.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in half.vae.parameters()} == {torch.float32}
+    assert all(step.x.dtype == torch.float32 for step in half.stream(FROG))
+    difference = abs(pixels(pipe.generate(FROG)[0]) - pixels(half.generate(FROG)[0]))
+    assert (
+        difference.mean() < 4
+    )  # bf16 keeps 8 bits; 3 steps of a random network add up its rounding
+
+
+@pytest.mark.parametrize(
+    ("part", "dtype", "message"),
+    [
+        ("unet.conv_out", torch.float32, "UNet gave .* in float32: its weights are damaged"),
+        ("unet.conv_out", torch.bfloat16, "UNet gave .* in bfloat16: .* with dtype float32"),
+        ("vae.decoder", torch.float32, "VAE gave .* in float32: its weights are damaged"),
+        ("vae.decoder", torch.bfloat16, "VAE gave .* in bfloat16: .* with vae_dtype float32"),
+    ],
+)
+def test_numbers_that_are_not_finite_are_an_error_and_never_a_black_picture(
+    model_folder, part, dtype, message
+):
+    broken = load(model_folder, Placement(device="cpu", dtype=dtype, vae_dtype=dtype))
+    with torch.no_grad():
+        next(operator.attrgetter(part)(broken).parameters()).fill_(math.inf)
+    with pytest.raises(FloatingPointError, match=message):
+        broken.generate(FROG)
+
+
+def test_a_model_whose_unet_takes_more_than_latents_is_refused(pipe):
+    config = dataclasses.replace(
+        pipe.config, unet=dataclasses.replace(pipe.config.unet, in_channels=9)
+    )
+    inpainting = Pipeline(config, pipe.unet, pipe.vae, pipe.text_encoder)
+    with pytest.raises(ValueError, match="takes 9 channels"):
+        inpainting.stream(FROG)
+
+
+def test_loading_nothing_says_where_nothing_was():
+    with pytest.raises(ValueError, match="no/such/model does not exist"):
+        load("no/such/model")
