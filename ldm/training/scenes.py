@@ -1,0 +1,268 @@
+"""Captioned pictures composed on the fly: colour-emoji objects on procedural grounds.
+
+A scene is one object with a size and a place, or two objects and their relation, on a ground. Sprites are rendered
+from a colour emoji font, so that no picture of others is needed; every scene follows from (seed, index) alone.
+"""
+
+import functools
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
+EMOJI = "🐸🍎🚗🏠🌵🐘🦋🍌🎈🌻🍄🐱🦊🐼🍕🍩🌲🚀⛵🐢🐝🍓🍇🎸👑🐧🐷🥕🍉🐙⛄🎃"
+# Where Unicode's name, without " face", is not what people say.
+NAMES = {
+    "🍎": "apple",
+    "🚗": "car",
+    "🏠": "house",
+    "🍕": "pizza",
+    "🌲": "tree",
+    "🐝": "bee",
+    "⛄": "snowman",
+    "🎃": "pumpkin",
+}
+SIZES = {"small": 0.34, "": 0.54, "big": 0.78}  # side of the object over side of the picture
+PLACES = {
+    "": (0.5, 0.5),  # centre of the object, x and y, over side of the picture
+    "on the left": (0.28, 0.5),
+    "on the right": (0.72, 0.5),
+    "at the top": (0.5, 0.28),
+    "at the bottom": (0.5, 0.72),
+}
+RELATIONS = {  # centres of the first and the second object
+    "left of": ((0.26, 0.5), (0.74, 0.5)),
+    "right of": ((0.74, 0.5), (0.26, 0.5)),
+    "above": ((0.5, 0.26), (0.5, 0.74)),
+    "below": ((0.5, 0.74), (0.5, 0.26)),
+}
+PAIR_SIZE = 0.42  # side of each of two objects
+
+Pixels = NDArray[np.float32]  # h w 3 in 0..255, or h w 4 with alpha in 0..1
+Sprites = Mapping[str, Image.Image]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a picture shows. Two `objects` stand in a `relation`; one has a size and a place."""
+
+    objects: tuple[str, ...]
+    ground: str
+    size: str = ""
+    place: str = ""
+    relation: str = ""
+
+    @property
+    def caption(self) -> str:
+        """Say the scene in English: "a small frog on the grass, on the left"."""
+        things = [_with_article(f"{self.size} {name}".strip()) for name in self.objects]
+        text = f" {self.relation} ".join(things)
+        return f"{text} {PHRASES[self.ground]}" + (f", {self.place}" if self.place else "")
+
+
+def _with_article(thing: str) -> str:
+    return f"{'an' if thing[0] in 'aeiou' else 'a'} {thing}"
+
+
+# Grounds ------------------------------------------------------------------------------------------
+
+
+def _plain(color: tuple[int, int, int]) -> Callable[[int, np.random.Generator], Pixels]:
+    def paint(side: int, rng: np.random.Generator) -> Pixels:
+        return np.full((side, side, 3), color, np.float32) + rng.normal(0, 8, 3).astype(np.float32)
+
+    return paint
+
+
+def _layers(
+    *bands: tuple[float, tuple[int, int, int], tuple[int, int, int]],
+    grain: tuple[int, int],
+    contrast: float,
+) -> Callable[[int, np.random.Generator], Pixels]:
+    """Paint bands from top to bottom, each (end, top colour, bottom colour), then a grain.
+
+    grain: how many random cells the picture has across and down; contrast: their standard deviation.
+    """
+
+    def paint(side: int, rng: np.random.Generator) -> Pixels:
+        y = np.linspace(0, 1, side, dtype=np.float32)
+        column = np.zeros((side, 3), np.float32)
+        start = 0.0
+        for end, top, bottom in bands:
+            end = end if end == 1 else end + rng.uniform(-0.03, 0.03)
+            t = np.clip((y - start) / (end - start), 0, 1)[:, None]
+            color = (1 - t) * np.array(top, np.float32) + t * np.array(bottom, np.float32)
+            column[y >= start] = color[y >= start]
+            start = end
+        across, down = grain
+        cells = rng.normal(0, contrast, (down, across)).astype(np.float32)
+        texture = np.asarray(Image.fromarray(cells).resize((side, side), Image.Resampling.BILINEAR))
+        shade = rng.normal(0, 5)
+        return column[:, None, :] + texture[:, :, None] + np.float32(shade)
+
+    return paint
+
+
+def _dots(
+    under: Callable[[int, np.random.Generator], Pixels], count: int, color: tuple[int, int, int]
+) -> Callable[[int, np.random.Generator], Pixels]:
+    """Scatter points of light, a 64th of the side wide, over another ground."""
+
+    def paint(side: int, rng: np.random.Generator) -> Pixels:
+        pixels = under(side, rng)
+        width = max(1, side // 64)
+        for x, y in rng.integers(0, side - width + 1, (count, 2)):
+            pixels[y : y + width, x : x + width] = color
+        return pixels
+
+    return paint
+
+
+GROUNDS: dict[str, Callable[[int, np.random.Generator], Pixels]] = {
+    "grass": _layers((0.22, (150, 205, 250), (190, 225, 250)), (1, (110, 190, 70), (50, 130, 35)), grain=(32, 5), contrast=14),
+    "beach": _layers((0.2, (120, 195, 245), (170, 220, 250)), (0.42, (20, 120, 190), (60, 170, 210)), (1, (250, 225, 165), (235, 200, 130)), grain=(24, 24), contrast=5),
+    "sea": _layers((1, (40, 140, 215), (5, 50, 120)), grain=(4, 20), contrast=16),
+    "desert": _layers((0.4, (250, 205, 140), (255, 235, 195)), (1, (225, 150, 75), (190, 105, 45)), grain=(5, 14), contrast=9),
+    "night": _dots(_layers((1, (10, 10, 45), (35, 30, 85)), grain=(4, 4), contrast=3), 24, (255, 250, 210)),
+    "sky": _layers((1, (95, 170, 245), (195, 228, 252)), grain=(5, 7), contrast=11),
+    "snow": _dots(_layers((0.4, (150, 165, 190), (190, 200, 215)), (1, (250, 252, 255), (225, 235, 248)), grain=(6, 6), contrast=4), 24, (255, 255, 255)),
+    "red": _plain((215, 45, 45)),
+    "yellow": _plain((245, 215, 60)),
+    "purple": _plain((135, 65, 175)),
+    "white": _plain((243, 243, 243)),
+}  # fmt: skip
+PHRASES = {
+    "grass": "on the grass",
+    "beach": "on the beach",
+    "sea": "in the sea",
+    "desert": "in the desert",
+    "night": "at night",
+    "sky": "in the sky",
+    "snow": "in the snow",
+} | {color: f"on a {color} background" for color in ("red", "yellow", "purple", "white")}
+
+
+# Objects ------------------------------------------------------------------------------------------
+
+
+def emoji_sprites(emoji: str = EMOJI, font: Path = FONT) -> dict[str, Image.Image]:
+    """Render each character of `emoji` as an RGBA square, cropped to its ink, by its English name.
+
+    Raises ValueError if the font is missing or has no such coloured character.
+    """
+    if not font.is_file():
+        raise ValueError(
+            f"no colour emoji font at {font}: install one (apt-get install fonts-noto-color-emoji) or name yours with "
+            "font = ... under [data] (--font for ldm evaluate)"
+        )
+    face = ImageFont.truetype(str(font), 109)  # the one size of Noto's bitmaps
+    sprites = {}
+    for character in emoji:
+        image = Image.new("RGBA", (160, 160))
+        ImageDraw.Draw(image).text((0, 0), character, font=face, embedded_color=True)
+        box = image.getbbox()
+        if box is None:
+            raise ValueError(f"the font {font} has no picture of {character!r}")
+        sprites[name_of(character)] = _square(image.crop(box))
+    return sprites
+
+
+def name_of(character: str) -> str:
+    """Return what people call an emoji, by Unicode's name of it: "frog" for FROG FACE."""
+    return NAMES.get(character) or unicodedata.name(character).lower().removesuffix(" face")
+
+
+def _square(image: Image.Image) -> Image.Image:
+    side = max(image.size)
+    square = Image.new("RGBA", (side, side))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+class Painter:
+    """Draw scenes of given objects at one size, keeping every sprite it has scaled."""
+
+    def __init__(self, sprites: Sprites, side: int) -> None:
+        self.sprites, self.side = sprites, side
+        self.scaled = functools.cache(self._scaled)
+
+    def _scaled(self, name: str, side: int) -> Pixels:
+        """Return a sprite at `side` pixels: h w 4, its colours multiplied by its alpha (0..1)."""
+        image = self.sprites[name].convert("RGBa").resize((side, side), Image.Resampling.LANCZOS)
+        pixels = np.asarray(image).astype(np.float32)
+        pixels[..., 3] /= 255
+        return pixels
+
+    def paint(self, scene: Scene, rng: np.random.Generator) -> NDArray[np.uint8]:
+        """Draw `scene` with a little jitter: h w 3."""
+        pixels = GROUNDS[scene.ground](self.side, rng)
+        centres = RELATIONS[scene.relation] if scene.relation else (PLACES[scene.place],)
+        size = PAIR_SIZE if scene.relation else SIZES[scene.size]
+        for name, (x, y) in zip(scene.objects, centres, strict=True):
+            side = round(self.side * size * rng.uniform(0.92, 1.08))
+            sprite = self.scaled(name, side)
+            jitter = rng.uniform(-0.025, 0.025, 2)
+            left, top = (
+                int(np.clip(round(self.side * c - side / 2), 0, self.side - side))
+                for c in (x + jitter[0], y + jitter[1])
+            )
+            spot = pixels[top : top + side, left : left + side]
+            spot *= 1 - sprite[..., 3:]
+            spot += sprite[..., :3]
+        return np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
+
+
+# Datasets -----------------------------------------------------------------------------------------
+
+
+def held_out(concepts: Sequence[str], name: str, ground: str) -> bool:
+    """Tell whether this pair is kept from training: a tenth of all, spread over objects and grounds."""
+    return (3 * list(concepts).index(name) + 7 * list(GROUNDS).index(ground) + 1) % 10 == 0
+
+
+class Scenes:
+    """A million random scenes as a dataset of (image: uint8 3 h w, caption)."""
+
+    def __init__(
+        self, sprites: Sprites, side: int = 64, *, seed: int = 0, pairs: float = 0.2
+    ) -> None:
+        """Compose scenes of `side` pixels; `pairs` is the share with two objects."""
+        self.concepts = tuple(sprites)
+        self.painter = Painter(sprites, side)
+        self.seed, self.pairs = seed, pairs
+        self.seen = [
+            (name, ground)
+            for name in self.concepts
+            for ground in GROUNDS
+            if not held_out(self.concepts, name, ground)
+        ]
+
+    def __len__(self) -> int:
+        return 1_000_000
+
+    def scene(self, rng: np.random.Generator) -> Scene:
+        """Draw a random scene whose object and ground are not held out."""
+        name, ground = self.seen[rng.integers(len(self.seen))]
+        if rng.random() < self.pairs:
+            partners = [n for n, g in self.seen if g == ground and n != name]
+            partner = partners[rng.integers(len(partners))]
+            return Scene((name, partner), ground, relation=_pick(rng, RELATIONS))
+        size = _pick(rng, SIZES)
+        place = "" if size == "big" or rng.random() < 0.4 else _pick(rng, PLACES)
+        return Scene((name,), ground, size=size, place=place)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, str]:
+        rng = np.random.default_rng((self.seed, index))
+        scene = self.scene(rng)
+        return torch.from_numpy(self.painter.paint(scene, rng)).permute(2, 0, 1), scene.caption
+
+
+def _pick(rng: np.random.Generator, choices: Mapping[str, object]) -> str:
+    return list(choices)[rng.integers(len(choices))]
