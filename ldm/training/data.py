@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ldm.training.loop import Dataset
-from ldm.training.scenes import EMOJI, FONT, Scenes, emoji_sprites
+from ldm.training.scenes import FONT, Scenes, emoji_sprites
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -22,14 +22,13 @@ class DataConfig:
     size: int = 64  # pixels, square
     folder: Path | None = None  # pictures with .txt captions beside them, or with a metadata.jsonl
     font: Path = FONT  # of the scenes' objects
-    emoji: str = EMOJI  # the scenes' objects
     seed: int = 0  # of the scenes
 
     def open(self) -> Dataset:
         """Return the data set. Raises ValueError if it cannot be read."""
         if self.folder is not None:
             return Folder(self.folder, self.size)
-        return Scenes(emoji_sprites(self.emoji, self.font), self.size, seed=self.seed)
+        return Scenes(emoji_sprites(font=self.font), self.size, seed=self.seed)
 
 
 class Folder:
