@@ -50,15 +50,8 @@ def load(
     Raises ValueError as `identify` does, and for tensors that are missing, unknown or of another shape, naming them.
     """
     source = _open(Path(path))
-    tokenizer = source.tokenizer()
     config, device = source.config, torch.device(device)
-    if len(tokenizer.vocab) > (known := min(text.vocab_size for text in config.text)):
-        raise ValueError(
-            f"the tokenizer of {path} has {len(tokenizer.vocab)} tokens, its text encoder knows {known}"
-        )
-    with torch.device("meta"):
-        unet, vae = UNet(config.unet), VAE(config.vae)
-        text_encoder = TextEncoder(config.text, [tokenizer] * len(config.text))
+    unet, vae, text_encoder = _build(source, path)
     modules = {"unet": unet, "vae": vae, "text_encoder": text_encoder}
     check(modules, source)
     for name, part in source.parts.items():
@@ -75,7 +68,14 @@ def load_vae(path: str | Path, *, device: torch.device | str = "cpu") -> VAE:
     config, part = open_vae(Path(path))
     with torch.device("meta"):
         vae = VAE(config)
-    source = Source(ModelConfig(vae=config), "diffusers", "", {"vae": part}, lambda name: False, Tokenizer.official)
+    source = Source(
+        ModelConfig(vae=config),
+        "diffusers",
+        "",
+        {"vae": part},
+        lambda name: False,
+        Tokenizer.official,
+    )
     check({"vae": vae}, source)
     fill(vae, part, dtype=torch.float32, device=torch.device(device))
     return vae
@@ -130,6 +130,29 @@ def save(
 
 def _open(path: Path) -> Source:
     return open_folder(path) if path.is_dir() else open_single(path)
+
+
+def _build(source: Source, path: str | Path) -> tuple[UNet, VAE, TextEncoder]:
+    """The source's networks on the meta device. Raises ValueError if its configuration describes none."""
+    config, tokenizer = source.config, source.tokenizer()
+    known, width = min(t.vocab_size for t in config.text), sum(t.width for t in config.text)
+    if len(tokenizer.vocab) > known:
+        raise ValueError(
+            f"the tokenizer of {path} has {len(tokenizer.vocab)} tokens, its text encoder knows {known}"
+        )
+    if width != config.unet.context_dim:
+        raise ValueError(
+            f"the text encoder of {path} is {width} wide, its unet attends to {config.unet.context_dim}"
+        )
+    try:
+        with torch.device("meta"):
+            text_encoder = TextEncoder(config.text, [tokenizer] * len(config.text))
+            return UNet(config.unet), VAE(config.vae), text_encoder
+    except (
+        Exception
+    ) as error:  # whatever torch and transformers raise for numbers that do not go together
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the configuration of {path} describes no model: {reason}") from error
 
 
 def _check_target(path: Path, layout: Layout, overwrite: bool) -> None:

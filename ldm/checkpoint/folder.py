@@ -15,8 +15,9 @@ from ldm.checkpoint import configs, tables
 from ldm.checkpoint.configs import Json
 from ldm.checkpoint.parts import ModelLike, Part, Source, collect, recognise, tokenizer_of
 from ldm.checkpoint.tensors import TensorFiles
-from ldm.config import ModelConfig, from_dict
+from ldm.config import ModelConfig, VAEConfig, from_dict
 from ldm.models.text import EOS, Tokenizer
+from ldm.models.vae import VAE
 
 _WEIGHTS = {
     "unet": "diffusion_pytorch_model",
@@ -60,8 +61,6 @@ def open_folder(folder: Path) -> Source:
     files = {
         name: TensorFiles(_weight_files(folder / name, stem)) for name, stem in _WEIGHTS.items()
     }
-    old = any(name.endswith("attentions.0.query.weight") for name in files["vae"].shapes)
-    attention = tables.OLD_DIFFUSERS_VAE_ATTENTION if old else tables.DIFFUSERS_VAE_ATTENTION
     prefixed = any(name.startswith("text_model.") for name in files["text_encoder"].shapes)
     return Source(
         config=config,
@@ -69,7 +68,7 @@ def open_folder(folder: Path) -> Source:
         why=f"the configs of its {pipeline}; {where} says {diffusion.prediction}",
         parts={
             "unet": Part(files["unet"], tables.diffusers_unet(unet)),
-            "vae": Part(files["vae"], tables.diffusers_vae(attention)),
+            "vae": _vae_part(files["vae"]),
             "text_encoder": Part(
                 files["text_encoder"], tables.CLIP_TEXT, "text_model." if prefixed else ""
             ),
@@ -77,6 +76,23 @@ def open_folder(folder: Path) -> Source:
         ignored=lambda name: name.endswith("position_ids"),
         tokenizer=lambda: _read_tokenizer(folder / "tokenizer"),
     )
+
+
+def open_vae(folder: Path) -> tuple[VAEConfig, Part]:
+    """Understand a folder that holds a VAE alone, such as the `vae/` of a model's.
+
+    Raises ValueError for one that lacks a configuration or weights.
+    """
+    config = configs.vae_from_json(*_config(folder, ""))
+    return config, _vae_part(TensorFiles(_weight_files(folder, _WEIGHTS["vae"])))
+
+
+def write_vae(folder: Path, vae: VAE, image_size: int) -> None:
+    """Write a VAE alone into `folder`, for us and for diffusers' `from_pretrained`."""
+    value = configs.vae_to_json(vae.config, image_size)
+    (folder / "config.json").write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    weights = folder / f"{_WEIGHTS['vae']}.safetensors"
+    save_file(collect(vae, tables.diffusers_vae()), weights, metadata={"format": "pt"})
 
 
 def write_folder(folder: Path, model: ModelLike, dtype: torch.dtype | None) -> None:
@@ -116,6 +132,12 @@ def write_folder(folder: Path, model: ModelLike, dtype: torch.dtype | None) -> N
         save_file(tensors[name], folder / name / f"{stem}.safetensors", metadata={"format": "pt"})
     tokenizer.save(folder / "tokenizer", text.max_length)
     _write_pad_token(folder / "tokenizer", tokenizer, text.pad_id)
+
+
+def _vae_part(tensors: TensorFiles) -> Part:
+    old = any(name.endswith("attentions.0.query.weight") for name in tensors.shapes)
+    attention = tables.OLD_DIFFUSERS_VAE_ATTENTION if old else tables.DIFFUSERS_VAE_ATTENTION
+    return Part(tensors, tables.diffusers_vae(attention))
 
 
 def _index(config: ModelConfig, scheduler: Json) -> Json:

@@ -22,7 +22,9 @@ from ldm.training.loop import Batch, Objective
 class DiffusionLoss:
     """How the prediction error is weighted, and how often the caption is left out."""
 
-    caption_dropout: float = 0.1  # share of images trained without text, for guidance (Ho & Salimans 2022)
+    caption_dropout: float = (
+        0.1  # share of images trained without text, for guidance (Ho & Salimans 2022)
+    )
     min_snr_gamma: float = 0.0  # 0: every timestep counts the same; 5 is Hang et al.'s choice
 
     def __post_init__(self) -> None:
@@ -56,7 +58,7 @@ class DiffusionObjective(Objective):
         sample_guidance: float = 4.0,
     ) -> None:
         super().__init__()
-        self.trained = Networks(zero_init(UNet(unet)), text_encoder)
+        self.trained = self.networks = Networks(zero_init(UNet(unet)), text_encoder)
         self.vae = vae.eval().requires_grad_(False)
         self.weights, self.prediction = weights, diffusion.prediction
         self.schedule = NoiseSchedule(
@@ -75,16 +77,17 @@ class DiffusionObjective(Objective):
             x0 = self.vae.encode(images).sample()
         keep = (torch.rand(len(captions)) >= self.weights.caption_dropout).tolist()
         shown = [caption if kept else "" for caption, kept in zip(captions, keep, strict=True)]
-        context, vector = self.trained.text_encoder.encode(shown)  # type: ignore[operator]
+        context, vector = self.networks.text_encoder.encode(shown)
 
         t = torch.randint(len(self.schedule), (len(images),), device=images.device)
         noise = torch.randn_like(x0)
-        predicted = self.trained.unet(  # type: ignore[operator]
-            self.schedule.add_noise(x0, noise, t), t, context, vector
-        )
+        noisy = self.schedule.add_noise(x0, noise, t)
+        predicted = self.networks.unet(noisy, t, context, vector)
 
         targets = {"eps": noise, "v": self.schedule.velocity(x0, noise, t), "x0": x0}
-        errors = F.mse_loss(predicted, targets[self.prediction], reduction="none").mean(dim=(1, 2, 3))
+        errors = F.mse_loss(predicted, targets[self.prediction], reduction="none").mean(
+            dim=(1, 2, 3)
+        )
         weights = loss_weights(self.schedule.snr(t), self.prediction, self.weights.min_snr_gamma)
         return (weights * errors).mean(), {"mse": errors.mean()}
 

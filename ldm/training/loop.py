@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from einops import rearrange
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -83,7 +85,9 @@ def learning_rate(step: int, config: LoopConfig) -> float:
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def train(objective: Objective, dataset: Dataset, config: LoopConfig, out: Path, recipe: str) -> nn.Module:
+def train(
+    objective: Objective, dataset: Dataset, config: LoopConfig, out: Path, recipe: str
+) -> nn.Module:
     """Optimise `objective` on `dataset`, writing to the folder `out`; return the averaged `trained`.
 
     Resumes from `out`/checkpoint.pt where there is one. `recipe` is the run's whole configuration as text: it is
@@ -125,7 +129,11 @@ def train(objective: Objective, dataset: Dataset, config: LoopConfig, out: Path,
             seconds = (time.perf_counter() - since) / config.log_every
             since = time.perf_counter()
             values = {"step": done, "loss": loss.item()} | {k: v.item() for k, v in logs.items()}
-            values |= {"grad_norm": norm.item(), "lr": learning_rate(step, config), "step_seconds": seconds}
+            values |= {
+                "grad_norm": norm.item(),
+                "lr": learning_rate(step, config),
+                "step_seconds": seconds,
+            }
             log.write(json.dumps({k: float(f"{v:.6g}") for k, v in values.items()}) + "\n")
             log.flush()
             progress.set_postfix(loss=f"{values['loss']:.4f}")
@@ -161,7 +169,7 @@ def _batches(dataset: Dataset, config: LoopConfig, start: int) -> Iterator[Batch
 
     loader: DataLoader[Any] = DataLoader(
         dataset,  # type: ignore[arg-type]
-        batch_sampler=indices(),  # type: ignore[arg-type]
+        batch_sampler=indices(),
         num_workers=config.workers,
         collate_fn=_collate,
     )
@@ -197,7 +205,9 @@ def _checkpoint(
     os.replace(partial, out / "checkpoint.pt")
 
 
-def _resume(out: Path, recipe: str, objective: nn.Module, average: nn.Module, optimizer: Any) -> int:
+def _resume(
+    out: Path, recipe: str, objective: nn.Module, average: nn.Module, optimizer: Any
+) -> int:
     """Load the run's last checkpoint, cut its log back to it, and return the steps done so far."""
     path = out / "checkpoint.pt"
     if not path.is_file():
@@ -221,12 +231,9 @@ def _resume(out: Path, recipe: str, objective: nn.Module, average: nn.Module, op
 
 def _save_grid(pictures: Tensor, path: Path) -> None:
     """Save pictures: n 3 h w in [-1, 1] as one PNG of about as many rows as columns."""
-    from PIL import Image
-
     columns = math.ceil(math.sqrt(len(pictures)))
     missing = -len(pictures) % columns
     pictures = torch.cat([pictures, pictures.new_ones(missing, *pictures.shape[1:])])
-    rows = [torch.cat(list(row), dim=-1) for row in pictures.split(columns)]  # 3 h (columns w)
-    grid = torch.cat(rows, dim=-2).clamp(-1, 1)
-    array = ((grid + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
+    grid = rearrange(pictures.clamp(-1, 1), "(r c) d h w -> (r h) (c w) d", c=columns)
+    array = ((grid + 1) * 127.5).round().byte().cpu().numpy()
     Image.fromarray(array).save(path)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from ldm.checkpoint.files import Model, load_vae, save, save_vae
+from ldm.checkpoint.files import load_vae, save, save_vae
+from ldm.checkpoint.parts import Model
 from ldm.config import DiffusionConfig, ModelConfig, TextConfig, UNetConfig, VAEConfig, from_toml
 from ldm.models.text import TextEncoder, Tokenizer
 from ldm.models.unet import UNet
@@ -60,14 +61,18 @@ def read_recipe(path: str | Path) -> Recipe:
     Raises ValueError for a missing file, an unknown recipe or key, or a bad value.
     """
     if not Path(path).is_file():
-        raise ValueError(f"there is no recipe {path}; those that ship with the project are in configs/")
+        raise ValueError(
+            f"there is no recipe {path}; those that ship with the project are in configs/"
+        )
     kinds = tuple(RECIPES)
     try:
         kind = tomllib.loads(Path(path).read_text()).get("recipe")
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid TOML: {error}") from error
     if kind not in kinds:
-        raise ValueError(f"{path}: recipe must be one of {', '.join(map(repr, kinds))}, got {kind!r}")
+        raise ValueError(
+            f"{path}: recipe must be one of {', '.join(map(repr, kinds))}, got {kind!r}"
+        )
     return from_toml(path, RECIPES[kind])
 
 

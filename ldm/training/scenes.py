@@ -47,6 +47,7 @@ PAIR_SIZE = 0.42  # side of each of two objects
 
 Pixels = NDArray[np.float32]  # h w 3 in 0..255, or h w 4 with alpha in 0..1
 Sprites = Mapping[str, Image.Image]
+Ground = Callable[[int, np.random.Generator], Pixels]  # paints h w 3 for a side in pixels
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def _with_article(thing: str) -> str:
 # Grounds ------------------------------------------------------------------------------------------
 
 
-def _plain(color: tuple[int, int, int]) -> Callable[[int, np.random.Generator], Pixels]:
+def _plain(color: tuple[int, int, int]) -> Ground:
     def paint(side: int, rng: np.random.Generator) -> Pixels:
         return np.full((side, side, 3), color, np.float32) + rng.normal(0, 8, 3).astype(np.float32)
 
@@ -85,7 +86,7 @@ def _layers(
     *bands: tuple[float, tuple[int, int, int], tuple[int, int, int]],
     grain: tuple[int, int],
     contrast: float,
-) -> Callable[[int, np.random.Generator], Pixels]:
+) -> Ground:
     """Paint bands from top to bottom, each (end, top colour, bottom colour), then a grain.
 
     grain: how many random cells the picture has across and down; contrast: their standard deviation.
@@ -110,9 +111,7 @@ def _layers(
     return paint
 
 
-def _dots(
-    under: Callable[[int, np.random.Generator], Pixels], count: int, color: tuple[int, int, int]
-) -> Callable[[int, np.random.Generator], Pixels]:
+def _dots(under: Ground, count: int, color: tuple[int, int, int]) -> Ground:
     """Scatter points of light, a 64th of the side wide, over another ground."""
 
     def paint(side: int, rng: np.random.Generator) -> Pixels:
@@ -125,19 +124,42 @@ def _dots(
     return paint
 
 
-GROUNDS: dict[str, Callable[[int, np.random.Generator], Pixels]] = {
-    "grass": _layers((0.22, (150, 205, 250), (190, 225, 250)), (1, (110, 190, 70), (50, 130, 35)), grain=(32, 5), contrast=14),
-    "beach": _layers((0.2, (120, 195, 245), (170, 220, 250)), (0.42, (20, 120, 190), (60, 170, 210)), (1, (250, 225, 165), (235, 200, 130)), grain=(24, 24), contrast=5),
+_BLUE_SKY = (0.22, (150, 205, 250), (190, 225, 250))  # a band ends here, from this colour to that
+GROUNDS: dict[str, Ground] = {
+    "grass": _layers(_BLUE_SKY, (1, (110, 190, 70), (50, 130, 35)), grain=(32, 5), contrast=14),
+    "beach": _layers(
+        (0.2, (120, 195, 245), (170, 220, 250)),
+        (0.42, (20, 120, 190), (60, 170, 210)),
+        (1, (250, 225, 165), (235, 200, 130)),
+        grain=(24, 24),
+        contrast=5,
+    ),
     "sea": _layers((1, (40, 140, 215), (5, 50, 120)), grain=(4, 20), contrast=16),
-    "desert": _layers((0.4, (250, 205, 140), (255, 235, 195)), (1, (225, 150, 75), (190, 105, 45)), grain=(5, 14), contrast=9),
-    "night": _dots(_layers((1, (10, 10, 45), (35, 30, 85)), grain=(4, 4), contrast=3), 24, (255, 250, 210)),
+    "desert": _layers(
+        (0.4, (250, 205, 140), (255, 235, 195)),
+        (1, (225, 150, 75), (190, 105, 45)),
+        grain=(5, 14),
+        contrast=9,
+    ),
+    "night": _dots(
+        _layers((1, (10, 10, 45), (35, 30, 85)), grain=(4, 4), contrast=3), 24, (255, 250, 210)
+    ),
     "sky": _layers((1, (95, 170, 245), (195, 228, 252)), grain=(5, 7), contrast=11),
-    "snow": _dots(_layers((0.4, (150, 165, 190), (190, 200, 215)), (1, (250, 252, 255), (225, 235, 248)), grain=(6, 6), contrast=4), 24, (255, 255, 255)),
+    "snow": _dots(
+        _layers(
+            (0.4, (150, 165, 190), (190, 200, 215)),
+            (1, (250, 252, 255), (225, 235, 248)),
+            grain=(6, 6),
+            contrast=4,
+        ),
+        24,
+        (255, 255, 255),
+    ),
     "red": _plain((215, 45, 45)),
     "yellow": _plain((245, 215, 60)),
     "purple": _plain((135, 65, 175)),
     "white": _plain((243, 243, 243)),
-}  # fmt: skip
+}
 PHRASES = {
     "grass": "on the grass",
     "beach": "on the beach",
