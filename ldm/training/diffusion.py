@@ -58,7 +58,7 @@ class DiffusionObjective(Objective):
         sample_guidance: float = 4.0,
     ) -> None:
         super().__init__()
-        self.trained = self.networks = Networks(zero_init(UNet(unet)), text_encoder)
+        self.networks = Networks(zero_init(UNet(unet)), text_encoder)
         self.vae = vae.eval().requires_grad_(False)
         self.weights, self.prediction = weights, diffusion.prediction
         self.schedule = NoiseSchedule(
@@ -69,6 +69,11 @@ class DiffusionObjective(Objective):
             zero_terminal_snr=diffusion.zero_terminal_snr,
         )
         self.sample_prompts, self.sample_guidance = list(sample_prompts), sample_guidance
+
+    @property
+    def trained(self) -> Networks:
+        """The UNet and the text encoder."""
+        return self.networks
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the mean weighted squared error of one batch at random timesteps."""

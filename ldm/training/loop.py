@@ -35,9 +35,12 @@ class Dataset(Protocol):
 
 
 class Objective(nn.Module):
-    """What a recipe trains. `trained` is averaged, sampled from and saved; other parts may learn too."""
+    """What a recipe trains. Its part `trained` is averaged, sampled from and saved; others may learn too."""
 
-    trained: nn.Module
+    @property
+    def trained(self) -> nn.Module:
+        """The networks that the run is for."""
+        raise NotImplementedError
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss to minimise and named scalars for the log."""

@@ -31,10 +31,15 @@ class VAEObjective(Objective):
     def __init__(self, config: VAEConfig, weights: VAELoss) -> None:
         super().__init__()
         self.weights = weights
-        self.trained = self.vae = init(VAE(config))
+        self.vae = init(VAE(config))
         self.discriminator = PatchDiscriminator() if weights.adversarial else None
         self.steps: Tensor
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+
+    @property
+    def trained(self) -> VAE:
+        """The autoencoder."""
+        return self.vae
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted loss of one batch and its terms."""

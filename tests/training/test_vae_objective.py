@@ -1,0 +1,106 @@
+"""The autoencoder's loss terms, each against its formula, and that they train."""
+
+import torch
+from torch.distributions import Normal, kl_divergence
+
+from ldm.config import VAEConfig
+from ldm.models.discriminator import PatchDiscriminator
+from ldm.models.vae import VAE, Gaussian
+from ldm.training.vae import (
+    VAELoss,
+    VAEObjective,
+    gradient_l1,
+    hinge_losses,
+    init,
+    kl,
+    latent_std,
+    random_crop,
+)
+
+SMALL = VAEConfig(channels=(8, 16), res_blocks=1, norm_groups=2, scaling_factor=1.0)
+
+
+def pictures(n=4, side=8):
+    g = torch.Generator().manual_seed(0)
+    return torch.rand(n, 3, side, side, generator=g) * 2 - 1
+
+
+def test_kl_is_the_divergence_from_a_standard_normal_per_latent_value():
+    mean, std = torch.randn(2, 4, 3, 3), torch.rand(2, 4, 3, 3) + 0.1
+    expected = kl_divergence(Normal(mean, std), Normal(0.0, 1.0)).mean()
+    torch.testing.assert_close(kl(Gaussian(mean, std)), expected)
+
+
+def test_the_gradient_loss_sees_edges_and_not_brightness():
+    images = pictures()
+    assert gradient_l1(images, images + 0.3) < 1e-6  # a constant has no gradient, but for rounding
+    assert gradient_l1(images, images.flip(-1)) > 0.1
+
+
+def test_crops_are_parts_of_their_images_each_at_its_own_place():
+    torch.manual_seed(0)
+    ramp = torch.arange(64.0).view(1, 1, 8, 8).repeat(20, 1, 1, 1)
+    crops = random_crop(ramp, 3)
+    corners = crops[:, 0, 0, 0]
+    assert crops.shape == (20, 1, 3, 3)
+    assert (crops[:, 0] - corners[:, None, None] == ramp[0, 0, :3, :3]).all()
+    assert len(set(corners.tolist())) > 5
+
+
+def test_each_player_of_the_hinge_game_gets_gradients_only_from_its_own_loss():
+    torch.manual_seed(0)
+    judge, fake = PatchDiscriminator(8, 1), pictures().requires_grad_()
+    learn, fool = hinge_losses(judge, pictures(), fake)
+    fool.backward()
+    assert fake.grad.abs().sum() > 0
+    assert all(p.grad is None for p in judge.parameters())
+    fake.grad = None
+    learn.backward()
+    assert fake.grad is None
+    assert all(p.grad is not None for p in judge.parameters())
+
+
+def test_the_adversarial_term_counts_from_its_start():
+    torch.manual_seed(0)
+    objective = VAEObjective(SMALL, VAELoss(adversarial=10.0, adversarial_start=1))
+    torch.manual_seed(1)
+    before, logs = objective((pictures(), []))
+    expected = logs["l1"] + logs["edges"] + 1e-4 * logs["kl"] + logs["discriminator"]
+    torch.testing.assert_close(before, expected)
+    after, logs = objective((pictures(), []))
+    expected = logs["l1"] + logs["edges"] + 1e-4 * logs["kl"] + logs["discriminator"]
+    torch.testing.assert_close(after, expected + 10 * logs["fool"])
+
+
+def test_the_first_autoencoder_has_a_narrow_posterior_and_loses_no_colour():
+    torch.manual_seed(0)
+    posterior = init(VAE(SMALL)).encode(pictures())
+    torch.testing.assert_close(posterior.std, torch.full_like(posterior.std, -2.5).exp())
+    assert posterior.mean.std() > 0.2  # much more than the noise that sampling adds
+
+
+def test_training_lowers_the_loss_and_shows_images_beside_reconstructions():
+    torch.manual_seed(0)
+    smooth = torch.nn.functional.interpolate(pictures(4, 2), size=8, mode="bilinear")
+    objective = VAEObjective(SMALL, VAELoss(crop=4))
+    optimizer = torch.optim.Adam(objective.parameters(), lr=2e-3)
+    losses = []
+    for _ in range(30):
+        loss, _ = objective((smooth, []))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    shown = objective.sample(objective.trained, (pictures(), []))
+    assert shown.shape == (8, 3, 8, 8)
+    assert torch.equal(shown[::2], pictures())
+
+
+def test_one_over_the_measured_deviation_scales_latents_to_one():
+    torch.manual_seed(0)
+    vae = init(VAE(SMALL))
+    std = latent_std(vae, pictures(16))
+    scaled = VAE(VAEConfig(**{**vars(SMALL), "scaling_factor": 1 / std}))
+    scaled.load_state_dict(vae.state_dict())
+    assert abs(latent_std(scaled, pictures(16)) - 1) < 0.02  # two draws of the posterior
