@@ -227,13 +227,15 @@ def diffusion_from_json(json: Json, where: str) -> DiffusionConfig:
             f"{where}: {name} with prediction_type {prediction!r} is not supported; allowed are discrete "
             f"schedulers with one of {', '.join(predictions)}"
         )
+    if missing := [key for key in ("beta_schedule", "beta_start", "beta_end") if key not in json]:
+        raise ValueError(f"{where} lacks {', '.join(missing)}")  # each class has its own defaults
     default = "leading" if name.startswith(_LEADING_BY_DEFAULT) else "linspace"
     spacing = json.get("timestep_spacing", default)
     table = {
         "prediction": predictions[prediction],
-        "betas": json.get("beta_schedule", "linear"),
-        "beta_start": json.get("beta_start", 0.0001),
-        "beta_end": json.get("beta_end", 0.02),
+        "betas": json["beta_schedule"],
+        "beta_start": json["beta_start"],
+        "beta_end": json["beta_end"],
         "timesteps": json.get("num_train_timesteps", 1000),
         "zero_terminal_snr": json.get("rescale_betas_zero_snr", False),
         "spacing": "karras" if json.get("use_karras_sigmas") else spacing,

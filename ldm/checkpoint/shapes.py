@@ -44,8 +44,8 @@ def unet_from_shapes(shapes: Shapes) -> UNetConfig:
     per_level = 1  # entries of input_blocks: residual blocks up to a level's downsampler, and that
     while f"input_blocks.{per_level}.0.in_layers.2.weight" in shapes:
         per_level += 1
-    channels: list[int] = []
-    depth: list[int] = []
+    channels = [shapes.size("input_blocks.1.0.in_layers.2.weight", 0)]
+    depth = [shapes.count("input_blocks.1.1.transformer_blocks.{}.norm1.weight")]
     while f"input_blocks.{(i := 1 + len(channels) * per_level)}.0.in_layers.2.weight" in shapes:
         channels.append(shapes.size(f"input_blocks.{i}.0.in_layers.2.weight", 0))
         depth.append(shapes.count(f"input_blocks.{i}.1.transformer_blocks.{{}}.norm1.weight"))
@@ -68,11 +68,10 @@ def context_dim(shapes: Shapes) -> int:
 
 def vae_from_shapes(shapes: Shapes) -> VAEConfig:
     """Infer the VAE; its scale is that of SD 1.x. Raises ValueError for a tensor that is missing."""
-    levels = shapes.count("encoder.down.{}.block.0.conv1.weight")
+    name = "encoder.down.{}.block.0.conv1.weight"
+    levels = max(shapes.count(name), 1)
     return VAEConfig(
-        channels=tuple(
-            shapes.size(f"encoder.down.{i}.block.0.conv1.weight", 0) for i in range(levels)
-        ),
+        channels=tuple(shapes.size(name.format(i), 0) for i in range(levels)),
         res_blocks=shapes.count("encoder.down.0.block.{}.conv1.weight"),
         latent_channels=shapes.size("decoder.conv_in.weight", 1),
     )

@@ -95,7 +95,8 @@ def write_single(path: Path, model: ModelLike, dtype: torch.dtype | None) -> Non
             f"a single file has no place for a tokenizer, and that of {config.name} is not CLIP's own: "
             "save in the diffusers layout"
         )
-    metadata = {"format": "pt", METADATA_KEY: json.dumps(_without_none(dataclasses.asdict(config)))}
+    # one entry: safetensors would write several in random order
+    metadata = {METADATA_KEY: json.dumps(_without_none(dataclasses.asdict(config)))}
     save_file(ldm_tensors(model, dtype), path, metadata=metadata)
 
 

@@ -1,7 +1,7 @@
 """Names of the official checkpoints as data: ours -> LDM single file, ours -> diffusers folder.
 
-The tables hold for every UNet of this architecture: where numbering depends on the layout, it is computed from the
-configuration's residual blocks and depths. What LoRA files call a layer follows from the same tables.
+The tables hold for every UNet of this kind: where numbering depends on the architecture, it is computed from the
+residual blocks and depths of its configuration.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ def _same(*names: str) -> tuple[Rule, ...]:
     return tuple(Rule(name, name) for name in names)
 
 
-# ---- parts that LDM and diffusers name alike
+# Parts that LDM and diffusers name alike.
 
 _TRANSFORMER_BLOCK = (
     *_same("norm1", "norm2", "norm3"),
@@ -36,7 +36,7 @@ _TRANSFORMER = (
 )
 _CLIP = _same("embeddings", "encoder", "final_layer_norm")
 
-# ---- residual blocks and the VAE's attention
+# Residual blocks and the VAE's attention.
 
 _LDM_RES = (
     Rule("norm1", "in_layers.0"),
@@ -66,15 +66,13 @@ DIFFUSERS_VAE_ATTENTION = (
     Rule("to_v", "to_v", form=EITHER_RANK),
     Rule("to_out", "to_out.0", form=EITHER_RANK),
 )
-OLD_DIFFUSERS_VAE_ATTENTION = (  # folders from before diffusers 0.17, SD 1.5's own among them
+OLD_DIFFUSERS_VAE_ATTENTION = (  # of older folders, SD 1.5's own among them
     Rule("norm", "group_norm"),
     Rule("to_q", "query", form=EITHER_RANK),
     Rule("to_k", "key", form=EITHER_RANK),
     Rule("to_v", "value", form=EITHER_RANK),
     Rule("to_out", "proj_attn", form=EITHER_RANK),
 )
-
-# ---- whole networks
 
 
 def ldm_unet(config: UNetConfig) -> tuple[Rule, ...]:

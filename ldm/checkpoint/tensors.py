@@ -14,8 +14,8 @@ _PICKLE = (
     "is a PyTorch pickle, which can run code when it is opened, so it is not read: give the model's "
     ".safetensors file"
 )
-_SIGNATURES = (
-    (b"PK\x03\x04", _PICKLE),
+_SIGNATURES = (  # in lower case
+    (b"pk\x03\x04", _PICKLE),
     *((b"\x80" + bytes([protocol]), _PICKLE) for protocol in range(2, 6)),
     (
         b"version https://git-lfs",
@@ -82,12 +82,9 @@ def read_header(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is empty: fetch it again")
     with path.open("rb") as file:
         start = file.read(64)
-        for signature, what in _SIGNATURES:
-            if start.lstrip().lower().startswith(signature):
-                raise ValueError(f"{path} {what}")
         length = int.from_bytes(start[:8], "little")
         if start[8:9] != b"{" or length > MAX_HEADER:
-            raise ValueError(f"{path} is not a safetensors file: it starts with {start[:16]!r}")
+            raise ValueError(f"{path} {_what_else(start)}")
         file.seek(8)
         text = file.read(length)
     if len(text) < length:
@@ -102,6 +99,14 @@ def read_header(path: Path) -> dict[str, Any]:
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     return header
+
+
+def _what_else(start: bytes) -> str:
+    """What a file is that begins with `start` and not as safetensors do."""
+    for signature, what in _SIGNATURES:
+        if start.lstrip().lower().startswith(signature):
+            return what
+    return f"is not a safetensors file: it starts with {start[:16]!r}"
 
 
 def _entries(header: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -1,0 +1,201 @@
+"""diffusers' and transformers' config files: read, written, completed by defaults, and refused."""
+
+import dataclasses
+
+import diffusers
+import pytest
+import torch
+from transformers import CLIPTextConfig
+
+from ldm.checkpoint import configs
+from ldm.checkpoint.parts import recognise
+from ldm.config import (
+    PRESETS,
+    SD15,
+    SD21,
+    SD21_BASE,
+    SDXL_BASE,
+    DiffusionConfig,
+    TextConfig,
+    UNetConfig,
+    VAEConfig,
+)
+
+# What the folder of SD 1.5 says (without what its libraries ignore), written by diffusers 0.6
+SD15_UNET = {
+    "_class_name": "UNet2DConditionModel",
+    "act_fn": "silu",
+    "attention_head_dim": 8,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "center_input_sample": False,
+    "cross_attention_dim": 768,
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "downsample_padding": 1,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "in_channels": 4,
+    "layers_per_block": 2,
+    "mid_block_scale_factor": 1,
+    "norm_eps": 1e-05,
+    "norm_num_groups": 32,
+    "out_channels": 4,
+    "sample_size": 64,
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+}
+
+
+def test_sd15s_own_unet_config_is_the_preset():
+    assert configs.unet_from_json(SD15_UNET, "here") == SD15.unet
+
+
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=lambda p: p.name)
+def test_configs_come_back_as_they_were_written(preset):
+    assert configs.unet_from_json(configs.unet_to_json(preset.unet, 64), "") == preset.unet
+    assert configs.vae_from_json(configs.vae_to_json(preset.vae, 512), "") == preset.vae
+    text = dataclasses.replace(preset.text[0], output_layer=-1, final_norm=True, projection=None)
+    assert configs.text_from_json(configs.text_to_json(text, 0, 2), "", text.pad_id) == text
+    assert (
+        configs.diffusion_from_json(configs.diffusion_to_json(preset.diffusion), "")
+        == preset.diffusion
+    )
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace", "karras"])
+@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
+def test_every_diffusion_config_has_a_scheduler_that_diffusers_can_build(spacing, prediction):
+    config = DiffusionConfig(
+        prediction, "linear", 0.001, 0.01, 500, zero_terminal_snr=True, spacing=spacing, offset=0
+    )
+    json = configs.diffusion_to_json(config)
+    scheduler = getattr(diffusers, json["_class_name"]).from_config(json)
+    scheduler.set_timesteps(5)
+    assert configs.diffusion_from_json(dict(scheduler.config), "") == config
+
+
+@pytest.mark.parametrize(
+    ("name", "spacing"),
+    [
+        ("PNDMScheduler", "leading"),
+        ("DDIMScheduler", "leading"),
+        ("DDPMScheduler", "leading"),
+        ("LCMScheduler", "leading"),
+        ("EulerDiscreteScheduler", "linspace"),
+        ("EulerAncestralDiscreteScheduler", "linspace"),
+        ("DPMSolverMultistepScheduler", "linspace"),
+        ("UniPCMultistepScheduler", "linspace"),
+    ],
+)
+def test_what_a_scheduler_config_leaves_out_is_the_default_of_its_class(name, spacing):
+    full = dict(getattr(diffusers, name)().config)
+    betas = {key: full[key] for key in ("beta_schedule", "beta_start", "beta_end")}
+    short = configs.diffusion_from_json({"_class_name": name, **betas}, "")
+    assert short == configs.diffusion_from_json({"_class_name": name, **full}, "")
+    assert short.spacing == spacing
+
+
+def test_what_a_text_config_leaves_out_is_transformers_default():
+    assert configs.text_from_json({}, "", 1) == configs.text_from_json(
+        CLIPTextConfig().to_dict(), "", 1
+    )
+
+
+def test_what_a_unet_or_vae_config_leaves_out_is_diffusers_default():
+    with torch.device("meta"):
+        unet, vae = diffusers.UNet2DConditionModel(), diffusers.AutoencoderKL()
+    assert configs.unet_from_json({}, "") == configs.unet_from_json(as_json(unet.config), "")
+    assert configs.vae_from_json({}, "") == configs.vae_from_json(as_json(vae.config), "")
+
+
+def as_json(config):
+    return {key: list(v) if isinstance(v, tuple) else v for key, v in config.items()}
+
+
+@pytest.mark.parametrize(
+    ("read", "json", "message"),
+    [
+        (
+            configs.unet_from_json,
+            {"act_fn": "gelu"},
+            "here: act_fn 'gelu' is not supported; allowed: 'silu'",
+        ),
+        (
+            configs.unet_from_json,
+            {"time_cond_proj_dim": 256},
+            "time_cond_proj_dim 256 is not supported",
+        ),
+        (configs.unet_from_json, {"block_out_channels": 5}, "block_out_channels must be a list"),
+        (
+            configs.unet_from_json,
+            {"block_out_channels": ["a"] * 4},
+            "here: channels must be int, got 'a'",
+        ),
+        (
+            configs.unet_from_json,
+            {"up_block_types": ["UpBlock2D"] * 4},
+            r"up_block_types \['UpBlock2D'",
+        ),
+        (configs.unet_from_json, {"attention_head_dim": [8]}, "need one entry per level"),
+        (
+            configs.unet_from_json,
+            {"layers_per_block": [1, 2]},
+            r"res_blocks must be int, got \[1, 2\]",
+        ),
+        (configs.vae_from_json, {"latents_mean": [1.0]}, r"latents_mean \[1.0\] is not supported"),
+        (
+            configs.vae_from_json,
+            {"down_block_types": ["X"]},
+            "down_block_types must be DownEncoderBlock2D",
+        ),
+        (
+            configs.diffusion_from_json,
+            {"_class_name": "EDMEulerScheduler"},
+            "EDMEulerScheduler with",
+        ),
+        (
+            configs.diffusion_from_json,
+            {"prediction_type": "flow"},
+            "one of epsilon, v_prediction, sample",
+        ),
+        (configs.diffusion_from_json, {"beta_start": 0.1}, "here lacks beta_schedule, beta_end"),
+        (
+            configs.diffusion_from_json,
+            {"beta_schedule": "squaredcos", "beta_start": 0.1, "beta_end": 0.2},
+            "betas must be one of 'scaled_linear', 'linear', got 'squaredcos'",
+        ),
+        (
+            configs.diffusion_from_json,
+            {"trained_betas": [0.1]},
+            r"trained_betas \[0.1\] is not supported",
+        ),
+    ],
+)
+def test_what_would_change_the_numbers_is_refused_by_name(read, json, message):
+    with pytest.raises(ValueError, match=message):
+        read(json, "here")
+
+
+def test_text_encoders_of_another_kind_are_refused():
+    with pytest.raises(ValueError, match=r"architectures .* is not supported"):
+        configs.text_from_json({"architectures": ["CLIPTextModelWithProjection"]}, "here", 0)
+    with pytest.raises(
+        ValueError, match="activation must be one of 'quick_gelu', 'gelu', got 'relu'"
+    ):
+        configs.text_from_json({"hidden_act": "relu"}, "here", 0)
+
+
+def test_what_the_layout_cannot_express_is_refused():
+    with pytest.raises(
+        ValueError, match="cannot express mid_depth 2 beside a last level of depth 1"
+    ):
+        configs.unet_to_json(UNetConfig(channels=(32,), depth=(1,), heads=(1,), mid_depth=2), 8)
+    with pytest.raises(ValueError, match="output_layer -2"):
+        configs.text_to_json(TextConfig(output_layer=-2), 0, 2)
+
+
+def test_an_architecture_is_recognised_with_its_prediction_and_its_input_channels():
+    sd2, v = (SD21.unet, SD21.vae, SD21.text), DiffusionConfig(prediction="v")
+    assert recognise(*sd2, DiffusionConfig()) == SD21_BASE
+    assert recognise(*sd2, v) == SD21
+    inpainting = dataclasses.replace(SD15.unet, in_channels=9)
+    assert recognise(inpainting, SD15.vae, SD15.text, v).name == "sd15-inpainting"
+    assert recognise(SDXL_BASE.unet, VAEConfig(), SD15.text, v).name == "custom"
