@@ -104,7 +104,9 @@ def _layers(
             start = end
         across, down = grain
         cells = rng.normal(0, contrast, (down, across)).astype(np.float32)
-        texture = np.asarray(Image.fromarray(cells).resize((side, side), Image.Resampling.BILINEAR))
+        texture: Pixels = np.asarray(
+            Image.fromarray(cells).resize((side, side), Image.Resampling.BILINEAR)
+        )
         shade = rng.normal(0, 5)
         return column[:, None, :] + texture[:, :, None] + np.float32(shade)
 
@@ -177,28 +179,37 @@ PHRASES = {
 def emoji_sprites(emoji: str = EMOJI, font: Path = FONT) -> dict[str, Image.Image]:
     """Render each character of `emoji` as an RGBA square, cropped to its ink, by its English name.
 
-    Raises ValueError if the font is missing or has no such coloured character.
+    Raises ValueError if the font is missing or unusable, or has no such character in color.
     """
     if not font.is_file():
         raise ValueError(
             f"no colour emoji font at {font}: install one (apt-get install fonts-noto-color-emoji) or name yours with "
             "font = ... under [data] (--font for ldm evaluate)"
         )
-    face = ImageFont.truetype(str(font), 109)  # the one size of Noto's bitmaps
+    try:
+        face = ImageFont.truetype(str(font), 109)  # the one size of Noto's bitmaps
+    except OSError as error:
+        raise ValueError(f"{font} is not a font that Pillow can draw with: {error}") from error
     sprites = {}
     for character in emoji:
         image = Image.new("RGBA", (160, 160))
-        ImageDraw.Draw(image).text((0, 0), character, font=face, embedded_color=True)
+        ImageDraw.Draw(image).text(
+            (0, 0), character, font=face, fill="magenta", embedded_color=True
+        )
         box = image.getbbox()
-        if box is None:
-            raise ValueError(f"the font {font} has no picture of {character!r}")
+        if box is None or not image.getchannel("G").getbbox():  # nothing, or a character in ink
+            raise ValueError(
+                f"the font {font} has no color picture of {character} ({name_of(character)})"
+            )
         sprites[name_of(character)] = _square(image.crop(box))
     return sprites
 
 
 def name_of(character: str) -> str:
     """Return what people call an emoji, by Unicode's name of it: "frog" for FROG FACE."""
-    return NAMES.get(character) or unicodedata.name(character).lower().removesuffix(" face")
+    return NAMES.get(character) or unicodedata.name(character, "unknown").lower().removesuffix(
+        " face"
+    )
 
 
 def _square(image: Image.Image) -> Image.Image:
