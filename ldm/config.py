@@ -186,19 +186,22 @@ SDXL_REFINER = ModelConfig(
     micro_conditioning=("original_height", "original_width", "crop_top", "crop_left")
     + ("aesthetic_score",),
 )
-TINY = ModelConfig(
+TINY = ModelConfig(  # weights/tiny, as configs/train_vae.toml and train_ldm.toml make it
     name="tiny",
     unet=UNetConfig(
-        channels=(64, 128, 256),
+        channels=(96, 160, 192),
+        res_blocks=1,
         depth=(0, 1, 1),
-        heads=(2, 4, 8),
+        heads=(3, 5, 6),
         context_dim=192,
-        norm_groups=8,  # 8 and more channels a group: fewer lose absolute colour
+        norm_groups=8,  # 12 and more channels a group: few would lose absolute colour
     ),
-    vae=VAEConfig(channels=(32, 64, 128), res_blocks=1, norm_groups=4, scaling_factor=1.0),
+    vae=VAEConfig(
+        channels=(32, 64, 128), res_blocks=1, norm_groups=4, scaling_factor=0.5041212288825143
+    ),
     text=(
         TextConfig(
-            width=192, layers=3, heads=6, mlp=768, vocab_size=1024, max_length=32, pad_id=1023
+            width=192, layers=3, heads=6, mlp=768, vocab_size=705, max_length=32, pad_id=704
         ),
     ),
     diffusion=DiffusionConfig(prediction="v", spacing="trailing"),

@@ -96,61 +96,76 @@ def train(
     Resumes from `out`/checkpoint.pt where there is one. `recipe` is the run's whole configuration as text: it is
     kept beside the weights, and ValueError is raised if the run in `out` was started with another one.
     """
-    device = next(objective.parameters()).device
     parameters = [p for p in objective.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=config.weight_decay)
     average = copy.deepcopy(objective.trained).eval().requires_grad_(False)
 
     (out / "samples").mkdir(parents=True, exist_ok=True)
     start = _resume(out, recipe, objective, average, optimizer)
-    log = (out / "log.jsonl").open("a", encoding="utf-8")
-    progress = tqdm(total=config.steps, initial=start, unit="step", dynamic_ncols=True)
     batches = _batches(dataset, config, start)
-    since = time.perf_counter()
+    with (
+        (out / "log.jsonl").open("a", encoding="utf-8") as log,
+        tqdm(total=config.steps, initial=start, unit="step", disable=None) as progress,
+    ):
+        since = time.perf_counter()
+        for step in range(start, config.steps):
+            torch.manual_seed(config.seed * 1_000_003 + step)  # makes a resumed run exact
+            rate = learning_rate(step, config)
+            batch, values = _step(objective, optimizer, batches, config, rate)
+            if not math.isfinite(values["grad_norm"]):
+                raise FloatingPointError(
+                    f"the gradient of step {step} is not finite: lower the learning rate; {out} has its checkpoint"
+                )
+            _update(average, objective.trained, min(config.ema, (1 + step) / (10 + step)))
 
-    for step in range(start, config.steps):
-        torch.manual_seed(config.seed * 1_000_003 + step)  # makes a resumed run exact
-        objective.train()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, config)
-        optimizer.zero_grad(set_to_none=True)
-        for _ in range(config.accumulate):
-            images, captions = next(batches)
-            loss, logs = objective((images.to(device), captions))
-            (loss / config.accumulate).backward()
-        norm = nn.utils.clip_grad_norm_(parameters, config.clip)
-        if not torch.isfinite(norm):
-            raise FloatingPointError(
-                f"the gradient of step {step} is not finite: lower the learning rate; {out} keeps its last checkpoint"
-            )
-        optimizer.step()
-        _update(average, objective.trained, min(config.ema, (1 + step) / (10 + step)))
-
-        done = step + 1
-        progress.update()
-        if done % config.log_every == 0 or done == config.steps:
-            seconds = (time.perf_counter() - since) / config.log_every
-            since = time.perf_counter()
-            values = {"step": done, "loss": loss.item()} | {k: v.item() for k, v in logs.items()}
-            values |= {
-                "grad_norm": norm.item(),
-                "lr": learning_rate(step, config),
-                "step_seconds": seconds,
-            }
-            log.write(json.dumps({k: float(f"{v:.6g}") for k, v in values.items()}) + "\n")
-            log.flush()
-            progress.set_postfix(loss=f"{values['loss']:.4f}")
-        if done % config.sample_every == 0 or done == config.steps:
-            objective.eval()
-            with torch.no_grad():
-                pictures = objective.sample(average, (images.to(device), captions))
-            _save_grid(pictures, out / "samples" / f"step-{done:06d}.png")
-        if done % config.checkpoint_every == 0 or done == config.steps:
-            _checkpoint(out, recipe, done, objective, average, optimizer)
-
-    progress.close()
-    log.close()
+            done = step + 1
+            progress.update()
+            if _due(done, config.log_every, config):
+                seconds = (time.perf_counter() - since) / config.log_every
+                since = time.perf_counter()
+                values |= {"step": done, "lr": rate, "step_seconds": seconds}
+                log.write(json.dumps({k: float(f"{v:.6g}") for k, v in values.items()}) + "\n")
+                log.flush()
+                progress.set_postfix(loss=f"{values['loss']:.4f}")
+            if _due(done, config.sample_every, config):
+                objective.eval()
+                with torch.no_grad():
+                    pictures = objective.sample(average, batch)
+                _save_grid(pictures, out / "samples" / f"step-{done:06d}.png")
+            if _due(done, config.checkpoint_every, config):
+                _checkpoint(out, recipe, done, objective, average, optimizer)
     return average
+
+
+def _due(done: int, every: int, config: LoopConfig) -> bool:
+    return done % every == 0 or done == config.steps
+
+
+def _step(
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterator[Batch],
+    config: LoopConfig,
+    rate: float,
+) -> tuple[Batch, dict[str, float]]:
+    """Take one optimiser step at learning rate `rate`; return its last batch and its scalars.
+
+    With a gradient that is not finite, the weights stay as they are.
+    """
+    objective.train()
+    (group,) = optimizer.param_groups
+    group["lr"] = rate
+    optimizer.zero_grad(set_to_none=True)
+    for _ in range(config.accumulate):
+        images, captions = next(batches)
+        batch = images.to(group["params"][0].device), captions
+        loss, logs = objective(batch)
+        (loss / config.accumulate).backward()
+    norm = nn.utils.clip_grad_norm_(group["params"], config.clip)
+    if torch.isfinite(norm):
+        optimizer.step()
+    scalars = {"loss": loss} | logs | {"grad_norm": norm}
+    return batch, {name: value.item() for name, value in scalars.items()}
 
 
 def _batches(dataset: Dataset, config: LoopConfig, start: int) -> Iterator[Batch]:
@@ -228,7 +243,9 @@ def _resume(
     log = out / "log.jsonl"
     lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.is_file() else []
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    log.write_text("".join(kept), encoding="utf-8")
+    partial = out / "log.jsonl.partial"
+    partial.write_text("".join(kept), encoding="utf-8")
+    os.replace(partial, log)
     return step
 
 

@@ -146,7 +146,9 @@ def _tokenizer(recipe: LDMRecipe, dataset: Dataset) -> Tokenizer:
     if not folder.is_dir():
         captions = [dataset[i][1] for i in range(min(20_000, len(dataset)))]
         vocab, merges = build_vocabulary(captions, recipe.vocabulary)
-        Tokenizer(vocab, merges).save(folder, recipe.text.max_length)
+        partial = folder.with_name("tokenizer.partial")
+        Tokenizer(vocab, merges).save(partial, recipe.text.max_length)
+        partial.rename(folder)
     return Tokenizer.from_folder(folder)
 
 
