@@ -64,7 +64,7 @@ class Folder:
         with _open(path) as picture:
             try:
                 upright = ImageOps.exif_transpose(picture)
-            except OSError as error:
+            except (OSError, SyntaxError, ValueError) as error:  # what Pillow's decoders raise
                 raise ValueError(f"the picture {path} is damaged: {error}") from error
         square = ImageOps.fit(_on_white(upright), (self.size, self.size), Image.Resampling.LANCZOS)
         pixels = torch.from_numpy(np.array(square))  # h w 3
@@ -108,7 +108,7 @@ def _open(path: Path) -> Image.Image:
         raise ValueError(
             f"the picture {path}, which metadata.jsonl lists, does not exist"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, Image.DecompressionBombError) as error:
         raise ValueError(f"the picture {path} cannot be read: {error}") from error
 
 

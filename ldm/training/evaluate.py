@@ -112,10 +112,10 @@ class Checker:
     def _ground(self, pixels: Tensor) -> tuple[str, Tensor]:
         """Return the ground of pixels, c h w, and its color in each row: c h 1.
 
-        The distance to an example is cut off, so that an object costs every ground the same. The example's rows then
-        move to the picture's own color by mean shift, in which an object's pixels weigh nothing.
+        The distance to an example, over every fourth column, is cut off, so that an object costs every ground the
+        same. The example's rows then move to the picture's own color by mean shift, where its pixels weigh nothing.
         """
-        distance = pixels[:, :, ::2] - rearrange(self.rows, "g e h c -> (g e) c h 1")
+        distance = pixels[:, :, ::4] - rearrange(self.rows, "g e h c -> (g e) c h 1")
         nearness = (1 - distance.square().sum(1) / CUTOFF**2).clamp(min=0).mean((1, 2))  # (g e)
         best = int(nearness.argmax())
         rows = rearrange(self.rows.flatten(0, 1)[best], "h c -> c h 1")

@@ -38,6 +38,5 @@ def build_vocabulary(
     learned = json.loads(learner.to_str())["model"]["merges"]
     pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in learned]
     merges = [(a, b) for a, b in pairs][: size - len(fixed) - 2]
-    joined = dict.fromkeys(a + b for a, b in merges)  # two merges may make the same token
-    tokens = [*fixed, *joined, BOS, EOS]
+    tokens = [*fixed, *(a + b for a, b in merges), BOS, EOS]
     return {token: i for i, token in enumerate(tokens)}, merges

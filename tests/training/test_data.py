@@ -1,0 +1,142 @@
+"""Folders of one's own pictures: captions, geometry, transparency, and each mistake named."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldm.training.data import DataConfig, Folder
+from ldm.training.scenes import FONT, Scenes
+
+
+def save(path, size=(8, 8), color="red", mode="RGB", text=None, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, color).save(path, **options)
+    if text is not None:
+        path.with_suffix(".txt").write_text(text, encoding="utf-8")
+    return path
+
+
+def test_pictures_are_paired_with_the_text_files_beside_them_in_subfolders_too(tmp_path):
+    save(tmp_path / "b.png", color="blue", text="ein blaues Bild: größer\n")
+    save(tmp_path / "a" / "c.JPG", color="red", text="a red one")
+    folder = Folder(tmp_path, 4)
+    assert [folder[i][1] for i in range(len(folder))] == ["a red one", "ein blaues Bild: größer"]
+    image, _ = folder[1]
+    assert image.dtype == torch.uint8
+    assert torch.equal(
+        image, torch.tensor([0, 0, 255], dtype=torch.uint8)[:, None, None].expand(3, 4, 4)
+    )
+
+
+def test_metadata_lists_pictures_and_captions(tmp_path):
+    save(tmp_path / "x" / "1.png")
+    save(tmp_path / "unlisted.png")
+    rows = [{"file_name": "x/1.png", "text": "one", "more": 3}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    folder = Folder(tmp_path)
+    assert len(folder) == 1
+    assert folder[0][1] == "one"
+
+
+def test_the_middle_of_a_wide_picture_is_kept(tmp_path):
+    pixels = np.zeros((10, 30, 3), np.uint8)
+    pixels[:, 10:20] = 200
+    Image.fromarray(pixels).save(tmp_path / "wide.png")
+    (tmp_path / "wide.txt").write_text("wide")
+    assert (Folder(tmp_path, 10)[0][0] == 200).all()
+
+
+def test_a_rotated_photograph_is_turned_upright(tmp_path):
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    pixels[:, :4] = 255  # white on the left; orientation 6 turns it clockwise: white on top
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "photo.png", exif=exif)
+    (tmp_path / "photo.txt").write_text("photo")
+    image, _ = Folder(tmp_path, 8)[0]
+    assert (image[:, :4] == 255).all()
+    assert (image[:, 4:] == 0).all()
+
+
+def test_transparency_is_laid_on_white(tmp_path):
+    save(tmp_path / "half.png", mode="RGBA", color=(255, 0, 0, 0), text="nothing")
+    save(tmp_path / "palette.gif.png", mode="P", color=0, text="nothing", transparency=0)
+    for image, _ in (Folder(tmp_path, 4)[i] for i in range(2)):
+        assert (image == 255).all()
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "1", "CMYK", "P", "RGBA"])
+def test_every_color_mode_becomes_three_channels(tmp_path, mode):
+    suffix = ".jpg" if mode == "CMYK" else ".png"
+    save(tmp_path / f"picture{suffix}", mode=mode, color=0 if mode in "L1P" else None, text="x")
+    assert Folder(tmp_path, 4)[0][0].shape == (3, 4, 4)
+
+
+def test_a_folder_that_does_not_exist_is_named(tmp_path):
+    with pytest.raises(ValueError, match="nowhere does not exist"):
+        Folder(tmp_path / "nowhere")
+
+
+def test_an_empty_folder_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="no pictures in"):
+        Folder(tmp_path)
+
+
+def test_a_missing_caption_is_named(tmp_path):
+    save(tmp_path / "told.png", text="told")
+    save(tmp_path / "silent.png")
+    with pytest.raises(ValueError, match=r"1 of 2 pictures .* silent\.png: write silent\.txt"):
+        Folder(tmp_path)
+
+
+def test_a_file_that_is_no_picture_is_named_at_once(tmp_path):
+    (tmp_path / "fake.png").write_text("not a picture")
+    (tmp_path / "fake.txt").write_text("fake")
+    with pytest.raises(ValueError, match=r"fake\.png cannot be read"):
+        Folder(tmp_path)
+
+
+def test_a_damaged_picture_is_named_when_it_is_reached(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    path = tmp_path / "cut.png"
+    Image.fromarray(pixels).save(path)
+    path.write_bytes(path.read_bytes()[:2000])
+    path.with_suffix(".txt").write_text("cut")
+    folder = Folder(tmp_path, 8)
+    with pytest.raises(ValueError, match=r"cut\.png"):
+        folder[0]
+
+
+@pytest.mark.parametrize("line", ["{", '"word"', '{"file_name": "a.png"}', '{"text": "a"}', "7"])
+def test_a_bad_line_of_the_metadata_is_named_by_number(tmp_path, line):
+    save(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a"}\n' + line)
+    with pytest.raises(ValueError, match=r"metadata\.jsonl, line 2"):
+        Folder(tmp_path)
+
+
+def test_a_picture_that_is_listed_and_missing_is_named(tmp_path):
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "gone.png", "text": "a"}')
+    with pytest.raises(ValueError, match=r"gone\.png.*does not exist"):
+        Folder(tmp_path)
+
+
+def test_the_size_must_be_positive(tmp_path):
+    with pytest.raises(ValueError, match="at least 1 pixel, got 0"):
+        Folder(tmp_path, 0)
+
+
+def test_the_configuration_opens_a_folder_where_there_is_one(tmp_path):
+    save(tmp_path / "a.png", text="a")
+    dataset = DataConfig(size=16, folder=tmp_path).open()
+    assert dataset[0][0].shape == (3, 16, 16)
+
+
+@pytest.mark.skipif(not FONT.is_file(), reason="needs fonts-noto-color-emoji")
+def test_the_configuration_opens_scenes_otherwise():
+    dataset = DataConfig(size=32, seed=4).open()
+    assert isinstance(dataset, Scenes)
+    assert dataset[9][0].shape == (3, 32, 32)
