@@ -2,16 +2,18 @@
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from ldm.checkpoint.folder import open_folder, open_vae, write_folder, write_vae
+from ldm.checkpoint.folder import is_constant, open_folder, open_vae, write_folder, write_vae
 from ldm.checkpoint.parts import Layout, Model, ModelLike, Source, check, fill
 from ldm.checkpoint.single import open_single, write_single
 from ldm.config import ModelConfig, Prediction
-from ldm.models.text import TextEncoder, Tokenizer
+from ldm.models.text import TextEncoder
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
 
@@ -53,7 +55,7 @@ def load(
     config, device = source.config, torch.device(device)
     unet, vae, text_encoder = _build(source, path)
     modules = {"unet": unet, "vae": vae, "text_encoder": text_encoder}
-    check(modules, source)
+    check(modules, source.parts, layout=source.layout, ignored=source.ignored)
     for name, part in source.parts.items():
         wanted = vae_dtype or dtype if name == "vae" else dtype
         fill(modules[name], part, dtype=wanted, device=device)
@@ -68,29 +70,9 @@ def load_vae(path: str | Path, *, device: torch.device | str = "cpu") -> VAE:
     config, part = open_vae(Path(path))
     with torch.device("meta"):
         vae = VAE(config)
-    source = Source(
-        ModelConfig(vae=config),
-        "diffusers",
-        "",
-        {"vae": part},
-        lambda name: False,
-        Tokenizer.official,
-    )
-    check({"vae": vae}, source)
+    check({"vae": vae}, {"vae": part}, layout="diffusers", ignored=is_constant)
     fill(vae, part, dtype=torch.float32, device=torch.device(device))
     return vae
-
-
-def save_vae(vae: VAE, path: str | Path, *, image_size: int) -> None:
-    """Save a VAE alone as a folder for `load_vae` and for diffusers, replacing what is there once it is written.
-
-    image_size: pixels it was trained at, for the configuration.
-    """
-    path = Path(path).resolve()
-    new = path.with_name(f".{path.name}.{os.getpid()}.new")
-    new.mkdir(parents=True)
-    write_vae(new, vae, image_size)
-    _replace_folder(path, new)
 
 
 def save(
@@ -113,19 +95,26 @@ def save(
         )
     _check_target(Path(path), layout, overwrite)
     path = Path(path).resolve()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.{os.getpid()}.new")
-    try:
+    with _beside(path) as new:
         if layout == "ldm":
             write_single(new, model, dtype)
             new.replace(path)
         else:
-            new.mkdir()
             write_folder(new, model, dtype)
             _replace_folder(path, new)
-    finally:  # nothing is left of a failure
-        shutil.rmtree(new, ignore_errors=True)
-        new.unlink(missing_ok=True)
+
+
+def save_vae(vae: VAE, path: str | Path, *, image_size: int) -> None:
+    """Save a VAE alone as a folder for `load_vae` and for diffusers, replacing one that is there once it is written.
+
+    image_size: pixels it was trained at, for the configuration. Raises ValueError if something else is at `path`.
+    """
+    if Path(path).exists() and not (Path(path) / "config.json").is_file():
+        raise ValueError(f"{path} is not a VAE folder, so it is not overwritten: give another path")
+    path = Path(path).resolve()
+    with _beside(path) as new:
+        write_vae(new, vae, image_size)
+        _replace_folder(path, new)
 
 
 def _open(path: Path) -> Source:
@@ -167,6 +156,18 @@ def _check_target(path: Path, layout: Layout, overwrite: bool) -> None:
         raise ValueError(
             f"{path} is not a model folder, so it is not overwritten: give another path"
         )
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A path in the same folder as `path` to write to, before it is renamed; of a failure nothing is left."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.{os.getpid()}.new")
+    try:
+        yield new
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+        new.unlink(missing_ok=True)
 
 
 def _replace_folder(path: Path, new: Path) -> None:

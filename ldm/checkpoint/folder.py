@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from ldm.checkpoint import configs, tables
 from ldm.checkpoint.configs import Json
@@ -36,6 +37,11 @@ class Extras:
     name: str
     image_size: int
     guidance_scale: float
+
+
+def is_constant(name: str) -> bool:
+    """Whether a tensor of a folder holds nothing learnt, and is not read."""
+    return name.endswith("position_ids")
 
 
 def open_folder(folder: Path) -> Source:
@@ -73,7 +79,7 @@ def open_folder(folder: Path) -> Source:
                 files["text_encoder"], tables.CLIP_TEXT, "text_model." if prefixed else ""
             ),
         },
-        ignored=lambda name: name.endswith("position_ids"),
+        ignored=is_constant,
         tokenizer=lambda: _read_tokenizer(folder / "tokenizer"),
     )
 
@@ -87,14 +93,6 @@ def open_vae(folder: Path) -> tuple[VAEConfig, Part]:
     return config, _vae_part(TensorFiles(_weight_files(folder, _WEIGHTS["vae"])))
 
 
-def write_vae(folder: Path, vae: VAE, image_size: int) -> None:
-    """Write a VAE alone into `folder`, for us and for diffusers' `from_pretrained`."""
-    value = configs.vae_to_json(vae.config, image_size)
-    (folder / "config.json").write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    weights = folder / f"{_WEIGHTS['vae']}.safetensors"
-    save_file(collect(vae, tables.diffusers_vae()), weights, metadata={"format": "pt"})
-
-
 def write_folder(folder: Path, model: ModelLike, dtype: torch.dtype | None) -> None:
     """Write `model` into the new `folder`, for us and for diffusers' `from_pretrained`.
 
@@ -106,32 +104,40 @@ def write_folder(folder: Path, model: ModelLike, dtype: torch.dtype | None) -> N
             f"the diffusers layout is written for models of one text encoder, this has {len(config.text)}"
         )
     text, tokenizer = config.text[0], tokenizer_of(model)
+    extras = Extras(config.name, config.image_size, config.guidance_scale)
     scheduler = configs.diffusion_to_json(config.diffusion)
-    jsons = {
-        "model_index.json": _index(config, scheduler),
-        "ldm.json": dataclasses.asdict(
-            Extras(config.name, config.image_size, config.guidance_scale)
-        ),
-        "unet/config.json": configs.unet_to_json(
-            config.unet, config.image_size // config.vae.factor
-        ),
-        "vae/config.json": configs.vae_to_json(config.vae, config.image_size),
-        "text_encoder/config.json": configs.text_to_json(text, tokenizer.bos_id, tokenizer.eos_id),
-        "scheduler/scheduler_config.json": scheduler,
-    }
-    tensors = {
-        "unet": collect(model.unet, tables.diffusers_unet(config.unet), dtype=dtype),
-        "vae": collect(model.vae, tables.diffusers_vae(), dtype=dtype),
-        # with the prefix, which every transformers reads
-        "text_encoder": collect(model.text_encoder, tables.CLIP_TEXT, "text_model.", dtype),
-    }
-    for name, value in jsons.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    for name, stem in _WEIGHTS.items():
-        save_file(tensors[name], folder / name / f"{stem}.safetensors", metadata={"format": "pt"})
+    unet = configs.unet_to_json(config.unet, config.image_size // config.vae.factor)
+    text_encoder = configs.text_to_json(text, tokenizer.bos_id, tokenizer.eos_id)
+
+    _write_json(folder / "model_index.json", _index(config, scheduler))
+    _write_json(folder / "ldm.json", dataclasses.asdict(extras))
+    _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    tensors = collect(model.unet, tables.diffusers_unet(config.unet), dtype=dtype)
+    _write_network(folder / "unet", _WEIGHTS["unet"], unet, tensors)
+    write_vae(folder / "vae", model.vae, config.image_size, dtype)
+    # with the level `text_model.`, which every version of transformers reads
+    tensors = collect(model.text_encoder, tables.CLIP_TEXT, "text_model.", dtype)
+    _write_network(folder / "text_encoder", _WEIGHTS["text_encoder"], text_encoder, tensors)
     tokenizer.save(folder / "tokenizer", text.max_length)
     _write_pad_token(folder / "tokenizer", tokenizer, text.pad_id)
+
+
+def write_vae(folder: Path, vae: VAE, image_size: int, dtype: torch.dtype | None = None) -> None:
+    """Write a VAE alone into `folder`, for us and for diffusers' `from_pretrained`."""
+    config = configs.vae_to_json(vae.config, image_size)
+    _write_network(
+        folder, _WEIGHTS["vae"], config, collect(vae, tables.diffusers_vae(), dtype=dtype)
+    )
+
+
+def _write_network(folder: Path, stem: str, config: Json, tensors: dict[str, Tensor]) -> None:
+    _write_json(folder / "config.json", config)
+    save_file(tensors, folder / f"{stem}.safetensors", metadata={"format": "pt"})
+
+
+def _write_json(path: Path, value: Json) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def _vae_part(tensors: TensorFiles) -> Part:
@@ -143,6 +149,7 @@ def _vae_part(tensors: TensorFiles) -> Part:
 def _index(config: ModelConfig, scheduler: Json) -> Json:
     return {
         "_class_name": _PIPELINES.get(config.unet.in_channels, "StableDiffusionPipeline"),
+        "_diffusers_version": "0.36.0",  # the oldest supported; some of its classes need one
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
         "requires_safety_checker": False,
@@ -269,4 +276,4 @@ def _write_pad_token(folder: Path, tokenizer: Tokenizer, pad_id: int) -> None:
         raise ValueError(
             f"pad_id {pad_id} is not in the tokenizer's vocabulary of {len(tokenizer.vocab)}"
         )
-    path.write_text(json.dumps(_read_json(path) | {"pad_token": token}, indent=2) + "\n")
+    _write_json(path, _read_json(path) | {"pad_token": token})

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
 from ldm.checkpoint import tables
-from ldm.checkpoint.keymap import Rule, inverse, key_map
+from ldm.checkpoint.keymap import Form, Rule, inverse, key_map
 from ldm.checkpoint.tensors import TensorFiles
 from ldm.config import PRESETS, DiffusionConfig, ModelConfig, TextConfig, UNetConfig, VAEConfig
 from ldm.models.text import TextEncoder, TextTower, Tokenizer
@@ -83,29 +83,46 @@ def recognise(
     return dataclasses.replace(same[0], name=name, unet=unet, diffusion=diffusion)
 
 
-def check(modules: Mapping[str, nn.Module], source: Source) -> None:
-    """Compare names and shapes of `modules`, on the meta device, with the source's files, reading no data.
+def check(
+    modules: Mapping[str, nn.Module],
+    parts: Mapping[str, Part],
+    *,
+    layout: Layout,
+    ignored: Callable[[str], bool],
+) -> None:
+    """Compare names and shapes of `modules`, on the meta device, with the files of their `parts`, reading no data.
 
     Raises ValueError listing what is missing, unknown or of another shape, and the preset that would fit.
     """
-    unused: dict[TensorFiles, set[str]] = {p.tensors: set() for p in source.parts.values()}
-    for tensors in unused:
-        unused[tensors] = {name for name in tensors.shapes if not source.ignored(name)}
-    for name, part in source.parts.items():
-        missing, misshapen = [], []
-        wanted = modules[name].state_dict()
-        for key, (stored, form) in key_map(wanted, part.rules, part.prefix).items():
-            shape = part.tensors.shapes.get(stored)
-            unused[part.tensors].discard(stored)
-            if shape is None:
-                missing.append(stored)
-            elif (
-                form.restore(torch.empty(shape, device="meta"), wanted[key].shape).shape
-                != wanted[key].shape
-            ):
-                misshapen.append(f"{stored} {list(shape)} instead of {list(wanted[key].shape)}")
-        unknown = [n for n in unused[part.tensors] if n.startswith(part.prefix)]
-        _raise_for(name, part, source, missing, misshapen, sorted(unknown))
+    unused = {
+        tensors: {name for name in tensors.shapes if not ignored(name)}
+        for tensors in {part.tensors for part in parts.values()}
+    }
+    for name, part in parts.items():
+        shapes, state = part.tensors.shapes, modules[name].state_dict()
+        wanted = {
+            stored: (form, state[key].shape)
+            for key, (stored, form) in key_map(state, part.rules, part.prefix).items()
+        }
+        unused[part.tensors] -= wanted.keys()
+        problems = {
+            "missing": [n for n in wanted if n not in shapes],
+            "unknown": sorted(n for n in unused[part.tensors] if n.startswith(part.prefix)),
+            "of another shape": [
+                f"{n} {list(shapes[n])} instead of {list(shape)}"
+                for n, (form, shape) in wanted.items()
+                if n in shapes and not _fits(shapes[n], form, shape)
+            ],
+        }
+        found = [
+            f"{len(names)} {what}: {_some(names)}" for what, names in problems.items() if names
+        ]
+        if found:
+            preset = _fitting_unet(part, layout) if name == "unet" else None
+            raise ValueError(
+                f"the {name} in {part.tensors} does not match its configuration ({'; '.join(found)})"
+                + (f"; they fit the preset {preset}" if preset else "")
+            )
     for tensors, names in unused.items():
         if names:
             raise ValueError(
@@ -141,31 +158,15 @@ def collect(
     }
 
 
-def _raise_for(
-    name: str,
-    part: Part,
-    source: Source,
-    missing: list[str],
-    misshapen: list[str],
-    unknown: list[str],
-) -> None:
-    kinds = (("missing", missing), ("unknown", unknown), ("of another shape", misshapen))
-    found = [f"{len(names)} {kind}: {_some(names)}" for kind, names in kinds if names]
-    if found:
-        preset = _fitting_unet(part, source) if name == "unet" else None
-        hint = f"; they fit the preset {preset}" if preset else ""
-        raise ValueError(
-            f"the {name} in {part.tensors} does not match its configuration ({'; '.join(found)}){hint}"
-        )
+def _fits(stored: tuple[int, ...], form: Form, shape: Size) -> bool:
+    return form.restore(torch.empty(stored, device="meta"), shape).shape == shape
 
 
-def _fitting_unet(part: Part, source: Source) -> str | None:
-    """The first preset whose UNet has exactly the part's names and shapes."""
-    rules = {"ldm": tables.ldm_unet, "diffusers": tables.diffusers_unet}[source.layout]
+def _fitting_unet(part: Part, layout: Layout) -> str | None:
+    """The first preset whose UNet has exactly the names and shapes behind the part's prefix."""
+    rules = {"ldm": tables.ldm_unet, "diffusers": tables.diffusers_unet}[layout]
     shapes = {
-        name: shape
-        for name, shape in part.tensors.shapes.items()
-        if name.startswith(part.prefix) and not source.ignored(name)
+        name: shape for name, shape in part.tensors.shapes.items() if name.startswith(part.prefix)
     }
     for preset in PRESETS.values():
         with torch.device("meta"):

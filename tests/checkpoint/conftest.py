@@ -1,8 +1,5 @@
 """A small model with CLIP's own vocabulary, which both layouts can hold, and helpers to compare models."""
 
-import json
-import math
-import struct
 from pathlib import Path
 
 import pytest
@@ -59,19 +56,3 @@ def small_file(small: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("small") / "file.safetensors"
     save(small, file, layout="ldm")
     return file
-
-
-def write_hollow(
-    path: Path, shapes: dict[str, tuple[int, ...]], metadata: dict[str, str] | None = None
-) -> Path:
-    """Write a safetensors file of fp16 zeros that takes no room on the disk, however large it says that it is."""
-    header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
-    end = 0
-    for name, shape in shapes.items():
-        start, end = end, end + 2 * math.prod(shape)
-        header[name] = {"dtype": "F16", "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + end)
-    return path

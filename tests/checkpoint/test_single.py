@@ -8,24 +8,18 @@ import torch
 
 from ldm.checkpoint import tables
 from ldm.checkpoint.files import identify, load
-from ldm.checkpoint.parts import Model, collect
-from ldm.checkpoint.single import METADATA_KEY, ldm_tensors
+from ldm.checkpoint.parts import collect
+from ldm.checkpoint.single import METADATA_KEY
 from ldm.config import SD15, SD21, SDXL_BASE, SDXL_REFINER, ModelConfig, UNetConfig
-from ldm.models.text import TextEncoder
 from ldm.models.unet import UNet
-from ldm.models.vae import VAE
-from tests.checkpoint.conftest import write_hollow
+from tests.checkpoint.standin import sd15_shapes, write_hollow
 
-UNET, VAE_, TEXT = tables.UNET_PREFIX, tables.VAE_PREFIX, tables.TEXT_PREFIX
+UNET, VAE, TEXT = tables.UNET_PREFIX, tables.VAE_PREFIX, tables.TEXT_PREFIX
 
 
 @pytest.fixture(scope="module")
-def official(tokenizer) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of SD 1.5, which another test holds to the official digest."""
-    with torch.device("meta"):
-        text_encoder = TextEncoder(SD15.text, [tokenizer])
-        model = Model(SD15, UNet(SD15.unet), VAE(SD15.vae), text_encoder)
-    return {name: tuple(value.shape) for name, value in ldm_tensors(model).items()}
+def official() -> dict[str, tuple[int, ...]]:
+    return sd15_shapes()
 
 
 def unet_shapes(config: UNetConfig) -> dict[str, tuple[int, ...]]:
@@ -123,7 +117,7 @@ def test_files_of_no_known_kind_show_some_names(tmp_path):
         identify(write_hollow(tmp_path / "empty", {}))
 
 
-@pytest.mark.parametrize(("prefix", "what"), [(VAE_, "VAE"), (TEXT, "text encoder")])
+@pytest.mark.parametrize(("prefix", "what"), [(VAE, "VAE"), (TEXT, "text encoder")])
 def test_a_checkpoint_without_a_component_is_refused(prefix, what, official, tmp_path):
     shapes = {name: shape for name, shape in official.items() if not name.startswith(prefix)}
     with pytest.raises(ValueError, match=f"has no {what} .*give a full checkpoint"):
@@ -138,7 +132,7 @@ def test_a_checkpoint_without_a_tensor_that_tells_the_architecture_is_incomplete
         ValueError, match=r"is incomplete, it lacks model\.diffusion_model\.out\.2\.weight"
     ):
         identify(write_hollow(tmp_path / "file", shapes))
-    shapes = official | {f"{VAE_}decoder.conv_in.weight": (512,)}
+    shapes = official | {f"{VAE}decoder.conv_in.weight": (512,)}
     with pytest.raises(
         ValueError, match=r"decoder\.conv_in\.weight in .*file has the shape \[512\]"
     ):
@@ -158,7 +152,7 @@ def test_wrong_metadata_of_our_own_is_named(official, tmp_path):
 def test_tensors_that_do_not_fit_their_metadata_are_named_with_the_preset_that_fits(
     official, tmp_path
 ):
-    config = json.dumps({"unet": {"context_dim": 1024}})
+    config = json.dumps({"unet": {"context_dim": 1024}, "text": [{"width": 1024, "heads": 16}]})
     path = write_hollow(tmp_path / "file", official, {METADATA_KEY: config})
     with pytest.raises(
         ValueError, match=r"the unet in .* does not match its configuration"

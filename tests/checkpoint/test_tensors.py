@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from ldm.checkpoint.files import identify, load
 from ldm.checkpoint.tensors import TensorFiles
-from tests.checkpoint.conftest import write_hollow
+from tests.checkpoint.standin import write_hollow
 
 
 def packed(header: object, data: bytes = b"") -> bytes:
