@@ -1,0 +1,71 @@
+"""Text to image, unrolled: everything between a prompt and a PNG, to read, change and take parts from.
+
+python scripts/txt2img.py "a frog on the grass" --model weights/tiny --out frog.png
+
+The same numbers as `ldm txt2img` with --sampler dpmpp_2m, bit for bit.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from ldm.checkpoint.files import load
+from ldm.diffusion.denoiser import guided, parametrise
+from ldm.diffusion.samplers import dpmpp_2m, seeded_noise
+from ldm.diffusion.schedule import NoiseSchedule, to_ve
+from ldm.images import save_png, to_pil
+
+parser = argparse.ArgumentParser(description="Make a picture from a prompt.")
+parser.add_argument("prompt")
+parser.add_argument("--negative", default="")
+parser.add_argument("--model", default=Path(__file__).parents[1] / "weights/tiny", type=Path)
+parser.add_argument("--steps", default=25, type=int)
+parser.add_argument("--guidance", type=float, help="default: the model's own")
+parser.add_argument("--seed", default=0, type=int)
+parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+parser.add_argument("--out", default="out.png", type=Path)
+args = parser.parse_args()
+
+
+@torch.no_grad()
+def main() -> None:
+    # Three networks and their configuration. The VAE stays in fp32, where fp16 could overflow.
+    dtype = torch.float32 if args.device == "cpu" else torch.float16
+    model = load(args.model, dtype=dtype, vae_dtype=torch.float32, device=args.device)
+    config, unet, vae, text_encoder = model
+    scale = config.guidance_scale if args.guidance is None else args.guidance
+
+    # The prompt, and what guidance steers away from: context b n d, and vector b p for models that have one.
+    encoded = text_encoder.encode([args.prompt, args.negative])
+    cond, uncond = ([None if c is None else c[i : i + 1] for c in encoded] for i in (0, 1))
+
+    # How the model was trained, and the noise levels of this run: steps + 1, falling to 0.
+    process = config.diffusion
+    schedule = NoiseSchedule(
+        betas=process.betas,
+        beta_start=process.beta_start,
+        beta_end=process.beta_end,
+        timesteps=process.timesteps,
+        zero_terminal_snr=process.zero_terminal_snr,
+    )
+    sigmas = schedule.steps(args.steps, process.spacing, offset=process.offset)
+
+    # Pure noise of the first level, drawn on the CPU so that a seed means the same everywhere.
+    side = config.image_size // vae.config.factor
+    noise = seeded_noise([args.seed], (vae.config.latent_channels, side, side))
+    x = to_ve(noise(), sigmas[0]).to(args.device)  # 1 c h w, fp32
+
+    # From a network that predicts eps or v, to a guided one, to a function from x and sigma to x0.
+    predict = guided(unet, cond, uncond, scale)
+    denoise = parametrise(predict, schedule, process.prediction, dtype=dtype)
+
+    # The loop. Any other sampler of ldm.diffusion.samplers goes here.
+    for step in tqdm(dpmpp_2m(denoise, x, sigmas, noise=noise), total=args.steps, disable=None):
+        x = step.x
+
+    save_png(to_pil(vae.decode(x))[0], args.out)
+
+
+main()
