@@ -48,7 +48,7 @@ class UNetConfig:
             )
         for channels, heads in zip(self.channels, self.heads, strict=True):
             for divisor, what in ((self.norm_groups, "norm_groups"), (heads, "heads")):
-                if channels % divisor:
+                if divisor < 1 or channels % divisor:
                     raise ValueError(f"{channels} channels are not divisible by {divisor} {what}")
 
 

@@ -57,6 +57,8 @@ def test_a_mistake_in_a_toml_file_is_named(tmp_path, text, message):
 def test_channels_that_groups_or_heads_do_not_divide_are_refused():
     with pytest.raises(ValueError, match="20 channels are not divisible by 8 norm_groups"):
         UNetConfig(channels=(20,), depth=(1,), heads=(2,), norm_groups=8)
+    with pytest.raises(ValueError, match="16 channels are not divisible by 0 heads"):
+        UNetConfig(channels=(16,), depth=(1,), heads=(0,), norm_groups=8)
     with pytest.raises(ValueError, match="16 channels are not divisible by 3 heads"):
         UNetConfig(channels=(16,), depth=(1,), heads=(3,), norm_groups=8)
     with pytest.raises(ValueError, match="one entry per level"):

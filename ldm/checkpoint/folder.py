@@ -118,8 +118,7 @@ def write_folder(folder: Path, model: ModelLike, dtype: torch.dtype | None) -> N
     # with the level `text_model.`, which every version of transformers reads
     tensors = collect(model.text_encoder, tables.CLIP_TEXT, "text_model.", dtype)
     _write_network(folder / "text_encoder", _WEIGHTS["text_encoder"], text_encoder, tensors)
-    tokenizer.save(folder / "tokenizer", text.max_length)
-    _write_pad_token(folder / "tokenizer", tokenizer, text.pad_id)
+    tokenizer.save(folder / "tokenizer", text.max_length, text.pad_id)
 
 
 def write_vae(folder: Path, vae: VAE, image_size: int, dtype: torch.dtype | None = None) -> None:
@@ -267,13 +266,3 @@ def _vocabulary(folder: Path) -> Json:
         raise ValueError(f"{folder / 'tokenizer.json'} has no vocabulary")
     vocab: Json = model["vocab"]
     return vocab
-
-
-def _write_pad_token(folder: Path, tokenizer: Tokenizer, pad_id: int) -> None:
-    path = folder / "tokenizer_config.json"
-    token = next((token for token, i in tokenizer.vocab.items() if i == pad_id), None)
-    if token is None:
-        raise ValueError(
-            f"pad_id {pad_id} is not in the tokenizer's vocabulary of {len(tokenizer.vocab)}"
-        )
-    _write_json(path, _read_json(path) | {"pad_token": token})

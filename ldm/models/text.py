@@ -71,8 +71,16 @@ class Tokenizer:
             f"{folder} holds no tokenizer: need vocab.json and merges.txt, or tokenizer.json"
         )
 
-    def save(self, folder: str | Path, max_length: int) -> None:
-        """Write vocab.json, merges.txt and tokenizer_config.json, readable by us, transformers and diffusers."""
+    def save(self, folder: str | Path, max_length: int, pad_id: int | None = None) -> None:
+        """Write vocab.json, merges.txt and tokenizer_config.json, readable by us, transformers and diffusers.
+
+        pad_id: of the token that the configuration names for padding; None is the end token.
+        Raises ValueError for one that is not in the vocabulary.
+        """
+        tokens = {i: token for token, i in self.vocab.items()}
+        pad_id = self.eos_id if pad_id is None else pad_id
+        if pad_id not in tokens:
+            raise ValueError(f"pad_id {pad_id} is not in the vocabulary of {len(tokens)} tokens")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         vocab = json.dumps(self.vocab, ensure_ascii=False)
@@ -80,7 +88,7 @@ class Tokenizer:
         special: dict[str, Any] = {
             "bos_token": BOS,
             "eos_token": EOS,
-            "pad_token": EOS,
+            "pad_token": tokens[pad_id],
             "unk_token": EOS,
         }
         config = special | {"tokenizer_class": "CLIPTokenizer", "model_max_length": max_length}

@@ -1,0 +1,32 @@
+"""One picture per line of a text file, as one sheet: how the picture at the top of the README was made.
+
+python scripts/contact_sheet.py docs/tiny.txt --out sheet.png
+"""
+
+import argparse
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+import ldm
+from ldm.images import grid, save_png
+
+parser = argparse.ArgumentParser(description="Make a sheet of pictures from a file of prompts.")
+parser.add_argument("prompts", type=Path, help="a text file with one prompt a line")
+parser.add_argument("--model", default="weights/tiny")
+parser.add_argument("--steps", default=25, type=int)
+parser.add_argument("--seed", default=0, type=int, help="of the first picture, the next has the next")
+parser.add_argument("--zoom", default=1, type=int, help="repeat each pixel so often")
+parser.add_argument("--out", default="sheet.png", type=Path)
+parser.add_argument("--overwrite", action="store_true")
+args = parser.parse_args()
+
+pipe = ldm.load(args.model)
+prompts = [line for line in args.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+pictures: list[Image.Image] = []
+for i, prompt in enumerate(tqdm(prompts, unit="picture", disable=None)):
+    pictures += pipe.generate(ldm.Request(prompt, steps=args.steps, seed=args.seed + i))
+sheet = grid(pictures)
+sheet = sheet.resize((sheet.width * args.zoom, sheet.height * args.zoom), Image.Resampling.NEAREST)
+save_png(sheet, args.out, overwrite=args.overwrite)

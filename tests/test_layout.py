@@ -1,0 +1,182 @@
+"""The structure that DESIGN promises: who imports whom, what importing costs, and that the README is true."""
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ldm import cli
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = {  # what each part of ldm may import of ldm, beside itself
+    "config": set(),
+    "diffusion": set(),
+    "images": set(),
+    "models": {"config"},
+    "checkpoint": {"config", "models"},
+    "memory": {"models"},
+    "pipeline": {"config", "models", "diffusion", "checkpoint", "images", "memory"},
+    "training": {"config", "models", "diffusion", "checkpoint", "images"},
+    "record": {"", "config", "images", "memory", "pipeline"},
+    "cli": {"", "config", "diffusion", "images", "memory", "pipeline", "record", "training"},
+    "": {"config", "pipeline", "memory"},  # ldm/__init__.py
+}
+THIRD_PARTY = {
+    "torch",
+    "safetensors",
+    "transformers",
+    "tokenizers",
+    "einops",
+    "numpy",
+    "PIL",
+    "tqdm",
+}
+
+
+def part_of(module):
+    names = module.split(".")
+    return names[1] if len(names) > 1 else ""
+
+
+def imports(path):
+    """The modules that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            if node.module == "ldm":
+                yield from (f"ldm.{alias.name}" for alias in node.names)
+            else:
+                yield node.module
+
+
+def sources():
+    return sorted((ROOT / "ldm").rglob("*.py"))
+
+
+def test_each_part_imports_only_what_is_to_its_left():
+    wrong = []
+    for path in sources():
+        name = path.relative_to(ROOT / "ldm").with_suffix("").parts[0]
+        here = "" if name == "__init__" else name
+        for module in imports(path):
+            if module.split(".")[0] == "ldm":
+                there = part_of(module)
+                if there != here and there in PACKAGES and there not in PACKAGES[here]:
+                    wrong.append(f"{path.relative_to(ROOT)} imports {module}")
+    assert not wrong
+
+
+def test_diffusion_imports_torch_only():
+    for path in (ROOT / "ldm" / "diffusion").glob("*.py"):
+        roots = {module.split(".")[0] for module in imports(path)} - set(sys.stdlib_module_names)
+        assert roots <= {"torch", "ldm"}, path
+        assert {m for m in imports(path) if m.startswith("ldm")} <= {
+            f"ldm.diffusion.{name}" for name in ("schedule", "denoiser", "samplers")
+        }
+
+
+def test_the_library_needs_only_its_declared_packages():
+    roots = {module.split(".")[0] for path in sources() for module in imports(path)}
+    assert roots - set(sys.stdlib_module_names) - {"ldm"} <= THIRD_PARTY
+
+
+def test_importing_ldm_does_not_import_transformers_or_start_anything():
+    code = (
+        "import sys, threading, ldm; "
+        "print('transformers' in sys.modules, 'diffusers' in sys.modules, threading.active_count())"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert result.stdout.split() == ["False", "False", "1"]
+
+
+def test_the_library_never_prints_and_leaves_nothing_to_do():
+    for path in sources():
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"\b(TODO|FIXME|XXX)\b", text), path
+        calls = [n.func for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Call)]
+        names = {f.id for f in calls if isinstance(f, ast.Name)}
+        assert path.name == "cli.py" or "print" not in names, path
+
+
+def test_the_top_level_is_what_was_agreed():
+    tracked = subprocess.run(
+        ["git", "ls-files"], capture_output=True, text=True, cwd=ROOT
+    ).stdout.splitlines()
+    if not tracked:
+        pytest.skip("not a git checkout")
+    folders = {Path(name).parts[0] for name in tracked if len(Path(name).parts) > 1}
+    assert folders <= {"ldm", "configs", "scripts", "tests", "weights", "docs", "benchmarks", ".ci"}
+
+
+def readme():
+    return (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", readme(), re.DOTALL | re.MULTILINE)
+
+
+def commands():
+    """Every `ldm ...` line of the README's shell blocks."""
+    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    return [
+        part.strip()
+        for line in lines
+        for part in line.split("&&")
+        if part.strip().startswith("ldm ")
+    ]
+
+
+def test_the_readme_is_short_and_its_files_exist():
+    assert len(readme().splitlines()) < 200
+    for link in re.findall(r"\]\(([^)#:]+)\)", readme()):
+        assert (ROOT / link).exists(), link
+    for name in re.findall(r"^\| `([\w./]+\.\w+)` ", readme(), re.MULTILINE):
+        assert (ROOT / name).exists(), name
+
+
+def test_the_readmes_file_guide_counts_lines_rightly():
+    rows = re.findall(r"^\| `(ldm/[\w/]+\.py)` .*\| (\d+) \|$", readme(), re.MULTILINE)
+    assert len(rows) > 10
+    for name, lines in rows:
+        actual = len((ROOT / name).read_text(encoding="utf-8").splitlines())
+        assert abs(actual - int(lines)) <= 10, f"{name} has {actual} lines, the README says {lines}"
+
+
+def test_ci_runs_the_readmes_test_command_in_an_environment_of_its_own():
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert "python3 -m venv" in script
+    tests = next(line for line in "\n".join(blocks("bash")).splitlines() if "pytest" in line)
+    for part in ('pip install -c constraints.txt -e ".[test]"', "python -m pytest"):
+        assert part in tests
+        assert part in script.replace("--quiet ", "")
+
+
+def test_the_readmes_pictures_commands_run_offline_in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pictures = [c for c in commands() if c.startswith("ldm txt2img") and "--model" not in c]
+    assert pictures
+    for command in pictures:
+        assert cli.main(shlex.split(command)[1:]) == 0, command
+    assert list(tmp_path.glob("*.png"))
+
+
+def test_every_ldm_command_of_the_readme_is_one_that_the_parser_knows():
+    for command in commands():
+        cli._parser().parse_args(shlex.split(command, comments=True)[1:])
+
+
+def test_the_readmes_code_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = blocks("python")
+    assert code
+    for block in code:
+        exec(compile(block, "README.md", "exec"), {})
