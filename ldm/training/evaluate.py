@@ -1,7 +1,6 @@
-"""Does a picture show what its prompt says? A checker by analysis and synthesis, and the report on a model.
+"""Does a model draw what its prompts say? Fixed prompts, the checker's verdicts, and the report on both.
 
-Nothing here is trained. The checker knows the sprites and grounds of `ldm.training.scenes`, finds the combination that
-explains a picture best, and is itself measured on true renders, also blurred and with changed contrast.
+The checker is itself measured, on true renders of the same scenes, also blurred and with changed contrast.
 """
 
 import math
@@ -10,15 +9,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from einops import rearrange
 from PIL import Image, ImageFilter
-from torch import Tensor
 
+from ldm.training.checker import SIDE, Checker, Seen
 from ldm.training.scenes import (
     GROUNDS,
-    PAIR_SIZE,
     PLACES,
     RELATIONS,
     SIZES,
@@ -30,10 +25,6 @@ from ldm.training.scenes import (
 
 Generate = Callable[[list[str], list[int]], Sequence[Image.Image]]  # prompts, seeds -> pictures
 
-SIDE = 64  # pictures are compared at this many pixels square
-CUTOFF = 60  # a pixel this far from a ground's color, in levels, counts as not of the ground
-NOISE = 3  # levels: what differs less than this everywhere is nothing
-LEAST = 0.45  # likeness below which an object is not recognized; empty grounds stay below it
 BATCH = 16  # pictures asked for at a time
 CONDITIONS: dict[str, Callable[[Image.Image], Image.Image]] = {
     "true renders": lambda picture: picture,
@@ -41,115 +32,6 @@ CONDITIONS: dict[str, Callable[[Image.Image], Image.Image]] = {
     "contrast x 0.7": lambda picture: picture.point(lambda level: 128 + (level - 128) * 0.7),
     "contrast x 1.3": lambda picture: picture.point(lambda level: 128 + (level - 128) * 1.3),
 }  # in which the checker itself is measured
-
-
-class Found(NamedTuple):
-    """One object in a picture."""
-
-    name: str  # "nothing" if no sprite is like it
-    x: float  # of its center, over the side of the picture
-    y: float
-    size: float  # its longer side, over the side of the picture
-    likeness: float  # cosine of what differs from the ground and what the sprite would, at most 1
-
-
-class Seen(NamedTuple):
-    """What the checker sees in a picture."""
-
-    ground: str
-    objects: tuple[Found, ...]
-
-
-class Checker:
-    """Find the ground and the objects of pictures made of known sprites and grounds.
-
-    A picture is taken as its ground plus sprites. The ground is the nearest of many examples; then every sprite is
-    slid over the picture at every scale, and the one whose difference from the ground is most parallel to the
-    picture's own is seen (matching pursuit, one step per object).
-    """
-
-    def __init__(self, sprites: Sprites) -> None:
-        self.names, self.grounds = tuple(sprites), tuple(GROUNDS)
-        rng = np.random.default_rng(0)
-        rows = [[paint(SIDE, rng).mean(1) for _ in range(32)] for paint in GROUNDS.values()]
-        self.rows = torch.from_numpy(np.array(rows, np.float32))  # ground example h c
-
-        painter = Painter(sprites, SIDE)
-        sizes = [*SIZES.values(), PAIR_SIZE]
-        scales = np.geomspace(0.92 * min(sizes), 1.08 * max(sizes), 13)  # 9 % apart
-        sides = [round(SIDE * scale) for scale in scales]
-        self.templates = [(name, side) for side in sides for name in self.names]
-        self.sprites = torch.zeros(len(self.templates), 4, SIDE, SIDE)  # color times alpha, alpha
-        for i, (name, side) in enumerate(self.templates):
-            self.sprites[i, :, :side, :side] = torch.from_numpy(
-                painter.scaled(name, side).transpose(2, 0, 1)
-            )
-        self.spectra = torch.fft.rfft2(self.sprites).conj().resolve_conj()
-        color, alpha = self.sprites[:, :3], self.sprites[:, 3:]
-        self.kernels = torch.cat([color * alpha, alpha.square()], dim=1).sum(3)  # t 4 h
-        self.energy = (color.square() + NOISE**2 * alpha).sum((1, 2, 3))  # t
-        reach = (
-            torch.arange(SIDE) <= SIDE - torch.tensor([side for _, side in self.templates])[:, None]
-        )
-        self.outside = ~(reach[:, :, None] & reach[:, None, :])  # t y x: would leave the picture
-
-    @torch.no_grad()
-    def look(self, picture: Image.Image, objects: int = 1) -> Seen:
-        """Say what `picture` shows, expecting so many objects."""
-        if picture.size != (SIDE, SIDE):
-            picture = picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
-        levels = np.asarray(picture.convert("RGB"), np.float32)
-        pixels = rearrange(torch.from_numpy(levels), "h w c -> c h w")
-        name, ground = self._ground(pixels)
-        rest = pixels - ground  # c h w
-        found = []
-        for _ in range(objects):
-            best, place = self._explain(rest, ground)
-            found.append(best)
-            rest = rest * (1 - place)
-        return Seen(name, tuple(found))
-
-    def _ground(self, pixels: Tensor) -> tuple[str, Tensor]:
-        """Return the ground of pixels, c h w, and its color in each row: c h 1.
-
-        The distance to an example, over every fourth column, is cut off, so that an object costs every ground the
-        same. The example's rows then move to the picture's own color by mean shift, where its pixels weigh nothing.
-        """
-        distance = pixels[:, :, ::4] - rearrange(self.rows, "g e h c -> (g e) c h 1")
-        nearness = (1 - distance.square().sum(1) / CUTOFF**2).clamp(min=0).mean((1, 2))  # (g e)
-        best = int(nearness.argmax())
-        rows = rearrange(self.rows.flatten(0, 1)[best], "h c -> c h 1")
-        for width in (40, 25, 25):
-            weight = torch.exp(-0.5 * (pixels - rows).square().sum(0) / width**2)  # h w
-            total = (weight * pixels).sum(2, keepdim=True) + rows
-            rows = total / (weight.sum(1, keepdim=True) + 1)
-        return self.grounds[best // self.rows.shape[1]], rows
-
-    def _explain(self, rest: Tensor, ground: Tensor) -> tuple[Found, Tensor]:
-        """Find the sprite that explains `rest`, c h w, best; return it and where it covers the picture, h w.
-
-        On a ground g a sprite makes the difference e = alpha color - alpha g. Its likeness is the cosine
-        <rest, e> / (|rest| |e|), which no change of contrast alters; both products are convolutions,
-        the first over the picture by Fourier transform, the second, as the ground has one color per row, over rows.
-        """
-        difference = torch.cat([rest, -(rest * ground).sum(0, keepdim=True)])  # 4 h w
-        spectrum = (torch.fft.rfft2(difference) * self.spectra).sum(1)
-        product = torch.fft.irfft2(spectrum, s=(SIDE, SIDE))  # t y x
-        squares = torch.cat([-2 * ground, ground.square().sum(0, keepdim=True)])[..., 0]  # 4 h
-        squares = F.pad(squares, (0, SIDE - 1)).unfold(1, SIDE, 1)  # 4 y h
-        energy = torch.einsum("tch,cyh->ty", self.kernels, squares) + self.energy[:, None]
-        score = product / energy.clamp(min=1).sqrt()[:, :, None]
-        score.masked_fill_(self.outside, -math.inf)
-
-        best, index = score.max().item(), int(score.argmax())
-        t, y, x = index // SIDE**2, index // SIDE % SIDE, index % SIDE
-        name, size = self.templates[t]
-        likeness = best / math.sqrt(rest.square().sum().item() + NOISE**2 * rest.numel())
-        if likeness < LEAST:
-            name = "nothing"
-        cover = self.sprites[t, 3].roll((y, x), (0, 1))
-        center = ((x + size / 2) / SIDE, (y + size / 2) / SIDE)
-        return Found(name, *center, size / SIDE, likeness), cover
 
 
 def fixed_scenes(concepts: Sequence[str]) -> dict[str, list[Scene]]:
@@ -186,8 +68,7 @@ def judge(scene: Scene, seen: Seen) -> dict[str, bool]:
         if first.name != scene.objects[0]:
             first, second = second, first
         pair = (first.name, second.name) == scene.objects
-        across = abs(second.x - first.x) > abs(second.y - first.y)
-        if across:
+        if abs(second.x - first.x) > abs(second.y - first.y):
             relation = "left of" if first.x < second.x else "right of"
         else:
             relation = "above" if first.y < second.y else "below"
@@ -221,16 +102,18 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Report:
-    """How often a model, and the checker itself, are right: measure -> (right, of how many), by row."""
+    """How often a model, and the checker itself, are right, by row."""
 
-    rows: dict[str, dict[str, tuple[int, int]]]
+    rows: dict[str, dict[str, tuple[int, int]]]  # measure -> (right, of how many)
+    likeness: dict[str, float]  # mean over all objects: 0.9 is a clear picture, 0.7 a blot
     answers: tuple[Answer, ...]  # of the model
 
     def __str__(self) -> str:
         columns = [measure for measures in MEASURES.values() for measure in measures]
-        lines = [" " * 26 + "".join(f"{column:>14}" for column in columns)]
+        lines = [" " * 26 + "".join(f"{column:>14}" for column in [*columns, "likeness"])]
         for row, scores in self.rows.items():
-            cells = (_cell(*scores[column]) if column in scores else "" for column in columns)
+            cells = [_cell(*scores[column]) if column in scores else "" for column in columns]
+            cells.append(f"{self.likeness[row]:.2f}")
             lines.append(f"{row:<26}" + "".join(f"{cell:>14}" for cell in cells))
         return "\n".join(line.rstrip() for line in lines)
 
@@ -238,15 +121,16 @@ class Report:
         """Return the counts and every answer as plain values."""
         rows = {
             row: {name: {"right": right, "of": of} for name, (right, of) in scores.items()}
+            | {"likeness": self.likeness[row]}
             for row, scores in self.rows.items()
         }
         answers = [
-            answer._asdict()
-            | {
+            {
+                **answer._asdict(),
                 "seen": {
                     "ground": answer.seen.ground,
                     "objects": [found._asdict() for found in answer.seen.objects],
-                }
+                },
             }
             for answer in self.answers
         ]
@@ -282,16 +166,20 @@ def evaluate(generate: Generate, sprites: Sprites, *, seed: int = 0) -> Report:
 
     model = answers(pictures)
     single = [answer for answer in model if answer.kind == "object"]
-    rows = {
-        "model": _count(model),
-        "  seen combinations": _count([answer for answer in single if not answer.held_out]),
-        "  held-out combinations": _count([answer for answer in single if answer.held_out]),
+    groups = {
+        "model": model,
+        "  seen combinations": [answer for answer in single if not answer.held_out],
+        "  held-out combinations": [answer for answer in single if answer.held_out],
     }
     painter, rng = Painter(sprites, SIDE), np.random.default_rng(seed)
     renders = [Image.fromarray(painter.paint(scene, rng)) for _, scene in asked]
     for name, change in CONDITIONS.items():
-        rows[f"checker, {name}"] = _count(answers([change(render) for render in renders]))
-    return Report(rows, tuple(model))
+        groups[f"checker, {name}"] = answers([change(render) for render in renders])
+    return Report(
+        rows={row: _count(group) for row, group in groups.items()},
+        likeness={row: _likeness(group) for row, group in groups.items()},
+        answers=tuple(model),
+    )
 
 
 def _count(answers: Sequence[Answer]) -> dict[str, tuple[int, int]]:
@@ -300,6 +188,11 @@ def _count(answers: Sequence[Answer]) -> dict[str, tuple[int, int]]:
         for name, right in answer.verdict.items():
             verdicts.setdefault(name, []).append(right)
     return {name: (sum(rights), len(rights)) for name, rights in verdicts.items()}
+
+
+def _likeness(answers: Sequence[Answer]) -> float:
+    found = [found.likeness for answer in answers for found in answer.seen.objects]
+    return sum(found) / max(len(found), 1)
 
 
 def _cell(right: int, of: int) -> str:
