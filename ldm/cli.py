@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TextIO, get_args
 
+from PIL import Image
 from tqdm import tqdm
 
 import ldm
@@ -45,6 +46,11 @@ REQUEST_OPTIONS = (
     ("images", "--images", "how many pictures"),
     ("width", "--width", "pixels"),
     ("height", "--height", "pixels"),
+)
+EVALUATE_OPTIONS = tuple(
+    option
+    for option in REQUEST_OPTIONS
+    if option[0] in ("steps", "sampler", "spacing", "guidance_scale", "guidance_rescale", "seed")
 )
 PLACEMENT_OPTIONS = (
     ("device", "--device", "cpu, cuda, cuda:N or mps; default: the GPU if there is one"),
@@ -117,6 +123,19 @@ def _parser() -> Parser:
         "--no-metadata", action="store_true", help="do not write into the PNG how it was made"
     )
     command.add_argument("--json", action="store_true", help="print the results as JSON")
+
+    command = commands.add_parser("train", help="train a model, or go on where a training stopped")
+    command.set_defaults(run=_train)
+    command.add_argument("recipe", type=Path, help="a TOML file such as configs/train_ldm.toml")
+    _add_options(command, ldm.Placement, PLACEMENT_OPTIONS[:1])
+
+    command = commands.add_parser("evaluate", help="score a model of emoji scenes with a checker")
+    command.set_defaults(run=_evaluate)
+    command.add_argument("--model", help=f"a folder or .safetensors file (default: {BUNDLED})")
+    command.add_argument("--font", type=Path, help="the emoji font that it was trained with")
+    _add_options(command, ldm.Request, EVALUATE_OPTIONS)
+    _add_options(command, ldm.Placement, PLACEMENT_OPTIONS)
+    command.add_argument("--json", action="store_true", help="print every answer as JSON")
     return parser
 
 
@@ -182,6 +201,38 @@ def _txt2img(args: argparse.Namespace) -> None:
         "settings": record.as_dict(),
     }
     print(json.dumps(results) if args.json else "\n".join(map(str, files)))
+
+
+def _train(args: argparse.Namespace) -> None:
+    """Train what the recipe says, and print where the result is."""
+    from ldm.training.recipes import read_recipe, run
+
+    device = ldm.Placement(device=args.device).resolve().device
+    print(run(read_recipe(args.recipe), device))
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    """Let a model draw the checker's prompts, and print how often it was right."""
+    from ldm.training.evaluate import evaluate, fixed_scenes
+    from ldm.training.scenes import FONT, emoji_sprites
+
+    asked = ldm.Request("", **_given(args, EVALUATE_OPTIONS))
+    placement = _placement(_given(args, PLACEMENT_OPTIONS))
+    sprites = emoji_sprites(font=args.font or FONT)
+    pipe = ldm.load(args.model or BUNDLED, placement)
+    total = sum(map(len, fixed_scenes(tuple(sprites)).values()))
+    with tqdm(total=total, unit="picture", disable=None) as progress:
+
+        def generate(prompts: list[str], seeds: list[int]) -> list[Image.Image]:
+            pictures = []
+            for prompt, seed in zip(prompts, seeds, strict=True):
+                request = dataclasses.replace(asked, prompt=prompt, seed=seed)
+                pictures += pipe.generate(request)
+                progress.update()
+            return pictures
+
+        report = evaluate(generate, sprites, seed=asked.seed)
+    print(json.dumps(report.to_json()) if args.json else report)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from PIL import Image, PngImagePlugin
 import ldm
 from ldm.cli import main
 from ldm.images import read_texts, save_png
+from ldm.training import evaluate, scenes
 
 
 @pytest.fixture(autouse=True)
@@ -348,3 +349,69 @@ def test_a_picture_too_large_to_be_a_picture_is_refused_as_a_source(txt2img, mon
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     assert "x.png is not a readable picture" in txt2img("--from", "x.png", model=False)[2]
     assert PngImagePlugin.MAX_TEXT_CHUNK == 2**20  # what bounds a record
+
+
+def test_train_follows_a_recipe_and_says_where_the_result_is(here, capsys):
+    (here / "pictures").mkdir()
+    for name, color in (("a", "red"), ("b", "blue")):
+        Image.new("RGB", (16, 16), color).save(here / f"pictures/{name}.png")
+        (here / f"pictures/{name}.txt").write_text(color)
+    (here / "vae.toml").write_text(
+        'recipe = "vae"\nout = "runs"\n'
+        '[data]\nsize = 16\nfolder = "pictures"\n'
+        "[vae]\nchannels = [8, 8]\nres_blocks = 1\nnorm_groups = 2\n"
+        "[loss]\ncrop = 8\n[loop]\nsteps = 1\nbatch_size = 2\nwarmup = 0\n"
+    )
+    assert main(["train", "vae.toml", "--device", "cpu"]) == 0
+    out, _ = capsys.readouterr()
+    assert out == "runs/vae\n"
+    assert (here / "runs/vae/config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train"], "the following arguments are required: recipe"),
+        (["train", "no.toml"], "there is no recipe no.toml"),
+        (["train", "bad.toml"], "bad.toml: recipe must be one of 'vae', 'ldm', got 'cake'"),
+        (["train", "bad.toml", "--device", "toaster"], "device must be cpu, cuda, cuda:N or mps"),
+        (["evaluate", "--font", "no.ttf"], "no colour emoji font at no.ttf"),
+        (["evaluate", "--steps", "0"], "steps must be a whole number from 1 to 1000, got 0"),
+        (["dance"], "invalid choice: 'dance'"),
+        ([], "the following arguments are required: COMMAND"),
+    ],
+)
+def test_bad_input_to_the_other_commands_is_one_sentence_too(here, capsys, words, message):
+    (here / "bad.toml").write_text('recipe = "cake"')
+    assert main(words) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("ldm: error: ")
+    assert err.count("\n") == 1
+    assert message in err
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_evaluate_shows_the_checker_what_the_model_makes(
+    model_folder, pipe, monkeypatch, capsys, as_json
+):
+    seen = {}
+
+    def look(generate, sprites, *, seed):
+        seen["sprites"], seen["seed"] = sprites, seed
+        seen["pictures"] = generate(["a frog", "a cat"], [seed, seed + 1])
+        return evaluate.Report({"model": {"object": (1, 2)}}, {"model": 0.5}, ())
+
+    frogs = {"frog": Image.new("RGBA", (8, 8)), "cat": Image.new("RGBA", (8, 8))}
+    monkeypatch.setattr(evaluate, "evaluate", look)
+    monkeypatch.setattr(evaluate, "fixed_scenes", lambda concepts: {"object": [None, None]})
+    monkeypatch.setattr(scenes, "emoji_sprites", lambda font: frogs)
+    words = ["--model", str(model_folder), "--device", "cpu", "--steps", "2", "--seed", "3"]
+    assert main(["evaluate", *words, "--guidance", "2", *["--json"] * as_json]) == 0
+    out = capsys.readouterr().out
+    if as_json:
+        assert json.loads(out)["rows"]["model"]["object"] == {"right": 1, "of": 2}
+    else:
+        assert "1/2" in out
+    assert (seen["sprites"], seen["seed"]) == (frogs, 3)
+    request = ldm.Request("a cat", steps=2, seed=4, guidance_scale=2.0)
+    assert np.array_equal(seen["pictures"][1], pipe.generate(request)[0])
