@@ -68,8 +68,9 @@ def build(folder: Path, size: dict[str, dict[str, Any]], image_size: int) -> Non
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    _fit(pipe, image_size // 8)
-    _scale(vae, image_size // 8)
+    side = min(image_size // 8, 16)
+    _fit(pipe, side)
+    _scale(vae, side)
     pipe.save_pretrained(folder)
 
 
