@@ -31,7 +31,9 @@ def read(tmp_path, text):
 
 
 def test_a_toml_file_becomes_nested_dataclasses(tmp_path):
-    got = read(tmp_path, 'name = "n"\nkind = "b"\nwhere = "a/b"\n[inner]\nsize = 7\nrates = [1, 0.5]\n')
+    got = read(
+        tmp_path, 'name = "n"\nkind = "b"\nwhere = "a/b"\n[inner]\nsize = 7\nrates = [1, 0.5]\n'
+    )
     assert got == Outer("n", "b", Inner(7, (1.0, 0.5)), Path("a/b"))
 
 

@@ -165,7 +165,7 @@ def test_the_readmes_pictures_commands_run_offline_in_an_empty_folder(tmp_path, 
     pictures = [c for c in commands() if c.startswith("ldm txt2img") and "--model" not in c]
     assert pictures
     for command in pictures:
-        assert cli.main(shlex.split(command)[1:]) == 0, command
+        assert cli.main(shlex.split(command, comments=True)[1:]) == 0, command
     assert list(tmp_path.glob("*.png"))
 
 

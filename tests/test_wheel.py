@@ -1,9 +1,14 @@
 """What an installed wheel must carry: every package, the vocabulary, and the bundled model."""
 
+import subprocess
+import sys
+import sysconfig
 import tomllib
+import venv
 from pathlib import Path
 
 import pytest
+from PIL import Image, ImageChops
 
 import ldm
 from ldm import pipeline
@@ -55,3 +60,35 @@ def test_a_model_of_that_name_here_comes_before_the_bundled_one(tmp_path, monkey
     (tmp_path / "weights" / "tiny").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert pipeline.locate("weights/tiny") == Path("weights/tiny")
+
+
+def test_a_wheel_in_another_environment_and_folder_makes_the_same_picture(tmp_path):
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    built, folder = tmp_path / "wheel", tmp_path / "elsewhere"
+    no_network = ["--no-deps", "--no-index", "--no-build-isolation"]
+    subprocess.run([*pip, "wheel", str(ROOT), *no_network, "-w", str(built)], check=True)
+    (wheel,) = built.glob("ldm-*.whl")
+
+    environment = tmp_path / "environment"
+    venv.create(environment, with_pip=False)
+    python = environment / "bin" / "python"
+    subprocess.run(
+        [*pip, "--python", str(python), "install", "--no-deps", "--no-index", str(wheel)],
+        check=True,
+    )
+    (site,) = environment.glob("lib/python*/site-packages")
+    (site / "borrowed.pth").write_text(sysconfig.get_path("purelib"))  # torch and the others
+
+    folder.mkdir()
+    words = ["txt2img", "a frog on the grass", "--steps", "3", "--out", "frog.png"]
+    code = f"import sys, ldm.cli; print(ldm.__file__); sys.exit(ldm.cli.main({words}))"
+    result = subprocess.run(
+        [python, "-c", "import torch; torch.set_num_threads(1);" + code],
+        cwd=folder, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert str(site) in result.stdout  # not the repository's
+    (expected,) = ldm.load(ROOT / "weights" / "tiny", ldm.Placement("cpu")).generate(
+        ldm.Request("a frog on the grass", steps=3)
+    )
+    with Image.open(folder / "frog.png") as picture:
+        assert ImageChops.difference(picture, expected).getbbox() is None

@@ -22,7 +22,11 @@ OFFICIAL = {
 def inputs(config, height=8, width=8, batch=2):
     g = torch.Generator().manual_seed(0)
     x = torch.randn(batch, config.in_channels, height, width, generator=g)
-    return x, torch.tensor([1.0, 500.5][:batch]), torch.randn(batch, 5, config.context_dim, generator=g)
+    return (
+        x,
+        torch.tensor([1.0, 500.5][:batch]),
+        torch.randn(batch, 5, config.context_dim, generator=g),
+    )
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
