@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from ldm.checkpoint.files import load_vae, save, save_vae
-from ldm.checkpoint.parts import Model
+from ldm.checkpoint.files import load, load_vae, save, save_vae
+from ldm.checkpoint.parts import Model, tokenizer_of
 from ldm.config import DiffusionConfig, ModelConfig, TextConfig, UNetConfig, VAEConfig, from_toml
 from ldm.models.text import TextEncoder, Tokenizer
 from ldm.models.unet import UNet
@@ -41,6 +41,7 @@ class LDMRecipe:
     vae: Path  # a folder with config.json and weights: the `out`/vae of a VAE recipe, or diffusers'
     loop: LoopConfig
     name: str = "custom"
+    start: Path | None = None  # a model of this architecture to go on from, with its vocabulary
     data: DataConfig = field(default_factory=DataConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
     text: TextConfig = field(default_factory=TextConfig)
@@ -104,7 +105,8 @@ def _run_vae(recipe: VAERecipe, device: torch.device) -> Path:
 def _run_ldm(recipe: LDMRecipe, device: torch.device) -> Path:
     dataset = recipe.data.open()
     vae = load_vae(recipe.vae, device=device)
-    tokenizer = _tokenizer(recipe, dataset)
+    start = load(recipe.start, device=device) if recipe.start else None
+    tokenizer = tokenizer_of(start) if start else _tokenizer(recipe, dataset)
     text = dataclasses.replace(
         recipe.text, vocab_size=len(tokenizer.vocab), pad_id=tokenizer.eos_id
     )
@@ -118,6 +120,12 @@ def _run_ldm(recipe: LDMRecipe, device: torch.device) -> Path:
         sample_prompts=recipe.sample_prompts,
         sample_guidance=recipe.guidance_scale,
     ).to(device)
+    if start:
+        if (start.config.unet, start.config.text) != (recipe.unet, (text,)):
+            raise ValueError(
+                f"the model in {recipe.start} is of another architecture than [unet] and [text] say"
+            )
+        objective.networks.load_state_dict(Networks(start.unet, start.text_encoder).state_dict())
     average = train(objective, dataset, recipe.loop, recipe.out, _text(recipe))
 
     assert isinstance(average, Networks)

@@ -97,6 +97,21 @@ def test_a_vae_and_then_a_diffusion_model_train_into_one_that_makes_pictures(pic
         assert torch.equal(ours, theirs.half().float())  # saved in fp16
 
 
+def test_a_recipe_can_go_on_from_a_model_with_its_vocabulary(pictures):
+    run(recipe(pictures, VAE_TOML), CPU)
+    first = run(recipe(pictures, LDM_TOML), CPU)
+    (pictures / "pictures" / "0.txt").write_text("something entirely new")
+    more = LDM_TOML.replace('out = "{out}/ldm"', 'out = "{out}/more"\nstart = "{out}/ldm/model"')
+    still = more.replace("warmup = 0", "warmup = 0\nlearning_rate = 0.0")
+    again = run(recipe(pictures, still), CPU)
+    for name in ("unet/diffusion_pytorch_model.safetensors", "tokenizer/vocab.json"):
+        assert (again / name).read_bytes() == (first / name).read_bytes()
+
+    wider = more.replace("more", "wider").replace("mlp = 16", "mlp = 32")
+    with pytest.raises(ValueError, match=r"is of another architecture than \[unet\] and \[text\]"):
+        run(recipe(pictures, wider), CPU)
+
+
 def test_a_finished_run_started_again_only_saves_again(pictures):
     vae_recipe = recipe(pictures, VAE_TOML)
     first = {p.name: p.read_bytes() for p in run(vae_recipe, CPU).iterdir()}
@@ -141,6 +156,9 @@ def test_a_missing_vae_is_named(pictures):
 
 def test_the_recipes_that_ship_can_be_read():
     assert isinstance(read_recipe(CONFIGS / "train_vae.toml"), VAERecipe)
-    ldm_recipe = read_recipe(CONFIGS / "train_ldm.toml")
+    ldm_recipe, tune = (read_recipe(CONFIGS / f"{name}_ldm.toml") for name in ("train", "tune"))
     assert isinstance(ldm_recipe, LDMRecipe)
-    assert ldm_recipe.unet.context_dim == ldm_recipe.text.width
+    assert isinstance(tune, LDMRecipe)
+    assert tune.start == ldm_recipe.out / "model"
+    assert (tune.unet, tune.text) == (ldm_recipe.unet, ldm_recipe.text)
+    assert ldm_recipe.unet == ldm.TINY.unet
