@@ -127,6 +127,7 @@ def _parser() -> Parser:
     command = commands.add_parser("train", help="train a model, or go on where a training stopped")
     command.set_defaults(run=_train)
     command.add_argument("recipe", type=Path, help="a TOML file such as configs/train_ldm.toml")
+    command.add_argument("--font", type=Path, help="the emoji font that draws the scenes")
     _add_options(command, ldm.Placement, PLACEMENT_OPTIONS[:1])
 
     command = commands.add_parser("evaluate", help="score a model of emoji scenes with a checker")
@@ -208,7 +209,12 @@ def _train(args: argparse.Namespace) -> None:
     from ldm.training.recipes import read_recipe, run
 
     device = ldm.Placement(device=args.device).resolve().device
-    print(run(read_recipe(args.recipe), device))
+    recipe = read_recipe(args.recipe)
+    if args.font is not None:
+        if recipe.data.folder is not None:
+            raise ValueError(f"{args.recipe} trains on {recipe.data.folder}, which needs no --font")
+        recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, font=args.font))
+    print(run(recipe, device))
 
 
 def _evaluate(args: argparse.Namespace) -> None:

@@ -367,6 +367,13 @@ def test_train_follows_a_recipe_and_says_where_the_result_is(here, capsys):
     assert out == "runs/vae\n"
     assert (here / "runs/vae/config.json").is_file()
 
+    assert main(["train", "vae.toml", "--font", "x.ttf"]) == 2
+    assert "trains on pictures, which needs no --font" in capsys.readouterr().err
+    scenes = (here / "vae.toml").read_text().replace('folder = "pictures"\n', "")
+    (here / "vae.toml").write_text(scenes)
+    assert main(["train", "vae.toml", "--font", "x.ttf"]) == 2
+    assert "x.ttf" in capsys.readouterr().err
+
 
 @pytest.mark.parametrize(
     ("words", "message"),
