@@ -9,17 +9,18 @@ import json
 import math
 import os
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from einops import rearrange
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
+
+from ldm.images import grid, to_pil
 
 Batch = tuple[Tensor, list[str]]  # images: b 3 h w in [-1, 1], and their captions
 
@@ -34,21 +35,21 @@ class Dataset(Protocol):
         """Return one example, always the same for the same index."""
 
 
-class Objective(nn.Module):
+class Objective(nn.Module, ABC):
     """What a recipe trains. Its part `trained` is averaged, sampled from and saved; others may learn too."""
 
     @property
+    @abstractmethod
     def trained(self) -> nn.Module:
         """The networks that the run is for."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss to minimise and named scalars for the log."""
-        raise NotImplementedError
 
+    @abstractmethod
     def sample(self, trained: nn.Module, batch: Batch) -> Tensor:
         """Return pictures, n 3 h w in [-1, 1], that show what the averaged `trained` can do."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def train(
                 objective.eval()
                 with torch.no_grad():
                     pictures = objective.sample(average, batch)
-                _save_grid(pictures, out / "samples" / f"step-{done:06d}.png")
+                grid(to_pil(pictures)).save(out / "samples" / f"step-{done:06d}.png")
             if _due(done, config.checkpoint_every, config):
                 _checkpoint(out, recipe, done, objective, average, optimizer)
     return average
@@ -247,13 +248,3 @@ def _resume(
     partial.write_text("".join(kept), encoding="utf-8")
     os.replace(partial, log)
     return step
-
-
-def _save_grid(pictures: Tensor, path: Path) -> None:
-    """Save pictures: n 3 h w in [-1, 1] as one PNG of about as many rows as columns."""
-    columns = math.ceil(math.sqrt(len(pictures)))
-    missing = -len(pictures) % columns
-    pictures = torch.cat([pictures, pictures.new_ones(missing, *pictures.shape[1:])])
-    grid = rearrange(pictures.clamp(-1, 1), "(r c) d h w -> (r h) (c w) d", c=columns)
-    array = ((grid + 1) * 127.5).round().byte().cpu().numpy()
-    Image.fromarray(array).save(path)
