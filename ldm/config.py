@@ -216,14 +216,18 @@ PRESETS: dict[str, ModelConfig] = {
 def from_toml(path: str | Path, kind: type[T]) -> T:
     """Read the TOML file at `path` into the dataclass `kind`, tables into nested dataclasses.
 
-    Raises ValueError for a file that is not TOML, an unknown key (listing the valid ones), a missing required key
-    or a value of the wrong type.
+    Raises ValueError for a file that is not TOML, an unknown key (listing the valid ones), a missing
+    required key or a value of the wrong type.
     """
+    return from_dict(read_toml(path), kind, where=str(path))
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """Read the TOML file at `path` as plain values. Raises ValueError if it is not TOML."""
     try:
-        table = tomllib.loads(Path(path).read_text())
+        return tomllib.loads(Path(path).read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid TOML: {error}") from error
-    return from_dict(table, kind, where=str(path))
 
 
 def from_dict(table: dict[str, Any], kind: type[T], where: str = "") -> T:

@@ -113,7 +113,7 @@ def train(
             torch.manual_seed(config.seed * 1_000_003 + step)  # makes a resumed run exact
             rate = learning_rate(step, config)
             batch, values = _step(objective, optimizer, batches, config, rate)
-            if not math.isfinite(values["grad_norm"]):
+            if not values["grad_norm"].isfinite():
                 raise FloatingPointError(
                     f"the gradient of step {step} is not finite: lower the learning rate; {out} has its checkpoint"
                 )
@@ -124,10 +124,11 @@ def train(
             if _due(done, config.log_every, config):
                 seconds = (time.perf_counter() - since) / config.log_every
                 since = time.perf_counter()
-                values |= {"step": done, "lr": rate, "step_seconds": seconds}
-                log.write(json.dumps({k: float(f"{v:.6g}") for k, v in values.items()}) + "\n")
+                row = {k: v.item() for k, v in values.items()}
+                row |= {"step": done, "lr": rate, "step_seconds": seconds}
+                log.write(json.dumps({k: float(f"{v:.6g}") for k, v in row.items()}) + "\n")
                 log.flush()
-                progress.set_postfix(loss=f"{values['loss']:.4f}")
+                progress.set_postfix(loss=f"{row['loss']:.4f}")
             if _due(done, config.sample_every, config):
                 objective.eval()
                 with torch.no_grad():
@@ -148,7 +149,7 @@ def _step(
     batches: Iterator[Batch],
     config: LoopConfig,
     rate: float,
-) -> tuple[Batch, dict[str, float]]:
+) -> tuple[Batch, dict[str, Tensor]]:
     """Take one optimiser step at learning rate `rate`; return its last batch and its scalars.
 
     With a gradient that is not finite, the weights stay as they are.
@@ -165,8 +166,7 @@ def _step(
     norm = nn.utils.clip_grad_norm_(group["params"], config.clip)
     if torch.isfinite(norm):
         optimizer.step()
-    scalars = {"loss": loss} | logs | {"grad_norm": norm}
-    return batch, {name: value.item() for name, value in scalars.items()}
+    return batch, {"loss": loss} | logs | {"grad_norm": norm}
 
 
 def _batches(dataset: Dataset, config: LoopConfig, start: int) -> Iterator[Batch]:
@@ -190,12 +190,13 @@ def _batches(dataset: Dataset, config: LoopConfig, start: int) -> Iterator[Batch
         dataset,  # type: ignore[arg-type]
         batch_sampler=indices(),
         num_workers=config.workers,
-        collate_fn=_collate,
+        collate_fn=collate,
     )
     return iter(loader)
 
 
-def _collate(examples: list[tuple[Tensor, str]]) -> Batch:
+def collate(examples: list[tuple[Tensor, str]]) -> Batch:
+    """Stack uint8 images as b 3 h w in [-1, 1], beside their captions."""
     images = torch.stack([image for image, _ in examples]).float() / 127.5 - 1  # b 3 h w
     return images, [caption for _, caption in examples]
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,12 +9,20 @@ import torch
 
 from ldm.checkpoint.files import load, load_vae, save, save_vae
 from ldm.checkpoint.parts import Model, tokenizer_of
-from ldm.config import DiffusionConfig, ModelConfig, TextConfig, UNetConfig, VAEConfig, from_toml
+from ldm.config import (
+    DiffusionConfig,
+    ModelConfig,
+    TextConfig,
+    UNetConfig,
+    VAEConfig,
+    from_dict,
+    read_toml,
+)
 from ldm.models.text import TextEncoder, Tokenizer
 from ldm.models.unet import UNet
 from ldm.training.data import DataConfig
 from ldm.training.diffusion import DiffusionLoss, DiffusionObjective, Networks
-from ldm.training.loop import Dataset, LoopConfig, train
+from ldm.training.loop import Dataset, LoopConfig, collate, train
 from ldm.training.vae import VAELoss, VAEObjective, latent_std
 from ldm.training.vocabulary import build_vocabulary
 
@@ -66,15 +73,13 @@ def read_recipe(path: str | Path) -> Recipe:
             f"there is no recipe {path}; those that ship with the project are in configs/"
         )
     kinds = tuple(RECIPES)
-    try:
-        kind = tomllib.loads(Path(path).read_text()).get("recipe")
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid TOML: {error}") from error
+    table = read_toml(path)
+    kind = table.get("recipe")
     if kind not in kinds:
         raise ValueError(
             f"{path}: recipe must be one of {', '.join(map(repr, kinds))}, got {kind!r}"
         )
-    return from_toml(path, RECIPES[kind])
+    return from_dict(table, RECIPES[kind], where=str(path))
 
 
 def run(recipe: Recipe, device: torch.device) -> Path:
@@ -95,8 +100,8 @@ def _run_vae(recipe: VAERecipe, device: torch.device) -> Path:
     average = train(objective, dataset, recipe.loop, recipe.out, _text(recipe))
 
     objective.vae.load_state_dict(average.state_dict())
-    images = torch.stack([dataset[i][0] for i in range(min(256, len(dataset)))])
-    std = latent_std(objective.vae, images.to(device).float() / 127.5 - 1)
+    images, _ = collate([dataset[i] for i in range(min(256, len(dataset)))])
+    std = latent_std(objective.vae, images.to(device))
     objective.vae.config = dataclasses.replace(config, scaling_factor=1 / std)
     save_vae(objective.vae, recipe.out / "vae", image_size=recipe.data.size)
     return recipe.out / "vae"
