@@ -1,6 +1,17 @@
 """Latent diffusion from scratch in pure PyTorch."""
 
-from ldm.config import PRESETS, SD15, SD21, SD21_BASE, SDXL_BASE, SDXL_REFINER, TINY, ModelConfig
+from ldm.config import (
+    PRESETS,
+    SD15,
+    SD21,
+    SD21_BASE,
+    SD_TURBO,
+    SDXL_BASE,
+    SDXL_REFINER,
+    SDXL_TURBO,
+    TINY,
+    ModelConfig,
+)
 from ldm.memory import Placement
 from ldm.pipeline import Pipeline, Request, load
 
@@ -13,6 +24,8 @@ __all__ = [
     "SD21_BASE",
     "SDXL_BASE",
     "SDXL_REFINER",
+    "SDXL_TURBO",
+    "SD_TURBO",
     "TINY",
     "ModelConfig",
     "Pipeline",

@@ -25,12 +25,13 @@ from PIL import Image
 from tqdm import tqdm
 
 import ldm
+from ldm.checkpoint.known import digest
 from ldm.config import Spacing
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.images import grid, save_png
 from ldm.memory import ATTENTION, DTYPES
 from ldm.pipeline import BUNDLED, locate
-from ldm.record import Environment, digest, environment, recall, remember
+from ldm.record import Environment, environment, recall, remember
 
 DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 

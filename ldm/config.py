@@ -39,6 +39,7 @@ class UNetConfig:
         False  # linear instead of 1x1-convolution projections around transformers
     )
     norm_groups: int = 32
+    upcast_attention: bool = False  # queries and keys in fp32 where fp16 overflows (SD 2.1 at 768)
 
     def __post_init__(self) -> None:
         if not len(self.channels) == len(self.depth) == len(self.heads):
@@ -111,11 +112,23 @@ class ModelConfig:
     text: tuple[TextConfig, ...] = field(default_factory=lambda: (TextConfig(),))
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     image_size: int = 512  # pixels; what the model was trained at
-    guidance_scale: float = 7.5  # the default of its authors
+    guidance_scale: float = 7.5  # the default of its authors, as the two below
+    steps: int = 25
+    sampler: str = "dpmpp_2m"
+    zero_negative: bool = False  # no negative prompt is zeros (SDXL base), not the encoded ""
     micro_conditioning: tuple[
         str, ...
     ] = ()  # SDXL: scalars embedded after the pooled text, in order
 
+
+BASE_CONDITIONING = (
+    *("original_height", "original_width", "crop_top", "crop_left"),
+    *("target_height", "target_width"),
+)
+REFINER_CONDITIONING = (
+    *("original_height", "original_width", "crop_top", "crop_left"),
+    "aesthetic_score",
+)
 
 _VIT_H = TextConfig(
     width=1024,
@@ -147,8 +160,17 @@ SD21_BASE = ModelConfig(
 SD21 = dataclasses.replace(
     SD21_BASE,
     name="sd21",
+    unet=dataclasses.replace(SD21_BASE.unet, upcast_attention=True),
     diffusion=DiffusionConfig(prediction="v"),
     image_size=768,
+)
+SD_TURBO = dataclasses.replace(
+    SD21_BASE,
+    name="sd-turbo",
+    diffusion=DiffusionConfig(spacing="trailing"),
+    guidance_scale=0.0,  # distilled in: Sauer et al. 2023
+    steps=4,
+    sampler="euler_ancestral",
 )
 SDXL_BASE = ModelConfig(
     name="sdxl-base",
@@ -165,8 +187,17 @@ SDXL_BASE = ModelConfig(
     text=(_SDXL_CLIP_L, _SDXL_BIG_G),
     image_size=1024,
     guidance_scale=5.0,
-    micro_conditioning=("original_height", "original_width", "crop_top", "crop_left")
-    + ("target_height", "target_width"),
+    zero_negative=True,
+    micro_conditioning=BASE_CONDITIONING,
+)
+SDXL_TURBO = dataclasses.replace(
+    SDXL_BASE,
+    name="sdxl-turbo",
+    diffusion=DiffusionConfig(spacing="trailing"),
+    image_size=512,
+    guidance_scale=0.0,
+    steps=4,
+    sampler="euler_ancestral",
 )
 SDXL_REFINER = ModelConfig(
     name="sdxl-refiner",
@@ -183,8 +214,7 @@ SDXL_REFINER = ModelConfig(
     text=(_SDXL_BIG_G,),
     image_size=1024,
     guidance_scale=5.0,
-    micro_conditioning=("original_height", "original_width", "crop_top", "crop_left")
-    + ("aesthetic_score",),
+    micro_conditioning=REFINER_CONDITIONING,
 )
 TINY = ModelConfig(  # weights/tiny, as configs/train_vae.toml and train_ldm.toml make it
     name="tiny",
@@ -209,7 +239,11 @@ TINY = ModelConfig(  # weights/tiny, as configs/train_vae.toml and train_ldm.tom
     guidance_scale=4.0,
 )
 PRESETS: dict[str, ModelConfig] = {
-    preset.name: preset for preset in (SD15, SD21_BASE, SD21, SDXL_BASE, SDXL_REFINER, TINY)
+    preset.name: preset
+    for preset in (
+        *(SD15, SD21_BASE, SD21, SD_TURBO),
+        *(SDXL_BASE, SDXL_REFINER, SDXL_TURBO, TINY),
+    )
 }
 
 

@@ -1,7 +1,6 @@
 """What a picture remembers: all it takes to make it again bit for bit, as JSON in a text chunk of its PNG."""
 
 import dataclasses
-import hashlib
 import json
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -143,23 +142,6 @@ def recall(path: str | Path) -> Record:
             f"{path}: picture must be one of the {record.request.images} of its request, got {record.picture}"
         )
     return record
-
-
-def digest(path: str | Path) -> str:
-    """Return the sha256 that identifies a model: the file's own, or of the list of a folder's files and theirs.
-
-    A folder's files are those that can change a picture: .safetensors, .json and .txt, in it and below.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    parts = sorted(
-        (part.relative_to(path).as_posix(), digest(part))
-        for part in path.rglob("*")
-        if part.suffix in (".safetensors", ".json", ".txt") and part.is_file()
-    )
-    return hashlib.sha256("".join(f"{n} {d}\n" for n, d in parts).encode()).hexdigest()
 
 
 def _name(dtype: torch.dtype) -> str:

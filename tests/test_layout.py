@@ -22,7 +22,7 @@ PACKAGES = {  # what each part of ldm may import of ldm, beside itself
     "pipeline": {"config", "models", "diffusion", "checkpoint", "images", "memory"},
     "training": {"config", "models", "diffusion", "checkpoint", "images"},
     "record": {"", "config", "images", "memory", "pipeline"},
-    "cli": {"", "config", "diffusion", "images", "memory", "pipeline", "record", "training"},
+    "cli": {"", "checkpoint", "config", "diffusion", "images", "memory", "pipeline", "record", "training"},
     "": {"config", "pipeline", "memory"},  # ldm/__init__.py
 }
 THIRD_PARTY = {

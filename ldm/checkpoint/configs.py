@@ -88,6 +88,7 @@ def unet_from_json(json: Json, where: str) -> UNetConfig:
         "context_dim": json.get("cross_attention_dim", 1280),
         "linear_projection": json.get("use_linear_projection", False),
         "norm_groups": json.get("norm_num_groups", 32),
+        "upcast_attention": json.get("upcast_attention") or False,
     }
     if json.get("addition_embed_type") == "text_time":
         table["vector_dim"] = json.get("projection_class_embeddings_input_dim")
@@ -120,6 +121,7 @@ def unet_to_json(config: UNetConfig, sample_size: int) -> Json:
         "cross_attention_dim": config.context_dim,
         "use_linear_projection": config.linear_projection,
         "norm_num_groups": config.norm_groups,
+        "upcast_attention": config.upcast_attention,
     }
     if config.vector_dim is not None:
         json |= {

@@ -76,7 +76,12 @@ def recognise(
     """Complete an architecture with the name, image size and guidance of the preset it equals, if any."""
     plain = dataclasses.replace(unet, in_channels=4)
     same = [p for p in PRESETS.values() if (p.unet, p.vae, p.text) == (plain, vae, text)]
-    same.sort(key=lambda preset: preset.diffusion.prediction != diffusion.prediction)
+    same.sort(
+        key=lambda preset: (
+            preset.diffusion.prediction != diffusion.prediction,
+            preset.diffusion != diffusion,
+        )
+    )
     if not same or unet.in_channels not in _VARIANTS:
         return ModelConfig(unet=unet, vae=vae, text=text, diffusion=diffusion)
     name = same[0].name + _VARIANTS[unet.in_channels]
