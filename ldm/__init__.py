@@ -13,7 +13,8 @@ from ldm.config import (
     ModelConfig,
 )
 from ldm.memory import Placement
-from ldm.pipeline import Pipeline, Request, load
+from ldm.pipeline import Pipeline, load
+from ldm.request import Request
 
 __version__ = "0.1.0"  # pyproject.toml reads it from here
 

@@ -37,16 +37,24 @@ DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
 # Field, flag, what --help says. Types and defaults are the dataclass's own.
 REQUEST_OPTIONS = (
-    ("negative_prompt", "--negative", "what the picture should not show"),
-    ("steps", "--steps", "denoising steps, 1 to 1000"),
-    ("sampler", "--sampler", f"one of {', '.join(SAMPLERS)}"),
-    ("spacing", "--schedule", f"how steps are spread: one of {', '.join(get_args(Spacing))}"),
-    ("guidance_scale", "--guidance", "how strongly the prompt steers; up to 1: without guidance"),
+    ("negative_prompt", "--negative", 'what guidance steers away from (SDXL base: none is not "")'),
+    ("steps", "--steps", "denoising steps, 1 to 1000 (default: the model's)"),
+    ("sampler", "--sampler", f"one of {', '.join(SAMPLERS)} (default: the model's)"),
+    (
+        "spacing",
+        "--schedule",
+        f"how steps are spread: one of {', '.join(get_args(Spacing))} (default: the model's)",
+    ),
+    (
+        "guidance_scale",
+        "--guidance",
+        "how strongly the prompt steers; up to 1: without guidance (default: the model's)",
+    ),
     ("guidance_rescale", "--rescale", "0 to 1: take back the contrast that guidance adds"),
     ("seed", "--seed", "of the first picture, the next has the next; negative: a random one"),
     ("images", "--images", "how many pictures"),
-    ("width", "--width", "pixels"),
-    ("height", "--height", "pixels"),
+    ("width", "--width", "pixels (default: the model's)"),
+    ("height", "--height", "pixels (default: the model's)"),
 )
 EVALUATE_OPTIONS = tuple(
     option
@@ -149,7 +157,7 @@ def _add_options(
     defaults = {f.name: f.default for f in dataclasses.fields(kind)}
     for name, flag, text in options:
         default = defaults[name]
-        if default not in (None, ""):
+        if default is not None:
             text += f" (default: {default})"
         parser.add_argument(
             flag, dest=name, type=_scalar(hints[name]), metavar=flag[2:].upper(), help=text

@@ -1,19 +1,16 @@
-"""From a prompt to pictures: what can be asked for (`Request`), and the loop that makes it (`Pipeline`)."""
+"""From a prompt to pictures: the loop that makes what a `Request` asks for."""
 
 import dataclasses
-import math
-import secrets
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from ldm.checkpoint import files
-from ldm.config import ModelConfig, Spacing
+from ldm.config import ModelConfig
 from ldm.diffusion.denoiser import consistency, guided, parametrise
 from ldm.diffusion.samplers import SAMPLERS, Step, seeded_noise
 from ldm.diffusion.schedule import NoiseSchedule, to_ve, to_vp
@@ -23,84 +20,9 @@ from ldm.models.attention import set_attention
 from ldm.models.text import TextEncoder
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
+from ldm.request import Request
 
 BUNDLED = "weights/tiny"
-
-
-@dataclass(frozen=True)
-class Request:
-    """One order for pictures. Where the model has an opinion, None stands for it: see `resolved`.
-
-    Image i is made from seed + i, and comes out as that seed does alone. A negative seed is replaced by a random one
-    when the request is made, so that `request.seed` always says how to make the picture again.
-
-    Raises ValueError for a value that no model can follow.
-    """
-
-    prompt: str
-    negative_prompt: str = ""  # what guidance steers away from
-    steps: int = 25  # 1 .. 1000
-    guidance_scale: float | None = (
-        None  # 0 or more; up to 1 the prompt is followed without guidance
-    )
-    guidance_rescale: float = 0.0  # 0 .. 1, see `guided`
-    sampler: str = "dpmpp_2m"  # a name in SAMPLERS
-    spacing: Spacing | None = None  # see `NoiseSchedule.steps`
-    width: int | None = None  # pixels
-    height: int | None = None
-    seed: int = 0  # of the first picture, below 2^64
-    images: int = 1  # how many
-
-    def __post_init__(self) -> None:
-        """Check what can be checked without a model, and draw the seed if it is to be random."""
-        for name in ("prompt", "negative_prompt"):
-            _check_text(name, getattr(self, name))
-        _check_integer("steps", self.steps, 1, 1000)
-        _check_integer("images", self.images, 1)
-        for name in ("width", "height"):
-            if getattr(self, name) is not None:
-                _check_integer(name, getattr(self, name), 1)
-        if self.guidance_scale is not None:
-            _check_number("guidance_scale", self.guidance_scale, 0)
-        _check_number("guidance_rescale", self.guidance_rescale, 0, 1)
-        _check_choice("sampler", self.sampler, SAMPLERS)
-        if self.spacing is not None:
-            _check_choice("spacing", self.spacing, get_args(Spacing))
-        _check_integer("seed", self.seed)
-        if self.seed < 0:
-            object.__setattr__(self, "seed", secrets.randbelow(2**32))
-        if self.seed + self.images > 2**64:
-            raise ValueError(
-                f"seeds must lie below 2^64 = {2**64}, got {self.seed} for the first of {self.images} pictures"
-            )
-
-    @property
-    def seeds(self) -> list[int]:
-        """The seed of each picture."""
-        return [self.seed + i for i in range(self.images)]
-
-    def resolved(self, config: ModelConfig) -> "Request":
-        """Return the request with the model's own choices in place of None.
-
-        Raises ValueError for a size that the model cannot make.
-        """
-        request = dataclasses.replace(
-            self,
-            guidance_scale=_either(self.guidance_scale, config.guidance_scale),
-            spacing=_either(self.spacing, config.diffusion.spacing),
-            width=_either(self.width, config.image_size),
-            height=_either(self.height, config.image_size),
-        )
-        factor = config.vae.factor
-        for name in ("width", "height"):
-            size = getattr(request, name)
-            if size % factor:
-                near = [n for n in (size // factor * factor, -(-size // factor) * factor) if n]
-                raise ValueError(
-                    f"{name} must be a multiple of {factor} pixels for this model, got {size}; "
-                    f"nearest: {' or '.join(map(str, near))}"
-                )
-        return request
 
 
 class Pipeline:
@@ -138,7 +60,9 @@ class Pipeline:
                 f"the UNet of {self.config.name} takes {channels} channels, of which a prompt gives {latent_channels}: "
                 "it is made for inpainting or editing; use a text-to-image model"
             )
-        assert request.guidance_scale is not None  # as the three below: resolved fills them in
+        assert request.guidance_scale is not None  # as those below: resolved fills them in
+        assert request.steps is not None
+        assert request.sampler is not None
         assert request.spacing is not None
         assert request.width is not None
         assert request.height is not None
@@ -194,18 +118,30 @@ class Pipeline:
             pictures += to_pil(image)
         return pictures
 
-    def _conditions(self, request: Request) -> tuple[list[Tensor | None], list[Tensor | None]]:
-        """What follows the timesteps in a call of the UNet, with the prompt and with the negative prompt."""
-        texts = [request.prompt, request.negative_prompt]
+    def _conditions(
+        self, request: Request
+    ) -> tuple[list[Tensor | None], list[Tensor | None] | None]:
+        """What follows the timesteps in a call of the UNet: with the prompt, and without it where guidance needs that.
+
+        Both are a context, b n d, and a vector, b p, or None for a model that takes none.
+        """
+        assert request.guidance_scale is not None
+        texts = [request.prompt]
+        if request.guidance_scale > 1:
+            texts.append(request.negative_prompt or "")
         encoded = self.text_encoder.encode(texts)
-        cond, uncond = (
+        if request.negative_prompt is None:  # zeros, not the empty text
+            for part in encoded:
+                if part is not None:
+                    part[1:] = 0
+        cond, *uncond = (
             [
                 None if part is None else part[i : i + 1].expand(request.images, *part.shape[1:])
                 for part in encoded
             ]
             for i in range(len(texts))
         )
-        return cond, uncond
+        return cond, uncond[0] if uncond else None
 
 
 def load(path: str | Path = BUNDLED, placement: Placement | None = None) -> Pipeline:
@@ -240,10 +176,6 @@ def _finished(steps: Iterator[Step]) -> Iterator[Step]:
         yield dataclasses.replace(step, x=to_vp(step.x, step.sigma)) if last else step
 
 
-def _either(value: Any, default: Any) -> Any:
-    return default if value is None else value
-
-
 def _check_finite(tensor: Tensor, network: str, dtype: torch.dtype, option: str) -> None:
     if not tensor.isfinite().all():
         name = str(dtype).removeprefix("torch.")
@@ -253,36 +185,3 @@ def _check_finite(tensor: Tensor, network: str, dtype: torch.dtype, option: str)
         raise FloatingPointError(
             f"the {network} gave numbers that are not finite in {name}: {cause}"
         )
-
-
-def _check_text(name: str, value: object) -> None:
-    if not isinstance(value, str):
-        raise ValueError(f"{name} must be text, got {value!r}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{name} must be valid Unicode text, got {value!r}") from error
-
-
-def _check_integer(
-    name: str, value: object, low: float = -math.inf, high: float = math.inf
-) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise ValueError(f"{name} must be a whole number{_range(low, high)}, got {value!r}")
-
-
-def _check_number(name: str, value: Any, low: float, high: float = math.inf) -> None:
-    real = isinstance(value, int | float) and not isinstance(value, bool)
-    if not real or not math.isfinite(value) or not low <= value <= high:
-        raise ValueError(f"{name} must be a finite number{_range(low, high)}, got {value!r}")
-
-
-def _range(low: float, high: float) -> str:
-    if low == -math.inf:
-        return ""
-    return f", {low} or more" if high == math.inf else f" from {low} to {high}"
-
-
-def _check_choice(name: str, value: object, choices: Any) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

@@ -13,7 +13,8 @@ import ldm
 from ldm.config import from_dict
 from ldm.images import A1111_SAMPLERS, a1111_parameters, read_texts
 from ldm.memory import Placement
-from ldm.pipeline import Pipeline, Request
+from ldm.pipeline import Pipeline
+from ldm.request import Request
 
 KEY = "ldm"  # of the PNG's text chunk
 
@@ -61,14 +62,17 @@ class Record:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the record as JSON-ready values, without what is None."""
-        return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+        return dataclasses.asdict(
+            self, dict_factory=lambda pairs: {k: v for k, v in pairs if v is not None}
+        )
 
     def texts(self, picture: int | None) -> dict[str, str]:
         """Return the PNG text chunks of that picture, or of a grid of all: A1111's `parameters` and ours."""
         request = self.request
+        assert request.sampler is not None  # resolved
         parameters = a1111_parameters(
             request.prompt,
-            request.negative_prompt,
+            request.negative_prompt or "",
             {
                 "Steps": request.steps,
                 "Sampler": A1111_SAMPLERS[request.sampler],

@@ -15,7 +15,7 @@ from ldm.images import grid, save_png
 parser = argparse.ArgumentParser(description="Make a sheet of pictures from a file of prompts.")
 parser.add_argument("prompts", type=Path, help="a text file with one prompt a line")
 parser.add_argument("--model", default="weights/tiny")
-parser.add_argument("--steps", default=25, type=int)
+parser.add_argument("--steps", type=int, help="default: the model's own")
 parser.add_argument(
     "--seed", default=0, type=int, help="of the first picture, the next has the next"
 )

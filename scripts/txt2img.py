@@ -19,9 +19,9 @@ from ldm.images import save_png, to_pil
 
 parser = argparse.ArgumentParser(description="Make a picture from a prompt.")
 parser.add_argument("prompt")
-parser.add_argument("--negative", default="")
+parser.add_argument("--negative", help='none is not "" for SDXL base')
 parser.add_argument("--model", default=Path(__file__).parents[1] / "weights/tiny", type=Path)
-parser.add_argument("--steps", default=25, type=int)
+parser.add_argument("--steps", type=int, help="default: the model's own")
 parser.add_argument("--guidance", type=float, help="default: the model's own")
 parser.add_argument("--seed", default=0, type=int)
 parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -36,10 +36,17 @@ def main() -> None:
     model = load(args.model, dtype=dtype, vae_dtype=torch.float32, device=args.device)
     config, unet, vae, text_encoder = model
     scale = config.guidance_scale if args.guidance is None else args.guidance
+    steps = args.steps or config.steps
 
     # The prompt, and what guidance steers away from: context b n d, and vector b p for models that have one.
-    encoded = text_encoder.encode([args.prompt, args.negative])
-    cond, uncond = ([None if c is None else c[i : i + 1] for c in encoded] for i in (0, 1))
+    texts = [args.prompt, args.negative or ""] if scale > 1 else [args.prompt]
+    encoded = text_encoder.encode(texts)
+    if args.negative is None and config.zero_negative:  # SDXL base: zeros, not the empty text
+        for part in encoded:
+            part[1:] = 0
+    cond, *uncond = (
+        [None if c is None else c[i : i + 1] for c in encoded] for i in range(len(texts))
+    )
 
     # How the model was trained, and the noise levels of this run: steps + 1, falling to 0.
     process = config.diffusion
@@ -50,7 +57,7 @@ def main() -> None:
         timesteps=process.timesteps,
         zero_terminal_snr=process.zero_terminal_snr,
     )
-    sigmas = schedule.steps(args.steps, process.spacing, offset=process.offset)
+    sigmas = schedule.steps(steps, process.spacing, offset=process.offset)
 
     # Pure noise of the first level, drawn on the CPU so that a seed means the same everywhere.
     side = config.image_size // vae.config.factor
@@ -58,11 +65,11 @@ def main() -> None:
     x = to_ve(noise(), sigmas[0]).to(args.device)  # 1 c h w, fp32
 
     # From a network that predicts eps or v, to a guided one, to a function from x and sigma to x0.
-    predict = guided(unet, cond, uncond, scale)
+    predict = guided(unet, cond, uncond[0] if uncond else None, scale)
     denoise = parametrise(predict, schedule, process.prediction, dtype=dtype)
 
     # The loop. Any other sampler of ldm.diffusion.samplers goes here.
-    for step in tqdm(dpmpp_2m(denoise, x, sigmas, noise=noise), total=args.steps, disable=None):
+    for step in tqdm(dpmpp_2m(denoise, x, sigmas, noise=noise), total=steps, disable=None):
         x = step.x
 
     save_png(to_pil(vae.decode(x))[0], args.out)

@@ -139,6 +139,14 @@ def test_the_png_tells_other_programs_how_it_was_made(txt2img, model_folder):
     )
 
 
+def test_help_says_what_holds_where_an_option_is_not_given(capsys):
+    with pytest.raises(SystemExit):
+        main(["txt2img", "--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "denoising steps, 1 to 1000 (default: the model's)" in out
+    assert "how many pictures (default: 1)" in out
+
+
 def test_metadata_can_be_left_out(txt2img):
     txt2img("a frog", "--no-metadata")
     assert read_texts("out.png") == {}

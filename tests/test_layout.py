@@ -19,11 +19,22 @@ PACKAGES = {  # what each part of ldm may import of ldm, beside itself
     "models": {"config"},
     "checkpoint": {"config", "models"},
     "memory": {"models"},
-    "pipeline": {"config", "models", "diffusion", "checkpoint", "images", "memory"},
+    "request": {"config", "diffusion"},
+    "pipeline": {"config", "models", "diffusion", "checkpoint", "images", "memory", "request"},
     "training": {"config", "models", "diffusion", "checkpoint", "images"},
-    "record": {"", "config", "images", "memory", "pipeline"},
-    "cli": {"", "checkpoint", "config", "diffusion", "images", "memory", "pipeline", "record", "training"},
-    "": {"config", "pipeline", "memory"},  # ldm/__init__.py
+    "record": {"", "config", "images", "memory", "pipeline", "request"},
+    "cli": {
+        "",
+        "checkpoint",
+        "config",
+        "diffusion",
+        "images",
+        "memory",
+        "pipeline",
+        "record",
+        "training",
+    },
+    "": {"config", "pipeline", "memory", "request"},  # ldm/__init__.py
 }
 THIRD_PARTY = {
     "torch",

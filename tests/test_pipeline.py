@@ -9,11 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.config import SD15
+from ldm.config import SD15, SD_TURBO, SDXL_BASE
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.memory import Placement
 from ldm.models.attention import math_attention
-from ldm.pipeline import Pipeline, Request, load
+from ldm.pipeline import Pipeline, load
+from ldm.request import Request
 
 FROG = Request("a frog on the grass", steps=3)
 
@@ -62,10 +63,27 @@ def test_a_negative_seed_becomes_a_random_one_that_the_request_remembers():
 
 def test_what_a_request_leaves_open_is_the_models_own_choice():
     request = Request("a frog").resolved(SD15)
-    assert (request.guidance_scale, request.spacing) == (7.5, "leading")
+    assert (request.steps, request.sampler, request.spacing) == (25, "dpmpp_2m", "leading")
+    assert (request.guidance_scale, request.negative_prompt) == (7.5, "")
     assert (request.width, request.height) == (512, 512)
-    chosen = Request("a frog", guidance_scale=0.0, spacing="karras", width=8, height=16)
+    assert request.resolved(SD15) == request
+    turbo = Request("a frog").resolved(SD_TURBO)
+    assert (turbo.steps, turbo.sampler, turbo.spacing) == (4, "euler_ancestral", "trailing")
+    assert turbo.guidance_scale == 0.0
+    chosen = Request(
+        *("a frog", "bad", 2, 0.0, 0.5),
+        sampler="lcm",
+        spacing="karras",
+        width=8,
+        height=16,
+    )
     assert chosen.resolved(SD15) == chosen
+
+
+def test_only_where_zeros_stand_for_no_text_a_negative_prompt_stays_none():
+    assert Request("a frog").resolved(SDXL_BASE).negative_prompt is None
+    assert Request("a frog", "").resolved(SDXL_BASE).negative_prompt == ""
+    assert Request("a frog").resolved(SD15).negative_prompt == ""
 
 
 @pytest.mark.parametrize(("size", "nearest"), [(100, "96 or 104"), (7, "8")])
@@ -145,6 +163,17 @@ def test_guidance_up_to_1_ignores_the_negative_prompt_and_above_1_follows_it(pip
     assert np.array_equal(picture(1.0, ""), picture(0.0, ""))
     assert not np.array_equal(picture(3.0, ""), picture(3.0, "blurry"))
     assert not np.array_equal(picture(3.0, ""), picture(3.0, "", rescale=0.7))
+
+
+def test_without_guidance_the_negative_prompt_is_not_encoded(pipe, monkeypatch):
+    seen = []
+    encode = pipe.text_encoder.encode
+    monkeypatch.setattr(
+        pipe.text_encoder, "encode", lambda texts: seen.append(texts) or encode(texts)
+    )
+    for scale in (0.0, 1.0, 1.5):
+        pipe.stream(dataclasses.replace(FROG, negative_prompt="bad", guidance_scale=scale))
+    assert seen == [[FROG.prompt], [FROG.prompt], [FROG.prompt, "bad"]]
 
 
 def test_the_prompt_the_steps_and_the_spacing_each_change_the_picture(pipe):

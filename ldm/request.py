@@ -1,0 +1,131 @@
+"""What can be asked of a model, checked: a `Request`."""
+
+import dataclasses
+import math
+import secrets
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from ldm.config import ModelConfig, Spacing
+from ldm.diffusion.samplers import SAMPLERS
+
+
+@dataclass(frozen=True)
+class Request:
+    """One order for pictures. Where the model has an opinion, None stands for it: see `resolved`.
+
+    Image i is made from seed + i, and comes out as that seed does alone. A negative seed is replaced by a random one
+    when the request is made, so that `request.seed` always says how to make the picture again.
+
+    Raises ValueError for a value that no model can follow.
+    """
+
+    prompt: str
+    negative_prompt: str | None = (
+        None  # what guidance steers away from; None and "": see `resolved`
+    )
+    steps: int | None = None  # 1 .. 1000
+    guidance_scale: float | None = None  # 0 or more; guidance is off up to 1
+    guidance_rescale: float = 0.0  # 0 .. 1, see `guided`
+    sampler: str | None = None  # a name in SAMPLERS
+    spacing: Spacing | None = None  # see `NoiseSchedule.steps`
+    width: int | None = None  # pixels
+    height: int | None = None
+    seed: int = 0  # of the first picture, below 2^64
+    images: int = 1  # how many
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without a model, and draw the seed if it is to be random."""
+        _check_text("prompt", self.prompt)
+        if self.negative_prompt is not None:
+            _check_text("negative_prompt", self.negative_prompt)
+        if self.steps is not None:
+            _check_integer("steps", self.steps, 1, 1000)
+        _check_integer("images", self.images, 1)
+        for name in ("width", "height"):
+            if getattr(self, name) is not None:
+                _check_integer(name, getattr(self, name), 1)
+        if self.guidance_scale is not None:
+            _check_number("guidance_scale", self.guidance_scale, 0)
+        _check_number("guidance_rescale", self.guidance_rescale, 0, 1)
+        if self.sampler is not None:
+            _check_choice("sampler", self.sampler, SAMPLERS)
+        if self.spacing is not None:
+            _check_choice("spacing", self.spacing, get_args(Spacing))
+        _check_integer("seed", self.seed)
+        if self.seed < 0:
+            object.__setattr__(self, "seed", secrets.randbelow(2**32))
+        if self.seed + self.images > 2**64:
+            raise ValueError(
+                f"seeds must lie below 2^64 = {2**64}, got {self.seed} for the first of {self.images} pictures"
+            )
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seed of each picture."""
+        return [self.seed + i for i in range(self.images)]
+
+    def resolved(self, config: ModelConfig) -> "Request":
+        """Return the request with the model's own choices in place of None.
+
+        Only a negative prompt may stay None: then guidance steers away from zeros instead of a text, as SDXL base was
+        trained to (`ModelConfig.zero_negative`). For other models none is the empty text; a given "" always is.
+        Raises ValueError for a size that the model cannot make.
+        """
+        request = dataclasses.replace(
+            self,
+            negative_prompt=_either(self.negative_prompt, None if config.zero_negative else ""),
+            steps=_either(self.steps, config.steps),
+            guidance_scale=_either(self.guidance_scale, config.guidance_scale),
+            sampler=_either(self.sampler, config.sampler),
+            spacing=_either(self.spacing, config.diffusion.spacing),
+            width=_either(self.width, config.image_size),
+            height=_either(self.height, config.image_size),
+        )
+        factor = config.vae.factor
+        for name in ("width", "height"):
+            size = getattr(request, name)
+            if size % factor:
+                near = [n for n in (size // factor * factor, -(-size // factor) * factor) if n]
+                raise ValueError(
+                    f"{name} must be a multiple of {factor} pixels for this model, got {size}; "
+                    f"nearest: {' or '.join(map(str, near))}"
+                )
+        return request
+
+
+def _either(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def _check_text(name: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise ValueError(f"{name} must be text, got {value!r}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} must be valid Unicode text, got {value!r}") from error
+
+
+def _check_integer(
+    name: str, value: object, low: float = -math.inf, high: float = math.inf
+) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise ValueError(f"{name} must be a whole number{_range(low, high)}, got {value!r}")
+
+
+def _check_number(name: str, value: Any, low: float, high: float = math.inf) -> None:
+    real = isinstance(value, int | float) and not isinstance(value, bool)
+    if not real or not math.isfinite(value) or not low <= value <= high:
+        raise ValueError(f"{name} must be a finite number{_range(low, high)}, got {value!r}")
+
+
+def _range(low: float, high: float) -> str:
+    if low == -math.inf:
+        return ""
+    return f", {low} or more" if high == math.inf else f" from {low} to {high}"
+
+
+def _check_choice(name: str, value: object, choices: Any) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
