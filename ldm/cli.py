@@ -32,6 +32,7 @@ from ldm.images import grid, save_png
 from ldm.memory import ATTENTION, DTYPES
 from ldm.pipeline import BUNDLED, locate
 from ldm.record import Environment, environment, recall, remember
+from ldm.request import default_conditioning
 
 DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
@@ -55,6 +56,30 @@ REQUEST_OPTIONS = (
     ("images", "--images", "how many pictures"),
     ("width", "--width", "pixels (default: the model's)"),
     ("height", "--height", "pixels (default: the model's)"),
+    (
+        "original_width",
+        "--original-width",
+        "SDXL: pixels of the image that the picture is cut from (default: the width)",
+    ),
+    ("original_height", "--original-height", "the same (default: the height)"),
+    ("crop_top", "--crop-top", "SDXL: pixels cut off at the top of that image (default: 0)"),
+    ("crop_left", "--crop-left", "the same at its left (default: 0)"),
+    (
+        "target_width",
+        "--target-width",
+        "SDXL: pixels that are left of that image (default: the width)",
+    ),
+    ("target_height", "--target-height", "the same (default: the height)"),
+    (
+        "aesthetic_score",
+        "--aesthetic-score",
+        "SDXL refiner: how much people like it, about 0 to 10 (default: 6.0)",
+    ),
+    (
+        "negative_aesthetic_score",
+        "--negative-aesthetic-score",
+        "the same of what guidance steers away from (default: 2.5)",
+    ),
 )
 EVALUATE_OPTIONS = tuple(
     option
@@ -287,7 +312,7 @@ def _plan_job(args: argparse.Namespace) -> Job:
         return Job(ldm.Request(**asked), _placement(placed), model, args.grid)
 
     record = recall(args.source)
-    request, picture = record.request, record.picture
+    request, picture = _reopened(record.request), record.picture
     as_grid = args.grid or picture is None
     if asked and picture is not None:  # another picture, from the noise of this one
         request = dataclasses.replace(request, seed=request.seed + picture, images=1)
@@ -302,6 +327,15 @@ def _plan_job(args: argparse.Namespace) -> Job:
         None if as_grid else picture,
         None if args.model else record.model.sha256,
     )
+
+
+def _reopened(request: ldm.Request) -> ldm.Request:
+    """`request` with the micro-conditioning that is its default left open, to follow another size or model."""
+    assert request.width is not None
+    assert request.height is not None
+    defaults = default_conditioning(request.width, request.height)
+    default: dict[str, Any] = {n: None for n, v in defaults.items() if getattr(request, n) == v}
+    return dataclasses.replace(request, **default)
 
 
 def _compare(then: Environment, now: Environment, source: Path) -> None:

@@ -17,6 +17,7 @@ from ldm.diffusion.schedule import NoiseSchedule, to_ve, to_vp
 from ldm.images import to_pil
 from ldm.memory import Placement
 from ldm.models.attention import set_attention
+from ldm.models.layers import timestep_embedding
 from ldm.models.text import TextEncoder
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
@@ -118,29 +119,25 @@ class Pipeline:
             pictures += to_pil(image)
         return pictures
 
-    def _conditions(
-        self, request: Request
-    ) -> tuple[list[Tensor | None], list[Tensor | None] | None]:
+    def _conditions(self, request: Request) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None]:
         """What follows the timesteps in a call of the UNet: with the prompt, and without it where guidance needs that.
 
-        Both are a context, b n d, and a vector, b p, or None for a model that takes none.
+        Both are a context, b n d, and for a model that takes one a vector, b p.
         """
         assert request.guidance_scale is not None
         texts = [request.prompt]
         if request.guidance_scale > 1:
             texts.append(request.negative_prompt or "")
-        encoded = self.text_encoder.encode(texts)
+        encoded = [part for part in self.text_encoder.encode(texts) if part is not None]
         if request.negative_prompt is None:  # zeros, not the empty text
             for part in encoded:
-                if part is not None:
-                    part[1:] = 0
-        cond, *uncond = (
-            [
-                None if part is None else part[i : i + 1].expand(request.images, *part.shape[1:])
-                for part in encoded
-            ]
-            for i in range(len(texts))
-        )
+                part[1:] = 0
+        if self.config.micro_conditioning:
+            scalars = torch.tensor(request.scalars(self.config)[: len(texts)])  # b n
+            embedded = timestep_embedding(scalars.flatten(), 256).to(encoded[1])  # (b n) 256
+            encoded[1] = torch.cat([encoded[1], embedded.reshape(len(texts), -1)], dim=1)
+        repeated = [part.repeat_interleave(request.images, dim=0) for part in encoded]
+        cond, *uncond = zip(*(part.chunk(len(texts)) for part in repeated), strict=True)
         return cond, uncond[0] if uncond else None
 
 

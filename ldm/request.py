@@ -33,6 +33,14 @@ class Request:
     height: int | None = None
     seed: int = 0  # of the first picture, below 2^64
     images: int = 1  # how many
+    original_width: int | None = None  # SDXL: pixels of the training image that it is to be like,
+    original_height: int | None = None
+    crop_top: int | None = None  # what was cut off from it,
+    crop_left: int | None = None
+    target_width: int | None = None  # and what was left
+    target_height: int | None = None
+    aesthetic_score: float | None = None  # SDXL refiner: about 0 .. 10
+    negative_aesthetic_score: float | None = None  # what guidance steers away from
 
     def __post_init__(self) -> None:
         """Check what can be checked without a model, and draw the seed if it is to be random."""
@@ -42,11 +50,16 @@ class Request:
         if self.steps is not None:
             _check_integer("steps", self.steps, 1, 1000)
         _check_integer("images", self.images, 1)
-        for name in ("width", "height"):
+        for side in ("width", "height"):
+            for name in (side, f"original_{side}", f"target_{side}"):
+                if getattr(self, name) is not None:
+                    _check_integer(name, getattr(self, name), 1)
+        for name in ("crop_top", "crop_left"):
             if getattr(self, name) is not None:
-                _check_integer(name, getattr(self, name), 1)
-        if self.guidance_scale is not None:
-            _check_number("guidance_scale", self.guidance_scale, 0)
+                _check_integer(name, getattr(self, name), 0)
+        for name in ("guidance_scale", "aesthetic_score", "negative_aesthetic_score"):
+            if getattr(self, name) is not None:
+                _check_number(name, getattr(self, name), 0)
         _check_number("guidance_rescale", self.guidance_rescale, 0, 1)
         if self.sampler is not None:
             _check_choice("sampler", self.sampler, SAMPLERS)
@@ -70,7 +83,8 @@ class Request:
 
         Only a negative prompt may stay None: then guidance steers away from zeros instead of a text, as SDXL base was
         trained to (`ModelConfig.zero_negative`). For other models none is the empty text; a given "" always is.
-        Raises ValueError for a size that the model cannot make.
+        What SDXL is conditioned on beside the text gets its defaults (`default_conditioning`) in a model that has it.
+        Raises ValueError for a size that the model cannot make, and for a conditioning that it does not have.
         """
         request = dataclasses.replace(
             self,
@@ -91,7 +105,45 @@ class Request:
                     f"{name} must be a multiple of {factor} pixels for this model, got {size}; "
                     f"nearest: {' or '.join(map(str, near))}"
                 )
-        return request
+        assert request.width is not None
+        assert request.height is not None
+        conditioning = {}
+        for name, default in default_conditioning(request.width, request.height).items():
+            value = getattr(self, name)
+            if name.removeprefix("negative_") in config.micro_conditioning:
+                conditioning[name] = _either(value, default)
+            elif value is not None:
+                known = ", ".join(config.micro_conditioning) or "nothing of the kind"
+                raise ValueError(
+                    f"{name} is {value}, and the model {config.name} is conditioned on {known}; leave it out"
+                )
+        return dataclasses.replace(request, **conditioning)
+
+    def scalars(self, config: ModelConfig) -> list[list[float]]:
+        """Return the model's micro-conditioning, in its order, of a resolved request: with the prompt, and without it.
+
+        The two differ in the aesthetic score.
+        """
+        given = {name: getattr(self, name) for name in config.micro_conditioning}
+        without = given | {"aesthetic_score": self.negative_aesthetic_score}
+        return [[row[name] for name in given] for row in (given, without)]
+
+
+def default_conditioning(width: int, height: int) -> dict[str, Any]:
+    """Return SDXL's micro-conditioning of a whole picture of that size, and the aesthetic scores that diffusers takes.
+
+    The keys are fields of `Request`, which the names in `ModelConfig.micro_conditioning` are, too.
+    """
+    return {
+        "original_width": width,
+        "original_height": height,
+        "crop_top": 0,
+        "crop_left": 0,
+        "target_width": width,
+        "target_height": height,
+        "aesthetic_score": 6.0,
+        "negative_aesthetic_score": 2.5,
+    }
 
 
 def _either(value: Any, default: Any) -> Any:

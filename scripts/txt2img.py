@@ -16,6 +16,8 @@ from ldm.diffusion.denoiser import guided, parametrise
 from ldm.diffusion.samplers import dpmpp_2m, seeded_noise
 from ldm.diffusion.schedule import NoiseSchedule, to_ve
 from ldm.images import save_png, to_pil
+from ldm.models.layers import timestep_embedding
+from ldm.request import Request
 
 parser = argparse.ArgumentParser(description="Make a picture from a prompt.")
 parser.add_argument("prompt")
@@ -35,29 +37,30 @@ def main() -> None:
     dtype = torch.float32 if args.device == "cpu" else torch.float16
     model = load(args.model, dtype=dtype, vae_dtype=torch.float32, device=args.device)
     config, unet, vae, text_encoder = model
-    scale = config.guidance_scale if args.guidance is None else args.guidance
-    steps = args.steps or config.steps
+    request = Request(args.prompt, args.negative, args.steps, args.guidance, seed=args.seed)
+    request = request.resolved(config)  # the model's own choices in place of None
 
-    # The prompt, and what guidance steers away from: context b n d, and vector b p for models that have one.
-    texts = [args.prompt, args.negative or ""] if scale > 1 else [args.prompt]
-    encoded = text_encoder.encode(texts)
-    if args.negative is None and config.zero_negative:  # SDXL base: zeros, not the empty text
+    # The prompt, and what guidance steers away from: context b n d, and vector b p for models that take one.
+    texts = [request.prompt]
+    if request.guidance_scale > 1:
+        texts.append(request.negative_prompt or "")
+    encoded = [part for part in text_encoder.encode(texts) if part is not None]
+    if request.negative_prompt is None:  # SDXL base: zeros, not the empty text
         for part in encoded:
             part[1:] = 0
-    cond, *uncond = (
-        [None if c is None else c[i : i + 1] for c in encoded] for i in range(len(texts))
-    )
+    if config.micro_conditioning:  # SDXL: sizes and crop, embedded as timesteps are
+        scalars = torch.tensor(request.scalars(config)[: len(texts)])  # b n
+        embedded = timestep_embedding(scalars.flatten(), 256).to(encoded[1])  # (b n) 256
+        encoded[1] = torch.cat([encoded[1], embedded.reshape(len(texts), -1)], dim=1)
+    cond, *uncond = zip(*(part.chunk(len(texts)) for part in encoded), strict=True)
 
     # How the model was trained, and the noise levels of this run: steps + 1, falling to 0.
     process = config.diffusion
     schedule = NoiseSchedule(
-        betas=process.betas,
-        beta_start=process.beta_start,
-        beta_end=process.beta_end,
-        timesteps=process.timesteps,
-        zero_terminal_snr=process.zero_terminal_snr,
-    )
-    sigmas = schedule.steps(steps, process.spacing, offset=process.offset)
+        betas=process.betas, beta_start=process.beta_start, beta_end=process.beta_end,
+        timesteps=process.timesteps, zero_terminal_snr=process.zero_terminal_snr,
+    )  # fmt: skip
+    sigmas = schedule.steps(request.steps, process.spacing, offset=process.offset)
 
     # Pure noise of the first level, drawn on the CPU so that a seed means the same everywhere.
     side = config.image_size // vae.config.factor
@@ -65,13 +68,12 @@ def main() -> None:
     x = to_ve(noise(), sigmas[0]).to(args.device)  # 1 c h w, fp32
 
     # From a network that predicts eps or v, to a guided one, to a function from x and sigma to x0.
-    predict = guided(unet, cond, uncond[0] if uncond else None, scale)
+    predict = guided(unet, cond, uncond[0] if uncond else None, request.guidance_scale)
     denoise = parametrise(predict, schedule, process.prediction, dtype=dtype)
 
     # The loop. Any other sampler of ldm.diffusion.samplers goes here.
-    for step in tqdm(dpmpp_2m(denoise, x, sigmas, noise=noise), total=steps, disable=None):
+    for step in tqdm(dpmpp_2m(denoise, x, sigmas, noise=noise), total=request.steps, disable=None):
         x = step.x
-
     save_png(to_pil(vae.decode(x))[0], args.out)
 
 

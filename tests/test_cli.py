@@ -16,6 +16,7 @@ import ldm
 from ldm.cli import main
 from ldm.images import read_texts, save_png
 from ldm.training import evaluate, scenes
+from tests.tiny import TINY_SDXL, random_networks
 
 
 @pytest.fixture(autouse=True)
@@ -183,6 +184,47 @@ def test_options_beside_from_change_that_picture(txt2img):
     assert (settings["request"]["prompt"], settings["placement"]["dtype"]) == ("a cat", "bfloat16")
 
 
+@pytest.fixture
+def sdxl(monkeypatch):
+    """Make `ldm txt2img` work with a tiny SDXL, whatever model it is told."""
+    pipe = ldm.Pipeline(TINY_SDXL, *random_networks(TINY_SDXL))
+    monkeypatch.setattr(ldm, "load", lambda *_, **__: pipe)
+
+
+def test_sdxls_conditioning_is_remembered_and_follows_another_size(sdxl, txt2img):
+    words = ["--original-width", "99", "--crop-top", "5", "--crop-left", "6"]
+    _, out, _ = txt2img("a frog", *words, "--target-height", "7", "--out", "a.png", "--json")
+    request = json.loads(out)["settings"]["request"]
+    assert "negative_prompt" not in request  # zeros
+    conditioning = {
+        "original_width": 99,
+        "original_height": 32,
+        "crop_top": 5,
+        "crop_left": 6,
+        "target_width": 32,
+        "target_height": 7,
+    }
+    assert {name: request[name] for name in conditioning} == conditioning
+    assert "aesthetic_score" not in request
+    txt2img("--from", "a.png", "--out", "b.png", model=False)
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+    _, out, _ = txt2img("--from", "a.png", "--width", "40", "--height", "16", "--json", model=False)
+    request = json.loads(out)["settings"]["request"]
+    conditioning |= {"original_height": 16, "target_width": 40}  # what was not given follows
+    assert {name: request[name] for name in conditioning} == conditioning
+
+
+def test_a_default_conditioning_is_no_obstacle_for_a_model_without_one(
+    sdxl, txt2img, monkeypatch, here
+):
+    txt2img("a frog", "--out", "a.png")
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    code, out, _ = txt2img("--from", "a.png", "--out", "b.png", "--json")
+    assert code == 0
+    assert "crop_top" not in json.loads(out)["settings"]["request"]
+
+
 def test_repeating_with_other_files_under_the_models_name_is_refused(txt2img, model_folder):
     txt2img("a frog", "--out", "a.png")
     record = json.loads(read_texts("a.png")["ldm"])
@@ -253,6 +295,8 @@ def test_a_picture_without_a_readable_record_cannot_be_repeated(txt2img, text, m
             ["a frog", "--width", "30"],
             "width must be a multiple of 4 pixels for this model, got 30",
         ),
+        (["a frog", "--crop-top", "9"], "crop_top is 9, and the model random is conditioned on"),
+        (["a frog", "--aesthetic-score", "7"], "aesthetic_score is 7.0, and the model random"),
         (["a frog", "--images", "0"], "images must be a whole number, 1 or more"),
         (["a frog", "--dtype", "float16"], "dtype float16 is up to 200 times slower"),
         (["a frog", "--dtype", "int8"], "dtype must be one of float32, float16, bfloat16"),

@@ -24,15 +24,8 @@ PACKAGES = {  # what each part of ldm may import of ldm, beside itself
     "training": {"config", "models", "diffusion", "checkpoint", "images"},
     "record": {"", "config", "images", "memory", "pipeline", "request"},
     "cli": {
-        "",
-        "checkpoint",
-        "config",
-        "diffusion",
-        "images",
-        "memory",
-        "pipeline",
-        "record",
-        "training",
+        *("", "checkpoint", "config", "diffusion", "images", "memory", "pipeline", "record"),
+        *("request", "training"),
     },
     "": {"config", "pipeline", "memory", "request"},  # ldm/__init__.py
 }

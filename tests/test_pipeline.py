@@ -7,16 +7,30 @@ import operator
 import numpy as np
 import pytest
 import torch
+from diffusers.models.embeddings import get_timestep_embedding
 from PIL import Image
 
-from ldm.config import SD15, SD_TURBO, SDXL_BASE
+from ldm.config import SD15, SD_TURBO, SDXL_BASE, SDXL_REFINER
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.memory import Placement
 from ldm.models.attention import math_attention
 from ldm.pipeline import Pipeline, load
 from ldm.request import Request
+from tests.tiny import TINY_REFINER, TINY_SDXL, random_networks
 
 FROG = Request("a frog on the grass", steps=3)
+
+
+@pytest.fixture(scope="module")
+def sdxl() -> Pipeline:
+    """A tiny random model with SDXL base's two towers and conditioning."""
+    return Pipeline(TINY_SDXL, *random_networks(TINY_SDXL))
+
+
+@pytest.fixture(scope="module")
+def refiner() -> Pipeline:
+    """A tiny random model with the SDXL refiner's tower and conditioning."""
+    return Pipeline(TINY_REFINER, *random_networks(TINY_REFINER))
 
 
 def pixels(picture: Image.Image) -> np.ndarray:
@@ -45,6 +59,14 @@ def pixels(picture: Image.Image) -> np.ndarray:
         ({"seed": 2**64}, "seeds must lie below 2\\^64"),
         ({"seed": 2**64 - 1, "images": 2}, "seeds must lie below 2\\^64"),
         ({"images": 0}, "images must be a whole number, 1 or more, got 0"),
+        ({"original_width": 0}, "original_width must be a whole number, 1 or more, got 0"),
+        ({"original_height": 1.5}, "original_height must be a whole number, 1 or more, got 1.5"),
+        ({"target_width": -1}, "target_width must be a whole number, 1 or more, got -1"),
+        ({"target_height": "9"}, "target_height must be a whole number, 1 or more, got '9'"),
+        ({"crop_top": -1}, "crop_top must be a whole number, 0 or more, got -1"),
+        ({"crop_left": 0.5}, "crop_left must be a whole number, 0 or more, got 0.5"),
+        ({"aesthetic_score": math.nan}, "aesthetic_score must be a finite number, 0 or more"),
+        ({"negative_aesthetic_score": -1}, "negative_aesthetic_score must be a finite number"),
     ],
 )
 def test_a_request_that_no_model_can_follow_is_refused(choices, message):
@@ -84,6 +106,34 @@ def test_only_where_zeros_stand_for_no_text_a_negative_prompt_stays_none():
     assert Request("a frog").resolved(SDXL_BASE).negative_prompt is None
     assert Request("a frog", "").resolved(SDXL_BASE).negative_prompt == ""
     assert Request("a frog").resolved(SD15).negative_prompt == ""
+
+
+def test_the_micro_conditioning_of_a_whole_picture_is_the_default_where_a_model_has_it():
+    request = Request("a frog", width=640).resolved(SDXL_BASE)
+    assert (request.original_width, request.original_height) == (640, 1024)
+    assert (request.target_width, request.target_height) == (640, 1024)
+    assert (request.crop_top, request.crop_left) == (0, 0)
+    assert request.aesthetic_score is request.negative_aesthetic_score is None
+    refined = Request("a frog", crop_top=8).resolved(SDXL_REFINER)
+    assert (refined.crop_top, refined.crop_left, refined.target_width) == (8, 0, None)
+    assert (refined.aesthetic_score, refined.negative_aesthetic_score) == (6.0, 2.5)
+    chosen = Request("a frog", original_width=9, target_height=8, crop_left=7).resolved(SDXL_BASE)
+    assert chosen.scalars(SDXL_BASE) == [[1024, 9, 0, 7, 8, 1024]] * 2
+
+
+@pytest.mark.parametrize(
+    ("config", "choice", "message"),
+    [
+        (SD15, {"original_width": 512}, "original_width is 512, and the model sd15 is .* nothing"),
+        (SD15, {"crop_top": 0}, "crop_top is 0, and the model sd15"),
+        (SDXL_BASE, {"aesthetic_score": 6.0}, "sdxl-base is conditioned on original_height, orig"),
+        (SDXL_BASE, {"negative_aesthetic_score": 1.0}, "negative_aesthetic_score is 1.0"),
+        (SDXL_REFINER, {"target_width": 1024}, "target_width is 1024.* sdxl-refiner"),
+    ],
+)
+def test_a_conditioning_that_the_model_does_not_have_is_refused(config, choice, message):
+    with pytest.raises(ValueError, match=message):
+        Request("a frog", **choice).resolved(config)
 
 
 @pytest.mark.parametrize(("size", "nearest"), [(100, "96 or 104"), (7, "8")])
@@ -174,6 +224,73 @@ def test_without_guidance_the_negative_prompt_is_not_encoded(pipe, monkeypatch):
     for scale in (0.0, 1.0, 1.5):
         pipe.stream(dataclasses.replace(FROG, negative_prompt="bad", guidance_scale=scale))
     assert seen == [[FROG.prompt], [FROG.prompt], [FROG.prompt, "bad"]]
+
+
+def seen_by_the_unet(pipe, monkeypatch, request):
+    """The context and the vector of the first call, with guidance 2b: without the prompt, then with it."""
+    calls = []
+    forward = pipe.unet.forward
+    monkeypatch.setattr(
+        pipe.unet, "forward", lambda *args: calls.append(args[2:]) or forward(*args)
+    )
+    next(iter(pipe.stream(request)))
+    return calls[0]
+
+
+def embedded(*scalars):
+    """Those scalars as diffusers embeds them."""
+    return get_timestep_embedding(torch.tensor(scalars), 256, True, 0).flatten()
+
+
+def test_sdxl_sees_both_towers_the_pooled_text_and_the_sizes(sdxl, monkeypatch):
+    request = Request("a frog", "bad", 1, images=2, width=36, original_width=99, crop_top=5)
+    context, vector = seen_by_the_unet(sdxl, monkeypatch, request)
+    expected, pooled = sdxl.text_encoder.encode(["bad", "a frog"])
+    assert context.shape == (4, 32, 32)
+    assert torch.equal(context, expected.repeat_interleave(2, 0))
+    assert torch.equal(vector[:, :24], pooled.repeat_interleave(2, 0))
+    # height before width: original, crop, target
+    sizes = embedded(32, 99, 5, 0, 32, 36)
+    assert torch.allclose(vector[:, 24:], sizes.expand(4, -1), rtol=0, atol=1e-6)  # fp32 sines
+
+
+def test_the_refiner_sees_a_good_score_with_the_prompt_and_a_bad_one_without(refiner, monkeypatch):
+    _, vector = seen_by_the_unet(refiner, monkeypatch, Request("a frog", steps=1))
+    assert torch.allclose(vector[0, 24:], embedded(32, 32, 0, 0, 2.5), rtol=0, atol=1e-6)
+    assert torch.allclose(vector[1, 24:], embedded(32, 32, 0, 0, 6.0), rtol=0, atol=1e-6)
+
+
+def test_sdxl_steers_away_from_zeros_but_a_given_empty_text_is_encoded(sdxl, refiner, monkeypatch):
+    context, vector = seen_by_the_unet(sdxl, monkeypatch, Request("a frog", steps=1))
+    assert not context[0].any()
+    assert not vector[0, :24].any()
+    assert torch.equal(vector[0, 24:], vector[1, 24:])  # the sizes stay
+    for pipe, negative in ((sdxl, ""), (refiner, None), (refiner, "")):
+        context, vector = seen_by_the_unet(pipe, monkeypatch, Request("a frog", negative, 1))
+        expected, pooled = pipe.text_encoder.encode(["a frog", ""])
+        assert torch.equal(context[0], expected[1])
+        assert torch.equal(vector[0, :24], pooled[1])
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        *({"original_width": 99}, {"original_height": 99}, {"crop_top": 9}, {"crop_left": 9}),
+        *({"target_width": 99}, {"target_height": 99}, {"negative_prompt": ""}),
+    ],
+    ids=str,
+)
+def test_each_conditioning_of_sdxl_changes_its_picture(sdxl, choice):
+    base = Request("a frog", steps=2)
+    first, other = sdxl.generate(base), sdxl.generate(dataclasses.replace(base, **choice))
+    assert not np.array_equal(first[0], other[0])
+
+
+def test_without_guidance_sdxl_needs_no_second_condition(sdxl, monkeypatch):
+    request = Request("a frog", steps=1, guidance_scale=0.0)
+    context, vector = seen_by_the_unet(sdxl, monkeypatch, request)
+    assert (len(context), len(vector)) == (1, 1)
+    assert context.any()
 
 
 def test_the_prompt_the_steps_and_the_spacing_each_change_the_picture(pipe):

@@ -9,6 +9,9 @@ import pytest
 from PIL import Image
 
 import ldm
+from ldm.checkpoint import files
+from ldm.checkpoint.parts import Model
+from tests.tiny import TINY_RANDOM, TINY_REFINER, TINY_SDXL, random_networks
 
 FOLDER = Path(__file__).parents[1] / "scripts"
 SCRIPTS = sorted(FOLDER.glob("*.py"))
@@ -30,13 +33,24 @@ def test_no_script_hides_a_module_of_the_standard_library(path):
 
 
 @pytest.mark.parametrize("guidance", [None, 1.0, 5.5])
-def test_txt2img_equals_the_pipeline_bit_for_bit(
-    pipe, model_folder, tmp_path, monkeypatch, guidance
-):
+@pytest.mark.parametrize("config", [TINY_RANDOM, TINY_SDXL, TINY_REFINER], ids=lambda c: c.name)
+@pytest.mark.parametrize("negative", [None, "", "bad"])
+def test_txt2img_equals_the_pipeline_bit_for_bit(tmp_path, monkeypatch, config, negative, guidance):
+    networks = random_networks(config)
+    monkeypatch.setattr(files, "load", lambda *_, **__: Model(config, *networks))
     out = tmp_path / "frog.png"
-    words = ["a frog", "--negative", "bad", "--steps", "4", "--seed", "3", "--device", "cpu"]
+    words = ["a frog", "--steps", "3", "--seed", "3", "--device", "cpu", "--out", str(out)]
     if guidance is not None:
         words += ["--guidance", str(guidance)]
-    run(FOLDER / "txt2img.py", monkeypatch, *words, "--model", str(model_folder), "--out", str(out))
-    request = ldm.Request("a frog", "bad", steps=4, seed=3, guidance_scale=guidance)
-    assert np.array_equal(Image.open(out), pipe.generate(request)[0])
+    if negative is not None:
+        words += ["--negative", negative]
+    run(FOLDER / "txt2img.py", monkeypatch, *words)
+    request = ldm.Request("a frog", negative, steps=3, seed=3, guidance_scale=guidance)
+    assert np.array_equal(Image.open(out), ldm.Pipeline(config, *networks).generate(request)[0])
+
+
+def test_txt2img_reads_the_model_that_it_is_told(pipe, model_folder, tmp_path, monkeypatch):
+    words = ["a frog", "--device", "cpu", "--model", str(model_folder), "--out", "frog.png"]
+    monkeypatch.chdir(tmp_path)
+    run(FOLDER / "txt2img.py", monkeypatch, *words)
+    assert np.array_equal(Image.open("frog.png"), pipe.generate(ldm.Request("a frog"))[0])

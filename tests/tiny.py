@@ -1,9 +1,18 @@
 """Random models that are small, complete and well scaled: their pictures are neither flat nor saturated."""
 
+import dataclasses
+
 import torch
 from torch import nn
 
-from ldm.config import ModelConfig, TextConfig, UNetConfig, VAEConfig
+from ldm.config import (
+    BASE_CONDITIONING,
+    REFINER_CONDITIONING,
+    ModelConfig,
+    TextConfig,
+    UNetConfig,
+    VAEConfig,
+)
 from ldm.models.text import BOS, EOS, TextEncoder, Tokenizer, byte_alphabet
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
@@ -21,6 +30,32 @@ TINY_RANDOM = ModelConfig(
     guidance_scale=3.0,
 )
 
+_CLIP = TextConfig(
+    *(16, 2, 2, 32),
+    vocab_size=514,
+    max_length=32,
+    pad_id=513,
+    output_layer=-2,
+    final_norm=False,
+)
+_OPEN_CLIP = dataclasses.replace(_CLIP, activation="gelu", projection=24, pad_id=0)
+TINY_SDXL = dataclasses.replace(
+    TINY_RANDOM,
+    name="random-sdxl",
+    unet=dataclasses.replace(TINY_RANDOM.unet, vector_dim=24 + 6 * 256, linear_projection=True),
+    text=(_CLIP, _OPEN_CLIP),
+    zero_negative=True,
+    micro_conditioning=BASE_CONDITIONING,
+)
+TINY_REFINER = dataclasses.replace(
+    TINY_SDXL,
+    name="random-refiner",
+    unet=dataclasses.replace(TINY_SDXL.unet, context_dim=16, vector_dim=24 + 5 * 256),
+    text=(_OPEN_CLIP,),
+    zero_negative=False,
+    micro_conditioning=REFINER_CONDITIONING,
+)
+
 
 def byte_tokenizer() -> Tokenizer:
     """Return a tokenizer that knows single bytes, as they stand inside and at the end of a word, and nothing else."""
@@ -33,12 +68,14 @@ def random_networks(config: ModelConfig = TINY_RANDOM) -> tuple[UNet, VAE, TextE
     """Build the three networks of `config`, seeded, so that eps has unit variance and pictures a deviation of 0.4."""
     torch.manual_seed(0)
     unet, vae = UNet(config.unet).eval(), VAE(config.vae).eval()
-    text_encoder = TextEncoder(config.text, [byte_tokenizer()]).eval()
+    text_encoder = TextEncoder(config.text, [byte_tokenizer()] * len(config.text)).eval()
     size = config.image_size // config.vae.factor
     latents = torch.randn(2, config.vae.latent_channels, size, size)
     context = torch.randn(2, config.text[0].max_length, config.unet.context_dim)
+    vector = torch.randn(2, config.unet.vector_dim) if config.unet.vector_dim else None
     with torch.no_grad():
-        _scale(unet.conv_out, unet(latents, torch.tensor([900.0, 100.0]), context), 1.0)
+        predicted = unet(latents, torch.tensor([900.0, 100.0]), context, vector)
+        _scale(unet.conv_out, predicted, 1.0)
         _scale(vae.decoder.conv_out, vae.decode(latents), 0.4)
     return unet, vae, text_encoder
 
