@@ -1,5 +1,6 @@
 """The spatial transformer: self-attention over pixels, cross-attention to the text, and a gated MLP."""
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -8,12 +9,18 @@ from ldm.models.attention import Attend, sdpa
 
 
 class Attention(nn.Module):
-    """Multi-head attention from x to `context`, or to x itself where no context is given."""
+    """Multi-head attention from x to `context`, or to x itself where no context is given.
 
-    def __init__(self, dim: int, heads: int, context_dim: int | None = None) -> None:
+    upcast: attend in fp32 where the network is fp16, whose range the scores of SD 2.1 at 768 pixels leave.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, context_dim: int | None = None, *, upcast: bool = False
+    ) -> None:
         super().__init__()
         context_dim = context_dim or dim
         self.heads = heads
+        self.upcast = upcast
         self.attend: Attend = sdpa
         self.to_q = nn.Linear(dim, dim, bias=False)
         self.to_k = nn.Linear(context_dim, dim, bias=False)
@@ -27,7 +34,10 @@ class Attention(nn.Module):
             rearrange(t, "b n (h d) -> b h n d", h=self.heads)
             for t in (self.to_q(x), self.to_k(context), self.to_v(context))
         )
-        out: Tensor = self.to_out(rearrange(self.attend(q, k, v), "b h n d -> b n (h d)"))
+        if self.upcast and x.dtype == torch.float16:  # bf16 has the range of fp32
+            q, k, v = q.float(), k.float(), v.float()
+        attended = self.attend(q, k, v).to(x.dtype)
+        out: Tensor = self.to_out(rearrange(attended, "b h n d -> b n (h d)"))
         return out
 
 
@@ -49,12 +59,12 @@ class GEGLU(nn.Module):
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention and GEGLU, each normalised before and added after."""
 
-    def __init__(self, dim: int, heads: int, context_dim: int) -> None:
+    def __init__(self, dim: int, heads: int, context_dim: int, *, upcast: bool = False) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
-        self.attn1 = Attention(dim, heads)
+        self.attn1 = Attention(dim, heads, upcast=upcast)
         self.norm2 = nn.LayerNorm(dim)
-        self.attn2 = Attention(dim, heads, context_dim)
+        self.attn2 = Attention(dim, heads, context_dim, upcast=upcast)
         self.norm3 = nn.LayerNorm(dim)
         self.ff = GEGLU(dim)
 
@@ -70,13 +80,23 @@ class SpatialTransformer(nn.Module):
     """Transformer blocks over the pixels of a feature map, between two projections, added to it."""
 
     def __init__(
-        self, dim: int, heads: int, context_dim: int, *, depth: int, linear: bool, groups: int
+        self,
+        dim: int,
+        heads: int,
+        context_dim: int,
+        *,
+        depth: int,
+        linear: bool,
+        groups: int,
+        upcast: bool = False,
     ) -> None:
         super().__init__()
         self.linear = linear  # SD2 and SDXL project tokens, SD1 projects pixels: the same numbers
         self.norm = nn.GroupNorm(groups, dim, eps=1e-6)  # 1e-5 in the UNet's other norms
         self.proj_in = nn.Linear(dim, dim) if linear else nn.Conv2d(dim, dim, 1)
-        self.blocks = nn.ModuleList(TransformerBlock(dim, heads, context_dim) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            TransformerBlock(dim, heads, context_dim, upcast=upcast) for _ in range(depth)
+        )
         self.proj_out = nn.Linear(dim, dim) if linear else nn.Conv2d(dim, dim, 1)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:

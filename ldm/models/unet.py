@@ -115,6 +115,7 @@ class Encoder(nn.Module):
             depth=depth,
             linear=config.linear_projection,
             groups=config.norm_groups,
+            upcast=config.upcast_attention,
         )
 
     def embed(self, timesteps: Tensor, vector: Tensor | None, dtype: torch.dtype) -> Tensor:

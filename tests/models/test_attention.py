@@ -1,5 +1,6 @@
 """Three attentions, one result."""
 
+import dataclasses
 from functools import partial
 
 import pytest
@@ -8,6 +9,8 @@ from torch import nn
 
 from ldm.models.attention import math_attention, sdpa, set_attention, sliced_attention
 from ldm.models.transformer import Attention
+from ldm.models.unet import UNet
+from tests.tiny import TINY_RANDOM
 
 
 def qkv(dtype=torch.float32, b=2, h=3, n=20, m=7, d=8):
@@ -74,3 +77,39 @@ def test_set_attention_reaches_every_layer_and_changes_nothing_else():
     set_attention(net, attend)
     assert all(layer.attend is attend for layer in net)
     torch.testing.assert_close(net(x), before, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("attend", [sdpa, math_attention, sliced_attention])
+def test_upcast_attention_survives_scores_that_overflow_fp16(attend):
+    torch.manual_seed(0)
+    layer = Attention(64, 1, upcast=True).half()
+    layer.attend = attend
+    for projection in (layer.to_q, layer.to_k):
+        projection.weight.data = 300 * torch.eye(64, dtype=torch.float16)
+    x = torch.randn(1, 5, 64).half()
+    q = k = 300 * x.float()
+    assert (q @ k.mT / 8).max() > 65504  # the largest fp16
+    out = layer(x)
+    assert out.dtype == torch.float16
+    exact = layer.float()(x.float())
+    # fp16 keeps 11 bits: the values are rounded at the projection, after attending, and at the output
+    torch.testing.assert_close(out.float(), exact, rtol=0, atol=4e-3)
+    layer.upcast = False
+    if attend is not sdpa:  # whose fused kernel keeps scores in fp32, where there is one
+        assert not layer.half()(x).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_upcasting_leaves_other_dtypes_alone(dtype):
+    layer, seen = Attention(16, 2, upcast=True).to(dtype), []
+    layer.attend = lambda q, k, v: seen.append({q.dtype, k.dtype, v.dtype}) or sdpa(q, k, v)
+    assert layer(torch.randn(1, 5, 16, dtype=dtype)).dtype == dtype
+    assert seen == [{dtype}]
+
+
+@pytest.mark.parametrize("upcast", [False, True])
+def test_every_attention_of_a_unet_upcasts_if_its_configuration_says_so(upcast):
+    config = dataclasses.replace(TINY_RANDOM.unet, upcast_attention=upcast)
+    layers = [part for part in UNet(config).modules() if isinstance(part, Attention)]
+    assert len(layers) == 8  # two in each transformer: one down, one in the middle, two up
+    assert {layer.upcast for layer in layers} == {upcast}
