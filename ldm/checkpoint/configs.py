@@ -10,7 +10,9 @@ from ldm.config import DiffusionConfig, TextConfig, UNetConfig, VAEConfig, from_
 
 Json = dict[str, Any]
 
+_PROJECTED = "CLIPTextModelWithProjection"
 _PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
+_EULER = {"euler": "EulerDiscreteScheduler", "euler_ancestral": "EulerAncestralDiscreteScheduler"}
 _LEADING_BY_DEFAULT = ("PNDM", "DDIM", "DDPM", "LCM", "TCD")
 
 # What each file may say about things that are fixed here. The first value is the default of the class.
@@ -56,7 +58,7 @@ _VAE_FIXED: dict[str, tuple[Any, ...]] = {
     "use_quant_conv": (True,),
 }
 _TEXT_FIXED: dict[str, tuple[Any, ...]] = {
-    "architectures": (None, ["CLIPTextModel"]),
+    "architectures": (None, ["CLIPTextModel"], [_PROJECTED]),
     "layer_norm_eps": (1e-5,),
 }
 _SCHEDULER_FIXED: dict[str, tuple[Any, ...]] = {"trained_betas": (None,)}
@@ -171,9 +173,10 @@ def vae_to_json(config: VAEConfig, image_size: int) -> Json:
     }
 
 
-def text_from_json(json: Json, where: str, pad_id: int) -> TextConfig:
+def text_from_json(json: Json, where: str, pad_id: int, *, sdxl: bool) -> TextConfig:
     """Read text_encoder/config.json; transformers leaves out what equals its defaults.
 
+    sdxl: whether the UNet takes the layer before the last, without norm, as SDXL's do.
     Raises ValueError naming `where` for what is malformed or not implemented.
     """
     _check_fixed(json, _TEXT_FIXED, where)
@@ -187,18 +190,25 @@ def text_from_json(json: Json, where: str, pad_id: int) -> TextConfig:
         "max_length": json.get("max_position_embeddings", 77),
         "pad_id": pad_id,
     }
+    if sdxl:
+        table |= {"output_layer": -2, "final_norm": False}
+    if sdxl and json.get("architectures") == [_PROJECTED]:
+        table["projection"] = json.get("projection_dim", 512)
     return from_dict(table, TextConfig, where)
 
 
-def text_to_json(config: TextConfig, bos_id: int, eos_id: int) -> Json:
+def text_to_json(config: TextConfig, bos_id: int, eos_id: int, *, sdxl: bool) -> Json:
     """Write text_encoder/config.json. Raises ValueError for outputs that diffusers would not take."""
-    if (config.projection, config.output_layer, config.final_norm) != (None, -1, True):
+    projection = config.projection if sdxl else None
+    taken = (projection, -2, False) if sdxl else (None, -1, True)
+    if (config.projection, config.output_layer, config.final_norm) != taken:
         raise ValueError(
-            "a diffusers folder of one text encoder uses its last, normed layer without projection, not output_layer "
-            f"{config.output_layer}, final_norm {config.final_norm}, projection {config.projection}"
+            "a diffusers folder uses the last layer of a text encoder, normed and without projection, or in SDXL "
+            f"the one before it without norm, not output_layer {config.output_layer}, final_norm {config.final_norm}, "
+            f"projection {config.projection}"
         )
     return {
-        "architectures": ["CLIPTextModel"],
+        "architectures": [_PROJECTED if projection else "CLIPTextModel"],
         "model_type": "clip_text_model",
         "hidden_size": config.width,
         "intermediate_size": config.mlp,
@@ -207,7 +217,7 @@ def text_to_json(config: TextConfig, bos_id: int, eos_id: int) -> Json:
         "hidden_act": config.activation,
         "vocab_size": config.vocab_size,
         "max_position_embeddings": config.max_length,
-        "projection_dim": config.width,
+        "projection_dim": projection or config.width,
         "layer_norm_eps": 1e-5,
         "bos_token_id": bos_id,
         "eos_token_id": eos_id,
@@ -246,8 +256,11 @@ def diffusion_from_json(json: Json, where: str) -> DiffusionConfig:
     return from_dict(table, DiffusionConfig, where)
 
 
-def diffusion_to_json(config: DiffusionConfig) -> Json:
-    """Write scheduler_config.json for DDIM, or for Euler where the steps are Karras': DDIM has none."""
+def diffusion_to_json(config: DiffusionConfig, sampler: str) -> Json:
+    """Write scheduler_config.json for the class of the model's `sampler` if that is Euler's, else for DDIM.
+
+    Where the steps are Karras', which DDIM has not, it is Euler's, too.
+    """
     json: Json = {
         "_class_name": "DDIMScheduler",
         "prediction_type": _PREDICTIONS[config.prediction],
@@ -260,7 +273,9 @@ def diffusion_to_json(config: DiffusionConfig) -> Json:
         "trained_betas": None,
     }
     if config.spacing == "karras":
-        return json | {"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": True}
+        return json | {"_class_name": _EULER["euler"], "use_karras_sigmas": True}
+    if sampler in _EULER:
+        return json | {"_class_name": _EULER[sampler], "timestep_spacing": config.spacing}
     ddim = {"clip_sample": False, "set_alpha_to_one": False, "timestep_spacing": config.spacing}
     return json | ddim
 

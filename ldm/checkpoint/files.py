@@ -1,21 +1,39 @@
-"""Models on disk: identify, load and save. Strict: every tensor of a file is used, known to be useless, or an error."""
+"""Models on disk: identify, load, save and convert. Strict: every tensor is used, known to be useless, or an error."""
 
+import dataclasses
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from ldm.checkpoint.folder import is_constant, open_folder, open_vae, write_folder, write_vae
-from ldm.checkpoint.parts import Layout, Model, ModelLike, Source, check, fill
+from ldm.checkpoint.folder import open_folder, write_folder, write_vae
+from ldm.checkpoint.known import KNOWN, digest
+from ldm.checkpoint.parts import (
+    TOWERS,
+    Layout,
+    Model,
+    ModelLike,
+    Source,
+    check,
+    fill,
+    modules,
+    recognise,
+)
+from ldm.checkpoint.pickles import PickledTensors, is_pickle
 from ldm.checkpoint.single import open_single, write_single
+from ldm.checkpoint.tensors import TensorFiles, Tensors
 from ldm.config import ModelConfig, Prediction
 from ldm.models.text import TextEncoder
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
+
+REPLACEABLE = ("unet", "vae", "text_encoder")
+MAX_BLOCKS = 1000  # residual and transformer blocks; SDXL's UNet has 85
+MAX_TOKENS = 4096  # CLIP reads 77
 
 
 class Identity(NamedTuple):
@@ -28,13 +46,18 @@ class Identity(NamedTuple):
     config: ModelConfig
 
 
-def identify(path: str | Path) -> Identity:
+def identify(
+    path: str | Path, *, prediction: Prediction | None = None, check_sha256: bool = False
+) -> Identity:
     """Tell what model is at `path` from configs and headers alone, reading no tensor.
 
     path: a folder of ours, a diffusers folder, or a single .safetensors file. The content decides, not the name.
+    prediction: what the user says that it predicts. check_sha256: look the file up among the known ones, which reads
+    all of it. (One tensor of a kilobyte is read of SD 2 files, whose names and shapes do not tell eps from v.)
     Raises ValueError saying what is there instead, or what is wrong with it.
     """
-    source = _open(Path(path))
+    source = open_source(path, prediction=prediction, check_sha256=check_sha256)
+    check_complete(source, path)
     config = source.config
     return Identity(config.name, config.diffusion.prediction, source.why, source.layout, config)
 
@@ -42,35 +65,39 @@ def identify(path: str | Path) -> Identity:
 def load(
     path: str | Path,
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     vae_dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    prediction: Prediction | None = None,
+    ema: bool = False,
+    replace: Mapping[str, str | Path] = {},
 ) -> Model:
     """Load the model at `path`, each tensor going straight to `device` in `dtype` (the VAE's in `vae_dtype` if given).
 
     Networks are built without memory and given the file's tensors; on the CPU, what needs no cast stays memory-mapped.
-    Raises ValueError as `identify` does, and for tensors that are missing, unknown or of another shape, naming them.
+    dtype: None keeps what each tensor is stored in. prediction: what the user says that the UNet predicts.
+    ema: take the averaged copy of the UNet that a full single file holds.
+    replace: "unet", "vae" or "text_encoder" -> a file or folder to take that from; what only `path` lacks may be there.
+    Raises ValueError as `identify` does, for tensors that are missing, unknown or of another shape, naming them, and
+    for those that are read and not finite.
     """
-    source = _open(Path(path))
-    config, device = source.config, torch.device(device)
-    unet, vae, text_encoder = _build(source, path)
-    modules = {"unet": unet, "vae": vae, "text_encoder": text_encoder}
-    check(modules, source.parts, layout=source.layout, ignored=source.ignored)
-    for name, part in source.parts.items():
-        wanted = vae_dtype or dtype if name == "vae" else dtype
-        fill(modules[name], part, dtype=wanted, device=device)
-    return Model(config, unet, vae, text_encoder)
+    source = open_source(path, prediction=prediction, ema=ema)
+    return _load(merge(source, replace), path, dtype, vae_dtype or dtype, torch.device(device))
 
 
 def load_vae(path: str | Path, *, device: torch.device | str = "cpu") -> VAE:
-    """Load a VAE alone, in fp32, from a folder with config.json and weights, such as a model's `vae/`.
+    """Load a VAE alone, in fp32, from a file or a folder that holds one, such as a model's `vae/`, or a whole model.
 
-    Raises ValueError for a folder that lacks them, or tensors that do not match the configuration.
+    Raises ValueError for a path without one, or tensors that do not match the configuration.
     """
-    config, part = open_vae(Path(path))
+    source = open_source(path)
+    if "vae" not in source.parts:
+        raise ValueError(f"{path} holds no VAE: give a VAE, or a model that has one")
     with torch.device("meta"):
-        vae = VAE(config)
-    check({"vae": vae}, {"vae": part}, layout="diffusers", ignored=is_constant)
+        vae = VAE(source.config.vae)
+    part = source.parts["vae"]
+    dropped = [other for name, other in source.parts.items() if name != "vae"]
+    check({"vae": vae}, {"vae": part}, dropped)
     fill(vae, part, dtype=torch.float32, device=torch.device(device))
     return vae
 
@@ -104,6 +131,31 @@ def save(
             _replace_folder(path, new)
 
 
+def convert(
+    path: str | Path,
+    target: str | Path,
+    *,
+    layout: Layout = "diffusers",
+    dtype: torch.dtype | None = None,
+    prediction: Prediction | None = None,
+    ema: bool = False,
+    replace: Mapping[str, str | Path] = {},
+    overwrite: bool = False,
+) -> tuple[str, ...]:
+    """Write the model at `path`, which may be a pickle, to `target` in another layout or dtype; else bit for bit.
+
+    A pickle that holds something else, such as a LoRA or a ControlNet, becomes a .safetensors file (layout "ldm") with
+    the same names. Returns the names of the tensors that are left out, being of no use: schedules, averaged copies.
+    Raises ValueError as `load` and `save` do, and for a pickle that holds anything but tensors and plain values.
+    """
+    _check_target(Path(target), layout, overwrite)
+    source = merge(open_source(path, prediction=prediction, ema=ema, pickles=True), replace)
+    model = _load(source, path, dtype, dtype, torch.device("cpu"))
+    save(model, target, layout=layout, dtype=dtype, overwrite=overwrite)
+    parts = source.parts.values()
+    return tuple(sorted({n for part in parts for n in part.tensors.shapes if part.ignored(n)}))
+
+
 def save_vae(vae: VAE, path: str | Path, *, image_size: int) -> None:
     """Save a VAE alone as a folder for `load_vae` and for diffusers, replacing one that is there once it is written.
 
@@ -117,31 +169,172 @@ def save_vae(vae: VAE, path: str | Path, *, image_size: int) -> None:
         _replace_folder(path, new)
 
 
-def _open(path: Path) -> Source:
-    return open_folder(path) if path.is_dir() else open_single(path)
+def open_source(
+    path: str | Path,
+    *,
+    prediction: Prediction | None = None,
+    ema: bool = False,
+    check_sha256: bool = False,
+    pickles: bool = False,
+) -> Source:
+    """Understand what is at `path`, a model or parts of one, without reading it.
+
+    pickles: whether a pickle may be opened, safely. Raises ValueError as `identify` does.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if ema:
+            raise ValueError(
+                f"{path} is a folder, which holds one set of weights: leave out ema, or give the single file"
+            )
+        return open_folder(path, prediction=prediction)
+    pickled = pickles and path.is_file() and is_pickle(path)
+    tensors: Tensors = PickledTensors(path) if pickled else TensorFiles([path])
+    known = KNOWN.get(digest(path)) if check_sha256 else None
+    return open_single(tensors, prediction=prediction, ema=ema, known=known)
+
+
+def merge(source: Source, replace: Mapping[str, str | Path]) -> Source:
+    """Return `source` with the parts that `replace` names taken from elsewhere.
+
+    A VAE from a single file takes the scale of the model that it joins, a text encoder how its outputs are used.
+    Raises ValueError for a part that is not there, or of another size.
+    """
+    for name, path in replace.items():
+        if name not in REPLACEABLE:
+            raise ValueError(f"parts to replace are {', '.join(REPLACEABLE)}, got {name!r}")
+        other = open_source(path)
+        if name not in other.parts:
+            raise ValueError(
+                f"{path} holds no {name}, only {', '.join(other.parts)}: give one that does"
+            )
+        source = _replaced(source, other, name, path)
+    return source
+
+
+def check_complete(source: Source, path: str | Path) -> None:
+    """Raise ValueError if a part that the model needs is absent."""
+    for name in ("unet", "vae", *TOWERS[: len(source.config.text)]):
+        if name not in source.parts:
+            option = name.removesuffix("_2")
+            hint = f"give a full checkpoint, or another file's with {option}= (--{option.replace('_', '-')})"
+            for folder in Path(path).resolve().parents[:2]:
+                if (folder / "model_index.json").is_file():
+                    hint = f"it is a part of the model in {folder}: give that"
+            raise ValueError(f"{path} has no {name}, only {', '.join(source.parts)}: {hint}")
+
+
+def check_fits(source: Source, path: str | Path) -> tuple[UNet, VAE, TextEncoder]:
+    """Return the networks on the meta device, compared with the files but not read.
+
+    Raises ValueError for a configuration that describes no model, and for tensors that do not fit it.
+    """
+    networks = _build(source, path)
+    check(modules(*networks), source.parts, source.dropped)
+    return networks
+
+
+def _load(
+    source: Source,
+    path: str | Path,
+    dtype: torch.dtype | None,
+    vae_dtype: torch.dtype | None,
+    device: torch.device,
+) -> Model:
+    check_complete(source, path)
+    networks = check_fits(source, path)
+    for name, module in modules(*networks).items():
+        wanted = vae_dtype if name == "vae" else dtype
+        fill(module, source.parts[name], dtype=wanted, device=device)
+    unused = {}
+    for name, part in source.parts.items():
+        for stored, value in part.tensors.read(part.unused):
+            unused[f"{name}.{stored.removeprefix(part.prefix)}"] = value
+    if source.kept is not None:
+        unused |= source.kept.read(source.kept.shapes)
+    return Model(source.config, *networks, unused)
+
+
+def _replaced(source: Source, other: Source, name: str, path: str | Path) -> Source:
+    """`source` with its part `name` from `other`, which was opened from `path`."""
+    config, parts = source.config, dict(source.parts)
+    taken = {name: name}  # of ours by which of theirs
+    why = f"{source.why}; its {name} is from {path}"
+    if name == "vae":
+        vae = other.config.vae
+        if other.layout == "ldm":
+            vae = dataclasses.replace(vae, scaling_factor=config.vae.scaling_factor)
+        config = recognise(config.unet, vae, config.text, config.diffusion)
+    elif name == "unet":
+        diffusion = config.diffusion
+        if other.layout == "ldm" or len(other.parts) > 1:  # the folder of a part does not say
+            diffusion, why = other.config.diffusion, f"{why} ({other.why})"
+        config = recognise(other.config.unet, config.vae, config.text, diffusion)
+    else:
+        widths = [text.width for text in config.text]
+        theirs = dict(zip(TOWERS, other.config.text, strict=False))
+        taken = {}
+        for tower in other.parts.keys() & theirs.keys():
+            if theirs[tower].width not in widths:
+                raise ValueError(
+                    f"the text encoder of {path} is {theirs[tower].width} wide, that of {config.name} "
+                    f"{' and '.join(map(str, widths))}: give one of the same family"
+                )
+            taken[TOWERS[widths.index(theirs[tower].width)]] = tower
+    dropped = [part for n, part in source.parts.items() if n in taken]
+    dropped += [part for n, part in other.parts.items() if n not in taken.values()]
+    parts |= {ours: other.parts[tower] for ours, tower in taken.items()}
+    config = dataclasses.replace(config, image_size=source.config.image_size)
+    return dataclasses.replace(
+        source, config=config, parts=parts, why=why, dropped=(*source.dropped, *dropped)
+    )
 
 
 def _build(source: Source, path: str | Path) -> tuple[UNet, VAE, TextEncoder]:
     """The source's networks on the meta device. Raises ValueError if its configuration describes none."""
-    config, tokenizer = source.config, source.tokenizer()
-    known, width = min(t.vocab_size for t in config.text), sum(t.width for t in config.text)
-    if len(tokenizer.vocab) > known:
-        raise ValueError(
-            f"the tokenizer of {path} has {len(tokenizer.vocab)} tokens, its text encoder knows {known}"
-        )
+    config = source.config
+    _check_size(config, path)
+    tokenizers = source.tokenizers()
+    for tokenizer, text in zip(tokenizers, config.text, strict=True):
+        if len(tokenizer.vocab) > text.vocab_size:
+            raise ValueError(
+                f"the tokenizer of {path} has {len(tokenizer.vocab)} tokens, its text encoder knows {text.vocab_size}"
+            )
+    width = sum(text.width for text in config.text)
     if width != config.unet.context_dim:
         raise ValueError(
             f"the text encoder of {path} is {width} wide, its unet attends to {config.unet.context_dim}"
         )
     try:
         with torch.device("meta"):
-            text_encoder = TextEncoder(config.text, [tokenizer] * len(config.text))
+            text_encoder = TextEncoder(config.text, tokenizers)
             return UNet(config.unet), VAE(config.vae), text_encoder
     except (
         Exception
     ) as error:  # whatever torch and transformers raise for numbers that do not go together
         reason = " ".join(str(error).split())
         raise ValueError(f"the configuration of {path} describes no model: {reason}") from error
+
+
+def _check_size(config: ModelConfig, path: str | Path) -> None:
+    """Raise ValueError for more blocks than a model has: even without memory, building them would take hours."""
+    unet, vae = config.unet, config.vae
+    counts = {
+        "the unet": (sum(unet.depth) + len(unet.channels)) * (2 * unet.res_blocks + 1)
+        + unet.mid_depth,
+        "the vae": len(vae.channels) * (2 * vae.res_blocks + 1),
+        **{f"text encoder {i}": text.layers for i, text in enumerate(config.text)},
+    }
+    for what, count in counts.items():
+        if not 0 < count <= MAX_BLOCKS:
+            raise ValueError(
+                f"{what} of {path} is said to have {count} blocks; models have 1 to {MAX_BLOCKS}"
+            )
+    for text in config.text:
+        if not 2 < text.max_length <= MAX_TOKENS:
+            raise ValueError(
+                f"the text encoder of {path} is said to read {text.max_length} tokens; models read 3 to {MAX_TOKENS}"
+            )
 
 
 def _check_target(path: Path, layout: Layout, overwrite: bool) -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -14,20 +15,24 @@ from torch import Tensor
 
 from ldm.checkpoint import configs, tables
 from ldm.checkpoint.configs import Json
-from ldm.checkpoint.parts import ModelLike, Part, Source, collect, recognise, tokenizer_of
+from ldm.checkpoint.contents import Place, vae_part
+from ldm.checkpoint.parts import TOWERS, Model, ModelLike, Part, Source, collect, recognise
 from ldm.checkpoint.tensors import TensorFiles
-from ldm.config import ModelConfig, VAEConfig, from_dict
-from ldm.models.text import EOS, Tokenizer
+from ldm.config import SD15, ModelConfig, Prediction, VAEConfig, from_dict
+from ldm.models.text import EOS, TextTower, Tokenizer
 from ldm.models.vae import VAE
 
-_WEIGHTS = {
-    "unet": "diffusion_pytorch_model",
-    "vae": "diffusion_pytorch_model",
-    "text_encoder": "model",
-}
-_COMPONENTS = (*_WEIGHTS, "tokenizer", "scheduler")
+_NETWORK, _TOWER = "diffusion_pytorch_model", "model"  # stems of the files with the weights
+_WEIGHTS = {"unet": _NETWORK, "vae": _NETWORK} | dict.fromkeys(TOWERS, _TOWER)
+_COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+_SECOND = ("text_encoder_2", "tokenizer_2")  # of SDXL, whose refiner has these alone
 _UNUSED_COMPONENTS = ("safety_checker", "feature_extractor", "image_encoder")
 _PIPELINES = {8: "StableDiffusionInstructPix2PixPipeline", 9: "StableDiffusionInpaintPipeline"}
+_SDXL_PIPELINES = {
+    8: "StableDiffusionXLInstructPix2PixPipeline",
+    9: "StableDiffusionXLInpaintPipeline",
+}
+_KEPT = "ldm.safetensors"  # tensors of a single file that this layout has no place for
 
 
 @dataclass(frozen=True)
@@ -37,60 +42,59 @@ class Extras:
     name: str
     image_size: int
     guidance_scale: float
+    steps: int = 25
+    sampler: str = "dpmpp_2m"
 
 
-def is_constant(name: str) -> bool:
-    """Whether a tensor of a folder holds nothing learnt, and is not read."""
-    return name.endswith("position_ids")
+def open_folder(folder: Path, *, prediction: Prediction | None = None) -> Source:
+    """Understand the model in `folder`, or the part of one, from its configs and headers.
 
-
-def open_folder(folder: Path) -> Source:
-    """Understand the model in `folder` from its configs and headers.
-
+    prediction: what the user says that its UNet predicts.
     Raises ValueError for a folder that is no model, lacks a component, or holds one that is not implemented.
     """
-    pipeline = _check_index(folder)
+    if not (folder / "model_index.json").is_file() and (folder / "config.json").is_file():
+        return _open_part(folder)
+    index = _read_index(folder)
     unet_json, where = _config(folder, "unet")
     unet = configs.unet_from_json(unet_json, where)
     vae = configs.vae_from_json(*_config(folder, "vae"))
-    text = configs.text_from_json(*_config(folder, "text_encoder"), _pad_id(folder / "tokenizer"))
+    tokenizers = [folder / name.replace("text_encoder", "tokenizer") for name in index.towers]
+    text = tuple(
+        configs.text_from_json(
+            *_config(folder, name), _pad_id(tokenizer), sdxl=unet.vector_dim is not None
+        )
+        for name, tokenizer in zip(index.towers, tokenizers, strict=True)
+    )
     scheduler, where = _config(folder, "scheduler", "scheduler_config.json")
     diffusion = configs.diffusion_from_json(scheduler, where)
-    config = recognise(unet, vae, (text,), diffusion)
+    why = f"the configs of its {index.pipeline}; {where} says {diffusion.prediction}"
+    if prediction is not None:
+        diffusion = dataclasses.replace(diffusion, prediction=prediction)
+        why += f", you asked for {prediction}"
+    config = recognise(unet, vae, text, diffusion)
     sample_size = unet_json.get("sample_size")
     if isinstance(sample_size, int):
         config = dataclasses.replace(config, image_size=sample_size * vae.factor)
+    if index.zero_negative is not None:
+        config = dataclasses.replace(config, zero_negative=index.zero_negative)
     if (folder / "ldm.json").is_file():
         extras = from_dict(_read_json(folder / "ldm.json"), Extras, str(folder / "ldm.json"))
         config = dataclasses.replace(config, **dataclasses.asdict(extras))
 
-    files = {
-        name: TensorFiles(_weight_files(folder / name, stem)) for name, stem in _WEIGHTS.items()
+    parts = {
+        "unet": Part(_tensors(folder, "unet"), tables.diffusers_unet(unet)),
+        "vae": _vae_part(_tensors(folder, "vae")),
     }
-    prefixed = any(name.startswith("text_model.") for name in files["text_encoder"].shapes)
+    for name, component in zip(TOWERS, index.towers, strict=False):
+        parts[name] = _text_part(_tensors(folder, component))
     return Source(
         config=config,
         layout="diffusers",
-        why=f"the configs of its {pipeline}; {where} says {diffusion.prediction}",
-        parts={
-            "unet": Part(files["unet"], tables.diffusers_unet(unet)),
-            "vae": _vae_part(files["vae"]),
-            "text_encoder": Part(
-                files["text_encoder"], tables.CLIP_TEXT, "text_model." if prefixed else ""
-            ),
-        },
-        ignored=is_constant,
-        tokenizer=lambda: _read_tokenizer(folder / "tokenizer"),
+        why=why,
+        parts=parts,
+        tokenizers=lambda: [_read_tokenizer(path) for path in tokenizers],
+        kept=TensorFiles([folder / _KEPT]) if (folder / _KEPT).is_file() else None,
     )
-
-
-def open_vae(folder: Path) -> tuple[VAEConfig, Part]:
-    """Understand a folder that holds a VAE alone, such as the `vae/` of a model's.
-
-    Raises ValueError for one that lacks a configuration or weights.
-    """
-    config = configs.vae_from_json(*_config(folder, ""))
-    return config, _vae_part(TensorFiles(_weight_files(folder, _WEIGHTS["vae"])))
 
 
 def write_folder(folder: Path, model: ModelLike, dtype: torch.dtype | None) -> None:
@@ -99,26 +103,29 @@ def write_folder(folder: Path, model: ModelLike, dtype: torch.dtype | None) -> N
     Raises ValueError for a model that the layout cannot express.
     """
     config = model.config
-    if len(config.text) != 1:
-        raise ValueError(
-            f"the diffusers layout is written for models of one text encoder, this has {len(config.text)}"
-        )
-    text, tokenizer = config.text[0], tokenizer_of(model)
-    extras = Extras(config.name, config.image_size, config.guidance_scale)
-    scheduler = configs.diffusion_to_json(config.diffusion)
+    sdxl = config.unet.vector_dim is not None
+    extras = Extras(**{f.name: getattr(config, f.name) for f in dataclasses.fields(Extras)})
+    scheduler = configs.diffusion_to_json(config.diffusion, config.sampler)
     unet = configs.unet_to_json(config.unet, config.image_size // config.vae.factor)
-    text_encoder = configs.text_to_json(text, tokenizer.bos_id, tokenizer.eos_id)
+    # SDXL's refiner has the second text encoder alone
+    names = TOWERS[1:] if sdxl and len(config.text) == 1 else TOWERS[: len(config.text)]
 
-    _write_json(folder / "model_index.json", _index(config, scheduler))
+    _write_json(folder / "model_index.json", _index(config, scheduler, names))
     _write_json(folder / "ldm.json", dataclasses.asdict(extras))
     _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     tensors = collect(model.unet, tables.diffusers_unet(config.unet), dtype=dtype)
-    _write_network(folder / "unet", _WEIGHTS["unet"], unet, tensors)
+    _write_network(folder / "unet", _NETWORK, unet, tensors)
     write_vae(folder / "vae", model.vae, config.image_size, dtype)
-    # with the level `text_model.`, which every version of transformers reads
-    tensors = collect(model.text_encoder, tables.CLIP_TEXT, "text_model.", dtype)
-    _write_network(folder / "text_encoder", _WEIGHTS["text_encoder"], text_encoder, tensors)
-    tokenizer.save(folder / "tokenizer", text.max_length, text.pad_id)
+    for name, tower, text in zip(names, model.text_encoder.towers, config.text, strict=True):
+        assert isinstance(tower, TextTower)
+        json = configs.text_to_json(text, tower.tokenizer.bos_id, tower.tokenizer.eos_id, sdxl=sdxl)
+        # with the level `text_model.`, which every version of transformers reads
+        _write_network(folder / name, _TOWER, json, collect(tower, tables.hf_text(), dtype=dtype))
+        tokenizer = folder / name.replace("text_encoder", "tokenizer")
+        tower.tokenizer.save(tokenizer, text.max_length, text.pad_id)
+    if kept := model.unused if isinstance(model, Model) else {}:
+        held = {name: value.to(dtype or value.dtype).contiguous() for name, value in kept.items()}
+        save_file(held, folder / _KEPT)
 
 
 def write_vae(folder: Path, vae: VAE, image_size: int, dtype: torch.dtype | None = None) -> None:
@@ -139,50 +146,115 @@ def _write_json(path: Path, value: Json) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
+def _open_part(folder: Path) -> Source:
+    """Understand a folder that holds one component: a UNet, a VAE or a text encoder."""
+    json, where = _config(folder, "")
+    config, parts = SD15, {}
+    classes = json.get("_class_name") or json.get("architectures")
+    if classes == "UNet2DConditionModel":
+        unet = configs.unet_from_json(json, where)
+        parts["unet"] = Part(_tensors(folder, "", _NETWORK), tables.diffusers_unet(unet))
+        config = dataclasses.replace(config, unet=unet)
+    elif classes == "AutoencoderKL":
+        config = dataclasses.replace(config, vae=configs.vae_from_json(json, where))
+        parts["vae"] = _vae_part(_tensors(folder, "", _NETWORK))
+    elif classes in (["CLIPTextModel"], ["CLIPTextModelWithProjection"]):
+        projected = classes == ["CLIPTextModelWithProjection"]
+        text = configs.text_from_json(json, where, SD15.text[0].pad_id, sdxl=projected)
+        config = dataclasses.replace(config, text=(text,))
+        parts[TOWERS[0]] = _text_part(_tensors(folder, "", _TOWER))
+    else:
+        raise ValueError(
+            f"{where} describes {classes or 'nothing'}: allowed are UNet2DConditionModel, AutoencoderKL and "
+            "CLIPTextModel"
+        )
+    return Source(
+        config=config,
+        layout="diffusers",
+        why=f"{where} says so",
+        parts=parts,
+        tokenizers=lambda: [Tokenizer.official()],
+    )
+
+
+def _tensors(folder: Path, component: str, stem: str | None = None) -> TensorFiles:
+    return TensorFiles(_weight_files(folder / component, stem or _WEIGHTS[component]))
+
+
 def _vae_part(tensors: TensorFiles) -> Part:
-    old = any(name.endswith("attentions.0.query.weight") for name in tensors.shapes)
-    attention = tables.OLD_DIFFUSERS_VAE_ATTENTION if old else tables.DIFFUSERS_VAE_ATTENTION
-    return Part(tensors, tables.diffusers_vae(attention))
+    return vae_part(tensors, Place("", "diffusers"), VAEConfig())
 
 
-def _index(config: ModelConfig, scheduler: Json) -> Json:
-    return {
-        "_class_name": _PIPELINES.get(config.unet.in_channels, "StableDiffusionPipeline"),
+def _text_part(tensors: TensorFiles) -> Part:
+    level = "text_model" if any(n.startswith("text_model.") for n in tensors.shapes) else ""
+    return Part(tensors, tables.hf_text(level))
+
+
+class _Index(NamedTuple):
+    """What model_index.json says. towers: the folders of the text encoders."""
+
+    pipeline: str
+    towers: tuple[str, ...]
+    zero_negative: bool | None
+
+
+def _index(config: ModelConfig, scheduler: Json, towers: tuple[str, ...]) -> Json:
+    inputs, sdxl = config.unet.in_channels, config.unet.vector_dim is not None
+    index: Json = {
+        "_class_name": _PIPELINES.get(inputs, "StableDiffusionPipeline"),
         "_diffusers_version": "0.36.0",  # the oldest supported; some of its classes need one
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
         "scheduler": ["diffusers", scheduler["_class_name"]],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
+    if sdxl:
+        index["_class_name"] = _SDXL_PIPELINES.get(inputs, "StableDiffusionXLPipeline")
+        index["force_zeros_for_empty_prompt"] = config.zero_negative
+        if "aesthetic_score" in config.micro_conditioning:
+            index["_class_name"] = "StableDiffusionXLImg2ImgPipeline"
+            index["requires_aesthetics_score"] = True
+    else:
+        index |= {"requires_safety_checker": False, "safety_checker": [None, None]}
+    classes = {
+        name: "CLIPTextModelWithProjection" if text.projection else "CLIPTextModel"
+        for name, text in zip(towers, config.text, strict=True)
+    }
+    for name in TOWERS if sdxl else TOWERS[:1]:
+        here = name in classes
+        index[name] = ["transformers", classes[name]] if here else [None, None]
+        tokenizer = ["transformers", "CLIPTokenizer"] if here else [None, None]
+        index[name.replace("text_encoder", "tokenizer")] = tokenizer
+    return index
 
 
-def _check_index(folder: Path) -> str:
-    """The pipeline class that model_index.json names, once its components are known and present."""
+def _read_index(folder: Path) -> _Index:
+    """The contents of model_index.json, once its components are known and present."""
     if not (folder / "model_index.json").is_file():
         files = sorted(path.name for path in folder.glob("*.safetensors"))
         hint = "give the folder that holds model_index.json"
-        if (folder.parent / "model_index.json").is_file():
-            hint = f"it is a part of the model in {folder.parent}: give that"
-        elif files:
+        if files:
             hint = f"give a file in it, such as {folder / files[0]}"
         raise ValueError(f"{folder} is not a model folder, it has no model_index.json: {hint}")
     index = _read_json(folder / "model_index.json")
     pipeline = str(index.get("_class_name"))
     present = [name for name, value in index.items() if isinstance(value, list) and any(value)]
-    if other := sorted(set(present) - {*_COMPONENTS, *_UNUSED_COMPONENTS}):
+    allowed = (*_COMPONENTS, *_SECOND, *_UNUSED_COMPONENTS)
+    if other := sorted(set(present) - {*allowed}):
         raise ValueError(
             f"{folder} is a {pipeline} with {', '.join(other)}, which is not supported: the folder may have "
-            f"{', '.join(_COMPONENTS)}"
+            f"{', '.join(allowed)}"
         )
-    for name in _COMPONENTS:
+    second = any(name in present for name in _SECOND)
+    first = not second or "text_encoder" in present
+    needed = [name for name in _COMPONENTS if first or name not in ("text_encoder", "tokenizer")]
+    for name in [*needed, *(_SECOND if second else ())]:
         if name not in present or not (folder / name).is_dir():
             raise ValueError(f"{folder} lacks its {name}: fetch the whole folder again")
-    return pipeline
+    zeros = index.get("force_zeros_for_empty_prompt")
+    towers = tuple(name for name in TOWERS if name in present)
+    return _Index(pipeline, towers, zeros if isinstance(zeros, bool) else None)
 
 
 def _config(folder: Path, part: str, name: str = "config.json") -> tuple[Json, str]:
@@ -206,8 +278,12 @@ def _read_json(path: Path) -> Json:
 
 
 def _weight_files(folder: Path, stem: str) -> list[Path]:
-    """The safetensors file of a component, or its shards; the fp16 variant where there is no other."""
-    for variant in ("", ".fp16"):
+    """The safetensors file of a component, or its shards; another variant, such as fp16, if no plain one."""
+    files = sorted(folder.glob(f"{stem}.*.safetensors"))
+    others = [
+        path.name.split(".")[1].split("-")[0] for path in files
+    ]  # a shard ends in -00001-of-2
+    for variant in ("", ".fp16", *(f".{name}" for name in others)):
         file = folder / f"{stem}{variant}.safetensors"
         index = folder / f"{stem}.safetensors.index{variant}.json"
         if file.is_file():
@@ -215,7 +291,9 @@ def _weight_files(folder: Path, stem: str) -> list[Path]:
         if index.is_file():
             return _shards(index)
     pickles = sorted(path.name for path in folder.glob("*.bin"))
-    what = f"only {pickles[0]}, a pickle, which is not read" if pickles else "no weights"
+    what = "no weights"
+    if pickles:
+        what = f"only {pickles[0]}, a pickle, which `ldm convert` makes a .safetensors file of"
     raise ValueError(f"{folder} has {what}: it needs {stem}.safetensors")
 
 

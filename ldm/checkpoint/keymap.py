@@ -26,6 +26,10 @@ def _as_pixels(value: Tensor) -> Tensor:
     return value[..., None, None] if value.dim() == 2 else value
 
 
+def _transposed(value: Tensor, shape: Size | None = None) -> Tensor:
+    return value.T
+
+
 def _of_either_rank(value: Tensor, shape: Size) -> Tensor:
     """`value`, with the size-one pixels of a 1x1 convolution dropped or added as `shape` wants them."""
     rank = {2: value.dim() == 4 and value.shape[2:] == (1, 1), 4: value.dim() == 2}
@@ -35,49 +39,71 @@ def _of_either_rank(value: Tensor, shape: Size) -> Tensor:
 SAME = Form(_as_it_is, _as_it_is)
 EITHER_RANK = Form(_as_it_is, _of_either_rank)  # some tools save a 1x1 convolution as a matrix
 PIXELS = Form(_as_pixels, _of_either_rank)  # our Linear is their 1x1 convolution
+TRANSPOSED = Form(
+    _transposed, _transposed
+)  # our Linear is a matrix that they multiply from the right
+
+
+class Piece(NamedTuple):
+    """Which of how many equal parts, along the first dimension, of a stored tensor."""
+
+    number: int  # from 0
+    of: int
+
+
+WHOLE = Piece(0, 1)
 
 
 @dataclass(frozen=True)
 class Rule:
     """One renaming. `ours` and `theirs` are dotted; `{i}` in `ours` matches a number, which `theirs` may use.
 
-    Where the numbering differs, `theirs` is a function of the numbers matched.
+    Where the numbering differs, `theirs` is a function of the numbers matched. Several of ours may be the pieces of
+    one of theirs.
     """
 
     ours: str
     theirs: str | Callable[..., str]
     inside: tuple["Rule", ...] = ()
     form: Form = SAME
+    piece: Piece = WHOLE
 
 
 class Stored(NamedTuple):
-    """Where one of our parameters lives on the other side, and in which form."""
+    """Where one of our parameters lives on the other side, in which form, and as which piece of it."""
 
     name: str
     form: Form
+    piece: Piece
 
 
 def key_map(keys: Iterable[str], rules: tuple[Rule, ...], prefix: str = "") -> dict[str, Stored]:
     """Map every one of our `keys` to its stored name, `prefix` before it.
 
-    Raises ValueError for a key that no rule covers and for two keys with one name.
+    Raises ValueError for a key that no rule covers, and as `inverse` does.
     """
     stored = {}
     for key in keys:
-        name, form = _translate(key, rules)
-        stored[key] = Stored(prefix + name, form)
+        found = _translate(key, rules)
+        stored[key] = found._replace(name=prefix + found.name)
     inverse(stored)
     return stored
 
 
-def inverse(stored: Mapping[str, Stored]) -> dict[str, str]:
-    """Return stored name -> our key. Raises ValueError if two keys share a name."""
-    keys: dict[str, str] = {}
-    for key, (name, _) in stored.items():
-        if name in keys:
-            raise ValueError(f"the rules map both {keys[name]} and {key} to {name}")
-        keys[name] = key
-    return keys
+def inverse(stored: Mapping[str, Stored]) -> dict[str, tuple[str, ...]]:
+    """Return stored name -> our keys, one per piece and in their order.
+
+    Raises ValueError if two keys are the same piece of one name, or if a piece has no key.
+    """
+    pieces: dict[str, dict[Piece, str]] = {}
+    for key, (name, _, piece) in stored.items():
+        other = pieces.setdefault(name, {}).setdefault(piece, key)
+        if other != key:
+            raise ValueError(f"the rules map both {other} and {key} to {name}")
+    for name, found in pieces.items():
+        if sorted(found) != [Piece(i, len(found)) for i in range(len(found))]:
+            raise ValueError(f"the rules map {', '.join(found.values())} to pieces of {name} only")
+    return {name: tuple(found[p] for p in sorted(found)) for name, found in pieces.items()}
 
 
 def _translate(key: str, rules: tuple[Rule, ...]) -> Stored:
@@ -88,10 +114,10 @@ def _translate(key: str, rules: tuple[Rule, ...]) -> Stored:
         if numbers is None:
             continue
         name = (rule.theirs.format if isinstance(rule.theirs, str) else rule.theirs)(**numbers)
-        rest, form = ".".join(parts[len(pattern) :]), rule.form
+        inner = Stored(".".join(parts[len(pattern) :]), rule.form, rule.piece)
         if rule.inside:
-            rest, form = _translate(rest, rule.inside)
-        return Stored(".".join(part for part in (name, rest) if part), form)
+            inner = _translate(inner.name, rule.inside)
+        return inner._replace(name=".".join(part for part in (name, inner.name) if part))
     raise ValueError(f"no rule covers {key}; rules: {', '.join(rule.ours for rule in rules)}")
 
 

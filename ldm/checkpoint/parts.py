@@ -1,33 +1,51 @@
 """The parts of a model on disk: where each network's tensors are, and how modules are strictly filled with them."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Size, Tensor, nn
 
-from ldm.checkpoint import tables
-from ldm.checkpoint.keymap import Form, Rule, inverse, key_map
-from ldm.checkpoint.tensors import TensorFiles
-from ldm.config import PRESETS, DiffusionConfig, ModelConfig, TextConfig, UNetConfig, VAEConfig
-from ldm.models.text import TextEncoder, TextTower, Tokenizer
+from ldm.checkpoint.keymap import Form, Rule, Stored, inverse, key_map
+from ldm.checkpoint.tables import diffusers_unet, ldm_unet
+from ldm.checkpoint.tensors import DTYPES, Tensors
+from ldm.config import (
+    BASE_CONDITIONING,
+    PRESETS,
+    REFINER_CONDITIONING,
+    SD15,
+    SDXL_BASE,
+    SDXL_REFINER,
+    DiffusionConfig,
+    ModelConfig,
+    TextConfig,
+    UNetConfig,
+    VAEConfig,
+)
+from ldm.models.text import TextEncoder, Tokenizer
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
 
 Layout = Literal["ldm", "diffusers"]
+TOWERS = ("text_encoder", "text_encoder_2")  # names of the parts that hold the text towers
 SHOWN = 3  # names of each kind that an error lists
 _VARIANTS = {4: "", 8: "-instruct-pix2pix", 9: "-inpainting"}  # by the UNet's in_channels
 
 
 class Model(NamedTuple):
-    """A model in memory. What `load` returns is in evaluation mode, without gradients."""
+    """A model in memory. What `load` returns is in evaluation mode, without gradients.
+
+    unused: tensors of its files that no network here computes with, though the official lists have them, such as the
+    last block of SD 2's text encoder; by part and name. They are saved again, so that nothing is lost.
+    """
 
     config: ModelConfig
     unet: UNet
     vae: VAE
     text_encoder: TextEncoder
+    unused: Mapping[str, Tensor] = {}
 
 
 class ModelLike(Protocol):
@@ -43,87 +61,122 @@ class ModelLike(Protocol):
     def text_encoder(self) -> TextEncoder: ...  # noqa: D102
 
 
-class Part(NamedTuple):
-    """One network's tensors: in which files, by which rules, behind which prefix."""
+def is_constant(name: str) -> bool:
+    """Whether a tensor holds nothing learnt, and is not read."""
+    return name.endswith("position_ids")
 
-    tensors: TensorFiles
+
+@dataclass(frozen=True)
+class Part:
+    """One network's tensors: in which files, by which rules, behind which prefix.
+
+    ignored: whether a name may be in the files without being used. ema: read the averaged copy that training kept
+    beside a UNet. unused: names behind the prefix that the network has no use for, though official files have them.
+    """
+
+    tensors: Tensors
     rules: tuple[Rule, ...]
     prefix: str = ""
+    ignored: Callable[[str], bool] = is_constant
+    ema: bool = False
+    unused: tuple[str, ...] = ()
+
+    def stored(self, keys: Sequence[str]) -> dict[str, Stored]:
+        """Return where each of the network's `keys` is."""
+        found = key_map(keys, self.rules, self.prefix)
+        if not self.ema:
+            return found
+        return {key: at._replace(name=ema_name(at.name)) for key, at in found.items()}
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model on disk, understood from headers and configs but not read."""
+    """A model on disk, or some parts of one, understood from headers and configs but not read."""
 
-    config: ModelConfig
+    config: ModelConfig  # of parts that are absent it says what the family has
     layout: Layout
     why: str  # the reason for the architecture and the prediction type
-    parts: Mapping[str, Part]  # unet, vae, text_encoder
-    ignored: Callable[[str], bool]  # whether a name may be in the files without being used
-    tokenizer: Callable[[], Tokenizer]  # builds it, which imports transformers
+    parts: Mapping[str, Part]  # unet, vae, and those of TOWERS that there are
+    tokenizers: Callable[[], list[Tokenizer]]  # builds one per tower, which imports transformers
+    notes: tuple[str, ...] = ()  # what a user should know, a sentence each
+    kept: Tensors | None = None  # what `Model.unused` is, in a file of its own
+    dropped: tuple[Part, ...] = ()  # parts in the same files that others replace
 
 
-def tokenizer_of(model: ModelLike) -> Tokenizer:
-    """Return the tokenizer of a model with one text tower."""
-    (tower,) = model.text_encoder.towers
-    assert isinstance(tower, TextTower)
-    return tower.tokenizer
+def modules(unet: UNet, vae: VAE, text_encoder: TextEncoder) -> dict[str, nn.Module]:
+    """Return the networks by the names of their parts."""
+    towers = dict(zip(TOWERS, text_encoder.towers, strict=False))
+    return {"unet": unet, "vae": vae, **towers}
+
+
+def ema_name(name: str) -> str:
+    """Return where LDM keeps the average of a UNet's tensor: its dots are lost, so this has no inverse."""
+    return "model_ema." + name.removeprefix("model.").replace(".", "")
 
 
 def recognise(
     unet: UNetConfig, vae: VAEConfig, text: tuple[TextConfig, ...], diffusion: DiffusionConfig
 ) -> ModelConfig:
-    """Complete an architecture with the name, image size and guidance of the preset it equals, if any."""
-    plain = dataclasses.replace(unet, in_channels=4)
-    same = [p for p in PRESETS.values() if (p.unet, p.vae, p.text) == (plain, vae, text)]
+    """Complete an architecture with the name, image size, guidance and steps of the preset it equals, if any.
+
+    Raises ValueError for a UNet that wants scalars beside the pooled text that no SDXL model has.
+    """
+
+    def plain(config: UNetConfig) -> UNetConfig:
+        return dataclasses.replace(config, in_channels=4, upcast_attention=False)
+
+    own = {"unet": unet, "vae": vae, "text": text, "diffusion": diffusion}
+    same = [
+        p for p in PRESETS.values() if (plain(p.unet), p.vae, p.text) == (plain(unet), vae, text)
+    ]
     same.sort(
         key=lambda preset: (
             preset.diffusion.prediction != diffusion.prediction,
             preset.diffusion != diffusion,
         )
     )
-    if not same or unet.in_channels not in _VARIANTS:
-        return ModelConfig(unet=unet, vae=vae, text=text, diffusion=diffusion)
-    name = same[0].name + _VARIANTS[unet.in_channels]
-    return dataclasses.replace(same[0], name=name, unet=unet, diffusion=diffusion)
+    if same and unet.in_channels in _VARIANTS:
+        name = same[0].name + _VARIANTS[unet.in_channels]
+        return dataclasses.replace(same[0], name=name, **own)  # type: ignore[arg-type]
+    return dataclasses.replace(_relative(unet, text), name="custom", **own)  # type: ignore[arg-type]
 
 
 def check(
-    modules: Mapping[str, nn.Module],
+    networks: Mapping[str, nn.Module],
     parts: Mapping[str, Part],
-    *,
-    layout: Layout,
-    ignored: Callable[[str], bool],
+    dropped: Sequence[Part] = (),
 ) -> None:
-    """Compare names and shapes of `modules`, on the meta device, with the files of their `parts`, reading no data.
+    """Compare names and shapes of `networks`, on the meta device, with the files of their `parts`, reading no data.
 
+    dropped: parts that may be in the same files without being used.
     Raises ValueError listing what is missing, unknown or of another shape, and the preset that would fit.
     """
-    unused = {
-        tensors: {name for name in tensors.shapes if not ignored(name)}
-        for tensors in {part.tensors for part in parts.values()}
-    }
+    unused = {part.tensors: set(part.tensors.shapes) for part in parts.values()}
+    for part in parts.values():
+        unused[part.tensors] -= {n for n in unused[part.tensors] if part.ignored(n)}
+        unused[part.tensors] -= set(part.unused)
+    for part in dropped:
+        if part.tensors in unused:
+            unused[part.tensors] -= {n for n in unused[part.tensors] if n.startswith(part.prefix)}
     for name, part in parts.items():
-        shapes, state = part.tensors.shapes, modules[name].state_dict()
-        wanted = {
-            stored: (form, state[key].shape)
-            for key, (stored, form) in key_map(state, part.rules, part.prefix).items()
-        }
+        shapes, state = part.tensors.shapes, networks[name].state_dict()
+        stored = part.stored(list(state))
+        wanted = inverse(stored)
         unused[part.tensors] -= wanted.keys()
         problems = {
             "missing": [n for n in wanted if n not in shapes],
             "unknown": sorted(n for n in unused[part.tensors] if n.startswith(part.prefix)),
             "of another shape": [
-                f"{n} {list(shapes[n])} instead of {list(shape)}"
-                for n, (form, shape) in wanted.items()
-                if n in shapes and not _fits(shapes[n], form, shape)
+                f"{n} {list(shapes[n])} instead of {_shape(keys, stored, state)}"
+                for n, keys in wanted.items()
+                if n in shapes and not _fits(shapes[n], keys, stored, state)
             ],
         }
         found = [
             f"{len(names)} {what}: {_some(names)}" for what, names in problems.items() if names
         ]
         if found:
-            preset = _fitting_unet(part, layout) if name == "unet" else None
+            preset = _fitting_unet(part) if name == "unet" else None
             raise ValueError(
                 f"the {name} in {part.tensors} does not match its configuration ({'; '.join(found)})"
                 + (f"; they fit the preset {preset}" if preset else "")
@@ -131,23 +184,37 @@ def check(
     for tensors, names in unused.items():
         if names:
             raise ValueError(
-                f"{tensors} holds tensors that this model has no use for: {_some(sorted(names))}"
+                f"{tensors} holds {len(names)} tensors that this model has no use for: {_some(sorted(names))}"
             )
 
 
-def fill(module: nn.Module, part: Part, *, dtype: torch.dtype, device: torch.device) -> None:
+def fill(module: nn.Module, part: Part, *, dtype: torch.dtype | None, device: torch.device) -> None:
     """Give `module`, on the meta device, its tensors from `part` in `dtype` on `device`; it then evaluates, frozen.
 
-    What needs no cast and no move stays memory-mapped.
+    dtype: None keeps what each tensor has. What needs no cast and no move stays memory-mapped and is not read yet;
+    the rest is read one tensor at a time.
+    Raises ValueError naming a tensor that was read and holds NaN or infinity.
     """
     wanted = module.state_dict()
-    stored = key_map(wanted, part.rules, part.prefix)
-    keys = inverse(stored)
+    stored = part.stored(list(wanted))
     values: dict[str, Tensor] = {}
-    for name, value in part.tensors.read(keys):
-        key = keys[name]
-        value = stored[key].form.restore(value, wanted[key].shape)
-        values[key] = value.to(device=device, dtype=dtype)
+    keys_of = inverse(stored)
+    as_it_is = {
+        name
+        for name in keys_of
+        if device.type == "cpu" and _has_dtype(part.tensors.dtypes[name], dtype)
+    }
+    for mapped, names in ((True, as_it_is), (False, keys_of.keys() - as_it_is)):
+        for name, value in part.tensors.read(names, mapped=mapped):
+            if not mapped and not _is_finite(value):
+                raise ValueError(
+                    f"{name} in {part.tensors} holds NaN or infinity: the file is damaged (a merge gone "
+                    "wrong?), use another"
+                )
+            pieces = value.chunk(len(keys_of[name]))
+            for key, piece in zip(keys_of[name], pieces, strict=True):
+                restored = stored[key].form.restore(piece, wanted[key].shape)
+                values[key] = restored.to(device=device, dtype=dtype or value.dtype)
     module.load_state_dict(values, strict=True, assign=True)
     module.to(device).eval().requires_grad_(False)  # `to`: buffers that no file holds
 
@@ -157,30 +224,91 @@ def collect(
 ) -> dict[str, Tensor]:
     """Return the module's tensors under their stored names and in their stored forms, in `dtype` if given."""
     state = module.state_dict()
+    stored = key_map(state, rules, prefix)
+
+    def held(key: str) -> Tensor:
+        return stored[key].form.store(state[key]).to(dtype=dtype or state[key].dtype)
+
     return {
-        name: form.store(state[key]).to(dtype=dtype or state[key].dtype).contiguous()
-        for key, (name, form) in key_map(state, rules, prefix).items()
+        name: (torch.cat([held(k) for k in keys]) if len(keys) > 1 else held(keys[0])).contiguous()
+        for name, keys in inverse(stored).items()
     }
 
 
-def _fits(stored: tuple[int, ...], form: Form, shape: Size) -> bool:
-    return form.restore(torch.empty(stored, device="meta"), shape).shape == shape
+def micro_conditioning(unet: UNetConfig, text: Sequence[TextConfig]) -> tuple[str, ...]:
+    """Return the scalars that make up the UNet's vector beside the pooled text, 256 numbers each.
+
+    Raises ValueError for a number of them that no SDXL model has.
+    """
+    if unet.vector_dim is None:
+        return ()
+    pooled = next((t.projection for t in reversed(text) if t.projection), 0)
+    for scalars in (BASE_CONDITIONING, REFINER_CONDITIONING):
+        if unet.vector_dim == pooled + 256 * len(scalars):
+            return scalars
+    raise ValueError(
+        f"the unet wants a vector of {unet.vector_dim} beside a pooled text of {pooled}; known are pooled text and 256 "
+        "for each of 6 scalars (SDXL base) or 5 (refiner)"
+    )
 
 
-def _fitting_unet(part: Part, layout: Layout) -> str | None:
+def _relative(unet: UNetConfig, text: Sequence[TextConfig]) -> ModelConfig:
+    """The preset whose image size and habits suit a UNet that no preset has."""
+    scalars = micro_conditioning(unet, text)
+    return next((p for p in (SDXL_BASE, SDXL_REFINER) if p.micro_conditioning == scalars), SD15)
+
+
+def _has_dtype(name: str, dtype: torch.dtype | None) -> bool:
+    """Whether a tensor that a file calls `name` needs no cast to `dtype`."""
+    return dtype is None or DTYPES.get(name) == dtype
+
+
+def _is_finite(value: Tensor) -> bool:
+    if value.numel() == 0 or not value.is_floating_point():
+        return True
+    if value.element_size() == 1:  # fp8 has no arithmetic
+        value = value.float()
+    low, high = value.aminmax()  # NaN spreads to both
+    return bool(low.isfinite() and high.isfinite())
+
+
+def _fits(
+    shape: tuple[int, ...],
+    keys: Sequence[str],
+    stored: Mapping[str, Stored],
+    state: Mapping[str, Tensor],
+) -> bool:
+    """Whether a stored tensor of that shape can be restored to our `keys`, its pieces."""
+    if not shape or shape[0] % len(keys):
+        return len(keys) == 1 and _restores(shape, stored[keys[0]].form, state[keys[0]].shape)
+    piece = (shape[0] // len(keys), *shape[1:])
+    return all(_restores(piece, stored[key].form, state[key].shape) for key in keys)
+
+
+def _restores(shape: tuple[int, ...], form: Form, wanted: Size) -> bool:
+    return form.restore(torch.empty(shape, device="meta"), wanted).shape == wanted
+
+
+def _shape(
+    keys: Sequence[str], stored: Mapping[str, Stored], state: Mapping[str, Tensor]
+) -> list[int]:
+    """The shape in which our `keys` are stored together."""
+    first = stored[keys[0]].form.store(torch.empty(state[keys[0]].shape, device="meta")).shape
+    return [first[0] * len(keys), *first[1:]] if first else []
+
+
+def _fitting_unet(part: Part) -> str | None:
     """The first preset whose UNet has exactly the names and shapes behind the part's prefix."""
-    rules = {"ldm": tables.ldm_unet, "diffusers": tables.diffusers_unet}[layout]
-    shapes = {
-        name: shape for name, shape in part.tensors.shapes.items() if name.startswith(part.prefix)
-    }
+    shapes = {n: shape for n, shape in part.tensors.shapes.items() if n.startswith(part.prefix)}
+    names_of = ldm_unet if f"{part.prefix}out.2.weight" in shapes else diffusers_unet
     for preset in PRESETS.values():
         with torch.device("meta"):
             unet = UNet(preset.unet)
-        stored = collect(unet, rules(preset.unet), part.prefix)
+        stored = collect(unet, names_of(preset.unet), part.prefix)
         if {name: tuple(value.shape) for name, value in stored.items()} == shapes:
             return preset.name
     return None
 
 
-def _some(names: list[str]) -> str:
+def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")

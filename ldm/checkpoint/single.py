@@ -1,26 +1,54 @@
-"""Single-file checkpoints in LDM's layout: what they are, told from names, shapes and metadata, and writing them."""
+"""Models, or parts of them, in one file: what they are, told from names, shapes and metadata, and writing them."""
 
 import dataclasses
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from ldm.checkpoint import tables
-from ldm.checkpoint.parts import ModelLike, Part, Source, collect, recognise, tokenizer_of
+from ldm.checkpoint.contents import (
+    ENOUGH_EMA,
+    Contents,
+    Place,
+    count_ema,
+    find,
+    fitting_preset,
+    text_part,
+    unet_part,
+    vae_part,
+)
+from ldm.checkpoint.kinds import kind_of
+from ldm.checkpoint.known import KnownFile
+from ldm.checkpoint.parts import TOWERS, Model, ModelLike, Source, collect, recognise
+from ldm.checkpoint.prediction import MARKERS, Decision, decide
 from ldm.checkpoint.shapes import (
+    PRESETS_OF,
+    Family,
     Shapes,
-    context_dim,
-    text_from_shapes,
+    clip_from_shapes,
+    family_of,
+    openclip_from_shapes,
     unet_from_shapes,
     vae_from_shapes,
 )
-from ldm.checkpoint.tensors import TensorFiles
-from ldm.config import DiffusionConfig, ModelConfig, from_dict
-from ldm.models.text import Tokenizer, official_vocabulary
+from ldm.checkpoint.tensors import Tensors
+from ldm.config import (
+    PRESETS,
+    SD_TURBO,
+    DiffusionConfig,
+    ModelConfig,
+    Prediction,
+    TextConfig,
+    UNetConfig,
+    from_dict,
+)
+from ldm.models.text import TextTower, Tokenizer, official_vocabulary
 
 METADATA_KEY = "ldm.config"  # a file that this package wrote carries its ModelConfig there, as JSON
 
@@ -29,90 +57,127 @@ METADATA_KEY = "ldm.config"  # a file that this package wrote carries its ModelC
 _IGNORED = re.compile(
     r"betas|alphas_cumprod(_prev)?|(sqrt|log)_one_minus_alphas_cumprod|sqrt_(recip_|recipm1_)?alphas_cumprod"
     r"|posterior_(variance|log_variance_clipped|mean_coef[12])|logvar|scale_factor|denoiser\.(log_)?sigmas"
-    r"|(model_ema|loss|first_stage_model\.loss|embedding_manager)\..*|.*\.(position_ids|logit_scale)"
+    r"|(model_ema|loss|first_stage_model\.loss|embedding_manager|cond_stage_model\.(.*\.)?vision_model)\..*"
+    r"|.*\.(position_ids|attn_mask|logit_scale)|cond_stage_key"
 )
-
-_OTHER_KINDS = (  # what a file without LDM's UNet is, if one of its names matches
-    (r"^(control_model\.|input_hint_block\.|controlnet_cond_embedding\.)", "a ControlNet"),
-    (r"lora_|\.lora\.|hada_|lokr_", "a LoRA"),
-    (r"^(emb_params|string_to_param|clip_[lg])$", "a textual-inversion embedding"),
-    (r"^(ip_adapter|image_proj)\.", "an IP-Adapter"),
-    (r"^(adapter\.)?body\.0\.", "a T2I-Adapter"),
-    (r"double_blocks\.\d", "a Flux transformer"),
-    (r"joint_blocks\.\d", "a Stable Diffusion 3 transformer"),
-    (r"^(down|up)_blocks\.\d", "the unet of a diffusers folder"),
-    (r"^input_blocks\.\d", "a UNet alone"),
-    (r"^(text_model\.)?embeddings\.token_embedding", "a text encoder alone"),
-    (r"^(first_stage_model\.|vae\.)?(encoder|decoder)\.", "a VAE alone"),
-)
-_OTHER_FAMILIES = {  # by the width of the text that the UNet attends to
-    1024: "Stable Diffusion 2",
-    2048: "Stable Diffusion XL",
-    1280: "the Stable Diffusion XL refiner",
-}
+_SCALED = re.compile(r"scaled_fp8|.*\.(scale_weight|scale_input|weight_scale|input_scale)")
 
 
-def open_single(path: Path) -> Source:
-    """Understand the single-file checkpoint at `path` from its header.
+def open_single(
+    tensors: Tensors,
+    *,
+    prediction: Prediction | None = None,
+    ema: bool = False,
+    known: KnownFile | None = None,
+) -> Source:
+    """Understand what a file holds, a whole model or parts of one, from names, shapes and metadata.
 
-    Raises ValueError for a file that is damaged, something else, incomplete, or of a family that is not supported.
+    prediction: what the user says that it predicts. ema: whether the averaged copy of the UNet is wanted.
+    known: what the file's sha256 says. Raises ValueError for a file that holds neither, and for an unknown family.
     """
-    tensors = TensorFiles([path])
-    text_prefix = tables.TEXT_PREFIX
-    if not any(name.startswith(text_prefix) for name in tensors.shapes):
-        text_prefix = text_prefix.removesuffix("text_model.")  # some files lack that level
-    if f"{tables.UNET_PREFIX}input_blocks.0.0.weight" not in tensors.shapes:
+    contents = find(tensors)
+    if contents == Contents(None, None, ()):
         _refuse(tensors)
-    elif METADATA_KEY in tensors.metadata:
-        config, why = _from_metadata(tensors), "it carries its configuration in its metadata"
+    if scaled := next((name for name in tensors.shapes if _SCALED.fullmatch(name)), None):
+        raise ValueError(
+            f"{tensors} is quantised, its numbers have scales beside them ({scaled}): give one in fp32, fp16 or bf16"
+        )
+    if METADATA_KEY in tensors.metadata:
+        config, why = _from_metadata(tensors, prediction)
     else:
-        config, why = _from_shapes(tensors, text_prefix)
+        config, why = _from_shapes(tensors, contents, prediction, known)
+
+    parts, ignored = {}, _ignored(contents, ema=ema)
+    if contents.unet is not None:
+        parts["unet"] = unet_part(tensors, contents.unet, config.unet, ema=ema)
+    elif ema:
+        raise ValueError(f"{tensors} holds no UNet, so it has no averaged copy of one")
+    if contents.vae is not None:
+        parts["vae"] = vae_part(tensors, contents.vae, config.vae)
+    for name, place, text in zip(TOWERS, contents.towers, config.text, strict=False):
+        parts[name] = text_part(tensors, place, text)
     return Source(
         config=config,
         layout="ldm",
         why=why,
-        parts={
-            "unet": Part(tensors, tables.ldm_unet(config.unet), tables.UNET_PREFIX),
-            "vae": Part(tensors, tables.ldm_vae(config.vae), tables.VAE_PREFIX),
-            "text_encoder": Part(tensors, tables.CLIP_TEXT, text_prefix),
-        },
-        ignored=lambda name: _IGNORED.fullmatch(name) is not None,
-        tokenizer=Tokenizer.official,
+        parts={name: dataclasses.replace(part, ignored=ignored) for name, part in parts.items()},
+        tokenizers=lambda: [Tokenizer.official()] * len(config.text),
+        notes=_notes(tensors, ema=ema),
     )
 
 
 def write_single(path: Path, model: ModelLike, dtype: torch.dtype | None) -> None:
     """Write `model` into the new file `path`. Raises ValueError for one that the layout cannot express."""
-    config = model.config
-    text = config.text[0]
-    if len(config.text) != 1 or text.activation != "quick_gelu" or text.projection is not None:
-        raise ValueError(
-            "the ldm layout is written for models with one CLIP text encoder as in Stable Diffusion 1.x, "
-            f"{config.name} has another: save in the diffusers layout"
-        )
-    if tokenizer_of(model).vocab != official_vocabulary()[0]:
-        raise ValueError(
-            f"a single file has no place for a tokenizer, and that of {config.name} is not CLIP's own: "
-            "save in the diffusers layout"
-        )
+    vocab = official_vocabulary()[0]
+    for tower in model.text_encoder.towers:
+        assert isinstance(tower, TextTower)
+        if tower.tokenizer.vocab != vocab:
+            raise ValueError(
+                f"a single file has no place for a tokenizer, and that of {model.config.name} is not CLIP's own: "
+                "save in the diffusers layout"
+            )
     # one entry: safetensors would write several in random order
-    metadata = {METADATA_KEY: json.dumps(_without_none(dataclasses.asdict(config)))}
+    metadata = {METADATA_KEY: json.dumps(_without_none(dataclasses.asdict(model.config)))}
     save_file(ldm_tensors(model, dtype), path, metadata=metadata)
 
 
-def ldm_tensors(model: ModelLike, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
-    """Return the model's tensors under LDM's names: for SD 1.5 exactly the official list."""
+def ldm_tensors(model: ModelLike, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Return the model's tensors under LDM's names: for each official family exactly the official list.
+
+    What of that list the model has no use for comes from `Model.unused`, or is a neutral stand-in.
+    """
     config = model.config
-    ids = torch.arange(config.text[0].max_length, device="cpu")[None]  # as the official files have
-    return {
+    kept = model.unused if isinstance(model, Model) else {}
+    sgm = config.unet.vector_dim is not None
+    tensors = {
         **collect(model.unet, tables.ldm_unet(config.unet), tables.UNET_PREFIX, dtype),
         **collect(model.vae, tables.ldm_vae(config.vae), tables.VAE_PREFIX, dtype),
-        **collect(model.text_encoder, tables.CLIP_TEXT, tables.TEXT_PREFIX, dtype),
-        f"{tables.TEXT_PREFIX}embeddings.position_ids": ids,
     }
+    towers = tables.official_towers(config.text, sgm=sgm)
+    for name, tower, (prefix, rules), text in zip(
+        TOWERS, model.text_encoder.towers, towers, config.text, strict=False
+    ):
+        tensors |= collect(tower, rules, prefix, dtype)
+        if rules is tables.OPENCLIP_TEXT:
+            like = next(tower.parameters())
+            for rest, stand_in in _stand_ins(text, like).items():
+                value = kept.get(f"{name}.{rest}", stand_in)
+                tensors[prefix + rest] = value.to(dtype or value.dtype).contiguous()
+        else:
+            ids = torch.arange(text.max_length, device="cpu")[None]
+            tensors[f"{prefix}text_model.embeddings.position_ids"] = ids
+    return tensors
 
 
-def _from_metadata(tensors: TensorFiles) -> ModelConfig:
+def _stand_ins(text: TextConfig, like: Tensor) -> dict[str, Tensor]:
+    """What an official OpenCLIP tower has beside `text`: a temperature and, where no pooled text is used, a last block.
+
+    The block is one that changes nothing, and the projection the identity.
+    """
+    neutral: dict[str, Tensor] = {"logit_scale": like.new_tensor(100.0).log()}
+    if text.projection is not None:
+        return neutral
+    width, block = text.width, f"transformer.resblocks.{text.layers}."
+    shapes = {
+        **{f"ln_{i}.weight": (width,) for i in (1, 2)},
+        **{f"ln_{i}.bias": (width,) for i in (1, 2)},
+        "attn.in_proj_weight": (3 * width, width),
+        "attn.in_proj_bias": (3 * width,),
+        "attn.out_proj.weight": (width, width),
+        "attn.out_proj.bias": (width,),
+        "mlp.c_fc.weight": (text.mlp, width),
+        "mlp.c_fc.bias": (text.mlp,),
+        "mlp.c_proj.weight": (width, text.mlp),
+        "mlp.c_proj.bias": (width,),
+    }
+    for name, shape in shapes.items():
+        make = like.new_ones if name.startswith("ln_") and "weight" in name else like.new_zeros
+        neutral[block + name] = make(shape)
+    neutral["text_projection"] = torch.eye(width, dtype=like.dtype, device=like.device)
+    return neutral
+
+
+def _from_metadata(tensors: Tensors, prediction: Prediction | None) -> tuple[ModelConfig, str]:
     where = f"{tensors}, metadata {METADATA_KEY}"
     try:
         table = json.loads(tensors.metadata[METADATA_KEY])
@@ -120,41 +185,139 @@ def _from_metadata(tensors: TensorFiles) -> ModelConfig:
         raise ValueError(f"{where} is not valid JSON: {error}") from error
     if not isinstance(table, dict):
         raise ValueError(f"{where} must be a JSON object, got {type(table).__name__}")
-    return from_dict(table, ModelConfig, where)
+    config = from_dict(table, ModelConfig, where)
+    why = "it carries its configuration in its metadata"
+    if prediction is None:
+        return config, f"{why}, which says {config.diffusion.prediction}"
+    return with_prediction(config, prediction), f"{why}; you asked for {prediction}"
 
 
-def _from_shapes(tensors: TensorFiles, text_prefix: str) -> tuple[ModelConfig, str]:
-    """The configuration of an SD 1.x file, and why it is one. Raises ValueError for other families."""
-    unet = Shapes(tensors, tables.UNET_PREFIX)
-    width, text_width = unet.size("input_blocks.0.0.weight", 0), context_dim(unet)
-    seen = f"{width} model channels and text of width {text_width}"
-    if (width, text_width) != (320, 768):
-        family = _OTHER_FAMILIES.get(text_width, "no family known here")
-        raise ValueError(
-            f"{tensors} is {family} ({seen}); single files are read of Stable Diffusion 1.x only, other models from a "
-            "diffusers folder"
+def with_prediction(config: ModelConfig, prediction: Prediction) -> ModelConfig:
+    """Return `config` with what the user says that its UNet predicts."""
+    diffusion = dataclasses.replace(config.diffusion, prediction=prediction)
+    return dataclasses.replace(config, diffusion=diffusion)
+
+
+def _from_shapes(
+    tensors: Tensors, contents: Contents, prediction: Prediction | None, known: KnownFile | None
+) -> tuple[ModelConfig, str]:
+    """The configuration of a file whose shapes alone tell what it is, and why. Raises ValueError for other families."""
+    if contents.unet is None:
+        family, why = _family_of_parts(tensors, contents), "it holds a part of a model"
+        unet, decision = PRESETS_OF[family].unet, None
+    elif contents.unet.style == "diffusers":
+        preset = fitting_preset(tensors, contents.unet)
+        family = next(f for f, p in PRESETS_OF.items() if p.unet.context_dim == preset.context_dim)
+        why, unet = "its unet has the names and shapes of that preset", preset
+        decision = _decide(tensors, family, contents.unet, unet, prediction, known)
+    else:
+        shapes = Shapes(tensors, contents.unet.prefix)
+        family, why = family_of(shapes)
+        unet = unet_from_shapes(shapes, family)
+        decision = _decide(tensors, family, contents.unet, unet, prediction, known)
+
+    like = PRESETS_OF[family]
+    text = _text(tensors, contents.towers, like)
+    vae = like.vae
+    if contents.vae is not None and contents.vae.style == "ldm":
+        vae = vae_from_shapes(Shapes(tensors, contents.vae.prefix), like.vae.scaling_factor)
+    diffusion = like.diffusion
+    if decision is not None:
+        diffusion = _diffusion(tensors, family, decision, known)
+        unet = dataclasses.replace(
+            unet, upcast_attention=family == "sd2" and decision.prediction == "v"
         )
-    for prefix, what in ((tables.VAE_PREFIX, "VAE"), (text_prefix, "text encoder")):
-        if not any(name.startswith(prefix) for name in tensors.shapes):
-            raise ValueError(f"{tensors} has no {what} ({prefix}*): give a full checkpoint")
-    said = tensors.metadata.get("modelspec.prediction_type")
-    diffusion = DiffusionConfig(prediction="v" if said in ("v", "v_prediction") else "eps")
-    config = recognise(
-        unet_from_shapes(unet),
-        vae_from_shapes(Shapes(tensors, tables.VAE_PREFIX)),
-        (text_from_shapes(Shapes(tensors, text_prefix)),),
-        diffusion,
+        why = f"{why}; it predicts {decision.prediction}: {decision.why}"
+    return recognise(unet, vae, text, diffusion), why
+
+
+def _decide(
+    tensors: Tensors,
+    family: Family,
+    place: Place,
+    unet: UNetConfig,
+    prediction: Prediction | None,
+    known: KnownFile | None,
+) -> Decision:
+    return decide(
+        tensors,
+        family=family,
+        unet_prefix=place.prefix,
+        in_channels=unet.in_channels,
+        asked=prediction,
+        known=known,
     )
-    reason = f"its metadata says {said!r}" if said else "nothing in it says otherwise"
-    return config, f"{seen} are Stable Diffusion 1.x, which predicts eps; {reason}"
 
 
-def _refuse(tensors: TensorFiles) -> NoReturn:
-    for pattern, what in _OTHER_KINDS:
-        if any(re.search(pattern, name) for name in tensors.shapes):
-            raise ValueError(
-                f"{tensors} is {what}, not a whole model: give a full checkpoint or a model folder"
-            )
+def _diffusion(
+    tensors: Tensors, family: Family, decision: Decision, known: KnownFile | None
+) -> DiffusionConfig:
+    """The process of a family, as what was decided changes it."""
+    diffusion = PRESETS_OF[family].diffusion
+    if known is not None and known.preset in PRESETS:
+        diffusion = PRESETS[known.preset].diffusion
+    elif family == "sd2" and any(name.startswith("conditioner.") for name in tensors.shapes):
+        diffusion = SD_TURBO.diffusion  # of all SD 2 files only this one has sgm's names
+    diffusion = dataclasses.replace(diffusion, prediction=decision.prediction)
+    if decision.zero_terminal_snr:  # sampled from the very last timestep, or it means nothing
+        diffusion = dataclasses.replace(diffusion, zero_terminal_snr=True, spacing="trailing")
+    return diffusion
+
+
+def _text(tensors: Tensors, towers: tuple[Place, ...], like: ModelConfig) -> tuple[TextConfig, ...]:
+    """The towers of a file, or those of the family where it has none."""
+    if not towers:
+        return like.text
+    if len(towers) != len(like.text):
+        raise ValueError(
+            f"{tensors} holds {len(towers)} text encoders ({', '.join(p.prefix or 'at the root' for p in towers)}), "
+            f"{like.name} has {len(like.text)}"
+        )
+    found = []
+    for place, config in zip(towers, like.text, strict=True):
+        level = "text_model." if place.style == "hf" else ""
+        infer = openclip_from_shapes if place.style == "openclip" else clip_from_shapes
+        found.append(infer(Shapes(tensors, place.prefix + level), config))
+    return tuple(found)
+
+
+def _family_of_parts(tensors: Tensors, contents: Contents) -> Family:
+    """The family whose towers those of a file without a UNet are; SD 1's where there are none."""
+    widths = []
+    for place in contents.towers:
+        name = {"hf": "text_model.embeddings.", "openclip": ""}.get(place.style, "embeddings.")
+        widths.append(tensors.shapes[f"{place.prefix}{name}token_embedding.weight"][1])
+    for family, preset in PRESETS_OF.items():
+        if [t.width for t in preset.text] == widths:
+            return family
+    return "sd1"
+
+
+def _ignored(contents: Contents, *, ema: bool) -> Callable[[str], bool]:
+    """Whether a name may be in the file without being used."""
+    plain = contents.unet.prefix if ema and contents.unet is not None else None
+
+    def ignored(name: str) -> bool:
+        replaced = plain is not None and name.startswith(plain)
+        return replaced or name in MARKERS or _IGNORED.fullmatch(name) is not None
+
+    return ignored
+
+
+def _notes(tensors: Tensors, *, ema: bool) -> tuple[str, ...]:
+    count = count_ema(tensors)
+    if count < ENOUGH_EMA or ema:
+        return ()
+    return (f"it also holds an averaged copy of the UNet ({count} tensors), used with ema only",)
+
+
+def _refuse(tensors: Tensors) -> None:
+    """Raise ValueError saying what the file is instead of a model."""
+    what = kind_of(tensors.shapes)
+    if what is not None:
+        raise ValueError(
+            f"{tensors} is {what}, not a model: give a full checkpoint or a model folder"
+        )
     names = ", ".join(sorted(tensors.shapes)[:3]) or "no tensors"
     raise ValueError(
         f"{tensors} is no Stable Diffusion checkpoint, it lacks {tables.UNET_PREFIX}*; it has {names}"

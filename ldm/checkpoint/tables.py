@@ -5,13 +5,13 @@ residual blocks and depths of its configuration.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
-from ldm.checkpoint.keymap import EITHER_RANK, PIXELS, Rule
-from ldm.config import UNetConfig, VAEConfig
+from ldm.checkpoint.keymap import EITHER_RANK, PIXELS, TRANSPOSED, Piece, Rule
+from ldm.config import TextConfig, UNetConfig, VAEConfig
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
-TEXT_PREFIX = "cond_stage_model.transformer.text_model."
 
 
 def _same(*names: str) -> tuple[Rule, ...]:
@@ -186,9 +186,60 @@ def diffusers_vae(attention: tuple[Rule, ...] = DIFFUSERS_VAE_ATTENTION) -> tupl
     )
 
 
-# From our text encoder of one CLIP tower to the names that OpenAI's CLIP has inside `text_model.`, whether or not
-# the installed transformers keeps that level.
-CLIP_TEXT = (
-    Rule("towers.0.model.text_model", "", _CLIP),
-    Rule("towers.0.model", "", _CLIP),
+# From one of our text towers. The module inside has the level `text_model` in some versions of transformers only.
+
+
+def hf_text(level: str = "text_model") -> tuple[Rule, ...]:
+    """Return the rules to the names of transformers, and of OpenAI's CLIP in LDM; in some files without `level`."""
+    return (
+        Rule("model.text_model", level, _CLIP),
+        Rule("model", level, _CLIP),
+        Rule("projection", "text_projection"),
+    )
+
+
+_OPENCLIP_BLOCK = (
+    Rule("layer_norm1", "ln_1"),
+    Rule("layer_norm2", "ln_2"),
+    *(
+        Rule(f"self_attn.{part}_proj.{kind}", f"attn.in_proj_{kind}", piece=Piece(i, 3))
+        for i, part in enumerate("qkv")
+        for kind in ("weight", "bias")
+    ),
+    Rule("self_attn.out_proj", "attn.out_proj"),
+    Rule("mlp.fc1", "mlp.c_fc"),
+    Rule("mlp.fc2", "mlp.c_proj"),
 )
+_OPENCLIP = (
+    Rule("embeddings.token_embedding", "token_embedding"),
+    Rule("embeddings.position_embedding.weight", "positional_embedding"),
+    Rule("encoder.layers.{n}", "transformer.resblocks.{n}", _OPENCLIP_BLOCK),
+    Rule("final_layer_norm", "ln_final"),
+)
+OPENCLIP_TEXT = (
+    Rule("model.text_model", "", _OPENCLIP),
+    Rule("model", "", _OPENCLIP),
+    Rule("projection.weight", "text_projection", form=TRANSPOSED),
+)
+
+
+class OfficialTower(NamedTuple):
+    """Where a text tower stands in an official single file, and by which rules."""
+
+    prefix: str
+    rules: tuple[Rule, ...]
+
+
+def official_towers(text: tuple[TextConfig, ...], *, sgm: bool) -> list[OfficialTower]:
+    """Return where the towers stand: in LDM's `cond_stage_model`, or as `sgm` (SDXL) counts its embedders.
+
+    OpenAI's CLIP, with quick_gelu, is held under transformers' names, OpenCLIP's towers under their own.
+    """
+    towers = []
+    for i, config in enumerate(text):
+        owner = f"conditioner.embedders.{i}." if sgm else "cond_stage_model."
+        if config.activation == "quick_gelu":
+            towers.append(OfficialTower(f"{owner}transformer.", hf_text()))
+        else:
+            towers.append(OfficialTower(f"{owner}model.", OPENCLIP_TEXT))
+    return towers

@@ -36,7 +36,7 @@ def small(tokenizer: Tokenizer) -> Model:
     torch.manual_seed(0)
     text_encoder = TextEncoder(SMALL.text, [tokenizer])
     model = Model(SMALL, UNet(SMALL.unet), VAE(SMALL.vae), text_encoder)
-    for network in model[1:]:
+    for network in model[1:4]:
         for parameter in network.eval().requires_grad_(False).parameters():
             parameter += 0.02 * torch.randn_like(parameter)
     return model

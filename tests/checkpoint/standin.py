@@ -1,10 +1,12 @@
 """Stand-ins for official files, of their names and shapes: hollow ones for headers, random ones at full size."""
 
+import dataclasses
 import json
 import math
 import struct
 import zlib
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -13,18 +15,42 @@ from torch import Tensor
 
 from ldm.checkpoint.parts import Model
 from ldm.checkpoint.single import ldm_tensors
-from ldm.config import SD15
+from ldm.config import PRESETS, ModelConfig
 from ldm.models.text import TextEncoder, Tokenizer
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
 
+SCHEDULE = (  # the twelve buffers of LDM's training code, 1000 numbers each
+    *("betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod"),
+    *("sqrt_one_minus_alphas_cumprod", "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod"),
+    *("sqrt_recipm1_alphas_cumprod", "posterior_variance", "posterior_log_variance_clipped"),
+    *("posterior_mean_coef1", "posterior_mean_coef2"),
+)
 
-def sd15_shapes() -> dict[str, tuple[int, ...]]:
-    """Return the names and shapes of SD 1.5's tensors, which a test holds to the official digest."""
-    tokenizer = Tokenizer.official()
+
+def hollow_model(config: ModelConfig) -> Model:
+    """Build `config` without memory."""
+    tokenizers = [Tokenizer.official()] * len(config.text)
     with torch.device("meta"):
-        model = Model(SD15, UNet(SD15.unet), VAE(SD15.vae), TextEncoder(SD15.text, [tokenizer]))
-    return {name: tuple(tensor.shape) for name, tensor in ldm_tensors(model).items()}
+        return Model(
+            config, UNet(config.unet), VAE(config.vae), TextEncoder(config.text, tokenizers)
+        )
+
+
+@cache
+def official_shapes(preset: str, in_channels: int = 4) -> dict[str, tuple[int, ...]]:
+    """Return the names and shapes of a family's official file, which a test holds to the official digest."""
+    config = PRESETS[preset]
+    unet = dataclasses.replace(config.unet, in_channels=in_channels)
+    tensors = ldm_tensors(hollow_model(dataclasses.replace(config, unet=unet)))
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def ema_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Return the averaged copy of the UNet as LDM's training code names it, dots removed, with its two counters."""
+    unet = {name for name in shapes if name.startswith("model.diffusion_model.")}
+    flat = {n: "model_ema." + n.removeprefix("model.").replace(".", "") for n in unet}
+    return {flat[n]: shapes[n] for n in unet} | {"model_ema.decay": (), "model_ema.num_updates": ()}
 
 
 def write_hollow(
@@ -47,6 +73,8 @@ def standin_tensor(name: str, shape: tuple[int, ...]) -> Tensor:
     """Draw the tensor `name`, seeded by its name: norms near 1, biases near 0, matrices that preserve variance."""
     if name.endswith("position_ids"):
         return torch.arange(shape[-1])[None]
+    if shape == ():
+        return torch.tensor(4.6)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
     if len(shape) == 1:
         return 1 + 0.1 * x if name.endswith("weight") else 0.02 * x
@@ -55,10 +83,12 @@ def standin_tensor(name: str, shape: tuple[int, ...]) -> Tensor:
     return x / math.sqrt(math.prod(shape[1:]))
 
 
-def write_standin(path: Path, dtype: torch.dtype = torch.float16) -> Path:
-    """Write the stand-in, 2.1 GB in fp16, and return its path."""
+def write_standin(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype = torch.float16
+) -> Path:
+    """Write random tensors of those names and shapes, and return the path."""
     tensors = {}
-    for name, shape in sd15_shapes().items():
+    for name, shape in shapes.items():
         tensor = standin_tensor(name, shape)
         tensors[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
     save_file(tensors, path)

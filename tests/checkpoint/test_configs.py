@@ -14,6 +14,7 @@ from ldm.config import (
     SD15,
     SD21,
     SD21_BASE,
+    SD_TURBO,
     SDXL_BASE,
     DiffusionConfig,
     TextConfig,
@@ -52,21 +53,24 @@ def test_sd15s_own_unet_config_is_the_preset():
 def test_configs_come_back_as_they_were_written(preset):
     assert configs.unet_from_json(configs.unet_to_json(preset.unet, 64), "") == preset.unet
     assert configs.vae_from_json(configs.vae_to_json(preset.vae, 512), "") == preset.vae
-    text = dataclasses.replace(preset.text[0], output_layer=-1, final_norm=True, projection=None)
-    assert configs.text_from_json(configs.text_to_json(text, 0, 2), "", text.pad_id) == text
-    assert (
-        configs.diffusion_from_json(configs.diffusion_to_json(preset.diffusion), "")
-        == preset.diffusion
-    )
+    sdxl = preset.unet.vector_dim is not None
+    for text in preset.text:
+        json = configs.text_to_json(text, 0, 2, sdxl=sdxl)
+        assert configs.text_from_json(json, "", text.pad_id, sdxl=sdxl) == text
+    json = configs.diffusion_to_json(preset.diffusion, preset.sampler)
+    assert configs.diffusion_from_json(json, "") == preset.diffusion
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace", "karras"])
 @pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
-def test_every_diffusion_config_has_a_scheduler_that_diffusers_can_build(spacing, prediction):
+@pytest.mark.parametrize("sampler", ["ddim", "euler", "euler_ancestral"])
+def test_every_diffusion_config_has_a_scheduler_that_diffusers_can_build(
+    spacing, prediction, sampler
+):
     config = DiffusionConfig(
         prediction, "linear", 0.001, 0.01, 500, zero_terminal_snr=True, spacing=spacing, offset=0
     )
-    json = configs.diffusion_to_json(config)
+    json = configs.diffusion_to_json(config, sampler)
     scheduler = getattr(diffusers, json["_class_name"]).from_config(json)
     scheduler.set_timesteps(5)
     assert configs.diffusion_from_json(dict(scheduler.config), "") == config
@@ -94,9 +98,11 @@ def test_what_a_scheduler_config_leaves_out_is_the_default_of_its_class(name, sp
 
 
 def test_what_a_text_config_leaves_out_is_transformers_default():
-    assert configs.text_from_json({}, "", 1) == configs.text_from_json(
-        CLIPTextConfig().to_dict(), "", 1
-    )
+    for sdxl in (False, True):
+        full = CLIPTextConfig().to_dict()
+        assert configs.text_from_json({}, "", 1, sdxl=sdxl) == configs.text_from_json(
+            full, "", 1, sdxl=sdxl
+        )
 
 
 def test_what_a_unet_or_vae_config_leaves_out_is_diffusers_default():
@@ -176,11 +182,11 @@ def test_what_would_change_the_numbers_is_refused_by_name(read, json, message):
 
 def test_text_encoders_of_another_kind_are_refused():
     with pytest.raises(ValueError, match=r"architectures .* is not supported"):
-        configs.text_from_json({"architectures": ["CLIPTextModelWithProjection"]}, "here", 0)
+        configs.text_from_json({"architectures": ["CLIPVisionModel"]}, "here", 0, sdxl=False)
     with pytest.raises(
         ValueError, match="activation must be one of 'quick_gelu', 'gelu', got 'relu'"
     ):
-        configs.text_from_json({"hidden_act": "relu"}, "here", 0)
+        configs.text_from_json({"hidden_act": "relu"}, "here", 0, sdxl=False)
 
 
 def test_what_the_layout_cannot_express_is_refused():
@@ -189,13 +195,15 @@ def test_what_the_layout_cannot_express_is_refused():
     ):
         configs.unet_to_json(UNetConfig(channels=(32,), depth=(1,), heads=(1,), mid_depth=2), 8)
     with pytest.raises(ValueError, match="output_layer -2"):
-        configs.text_to_json(TextConfig(output_layer=-2), 0, 2)
+        configs.text_to_json(TextConfig(output_layer=-2), 0, 2, sdxl=False)
 
 
 def test_an_architecture_is_recognised_with_its_prediction_and_its_input_channels():
-    sd2, v = (SD21.unet, SD21.vae, SD21.text), DiffusionConfig(prediction="v")
-    assert recognise(*sd2, DiffusionConfig()) == SD21_BASE
-    assert recognise(*sd2, v) == SD21
+    sd2, v = (SD21.vae, SD21.text), DiffusionConfig(prediction="v")
+    assert recognise(SD21_BASE.unet, *sd2, DiffusionConfig()) == SD21_BASE
+    assert recognise(SD21.unet, *sd2, v) == SD21
+    turbo = DiffusionConfig(spacing="trailing")
+    assert recognise(SD21_BASE.unet, *sd2, turbo) == SD_TURBO
     inpainting = dataclasses.replace(SD15.unet, in_channels=9)
     assert recognise(inpainting, SD15.vae, SD15.text, v).name == "sd15-inpainting"
     assert recognise(SDXL_BASE.unet, VAEConfig(), SD15.text, v).name == "custom"

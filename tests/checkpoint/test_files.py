@@ -21,7 +21,7 @@ LAYOUTS = ("ldm", "diffusers")
 
 
 def state(model: Model) -> dict[str, torch.Tensor]:
-    networks = zip(("unet", "vae", "text_encoder"), model[1:], strict=True)
+    networks = zip(("unet", "vae", "text_encoder"), model[1:4], strict=True)
     return {
         f"{n}.{key}": value
         for n, network in networks
@@ -52,7 +52,7 @@ def test_what_is_loaded_is_what_was_saved_bit_for_bit(saved, small):
 
 
 def test_a_loaded_model_is_real_frozen_and_evaluates(saved):
-    for network in load(saved)[1:]:
+    for network in load(saved)[1:4]:
         assert not network.training
         tensors = [*network.parameters(), *network.buffers()]
         assert not any(tensor.is_meta or tensor.requires_grad for tensor in tensors)
@@ -184,7 +184,7 @@ def test_a_tensor_of_no_network_is_an_error(small_file, tmp_path):
         small_file, tmp_path / "m", lambda tensors: tensors.update({"scaled_fp8": torch.zeros(2)})
     )
     with pytest.raises(
-        ValueError, match="m holds tensors that this model has no use for: scaled_fp8"
+        ValueError, match="m is quantised, its numbers have scales beside them .scaled_fp8"
     ):
         load(path)
 
@@ -325,9 +325,9 @@ def test_models_that_a_layout_cannot_express_are_refused(small, tmp_path):
     with pytest.raises(
         ValueError, match=r"ldm layout is written for models with one CLIP .* sdxl-base has another"
     ):
-        save(Model(SDXL_BASE, *small[1:]), tmp_path / "m", layout="ldm")
+        save(Model(SDXL_BASE, *small[1:4]), tmp_path / "m", layout="ldm")
     with pytest.raises(ValueError, match="models of one text encoder, this has 2"):
-        save(Model(SDXL_BASE, *small[1:]), tmp_path / "m")
+        save(Model(SDXL_BASE, *small[1:4]), tmp_path / "m")
     assert list(tmp_path.iterdir()) == []
 
 

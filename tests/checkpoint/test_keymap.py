@@ -3,7 +3,17 @@
 import pytest
 import torch
 
-from ldm.checkpoint.keymap import EITHER_RANK, PIXELS, SAME, Rule, inverse, key_map
+from ldm.checkpoint.keymap import (
+    EITHER_RANK,
+    PIXELS,
+    SAME,
+    TRANSPOSED,
+    WHOLE,
+    Piece,
+    Rule,
+    inverse,
+    key_map,
+)
 
 RULES = (
     Rule("down.{i}.res", "blocks.{i}.0", (Rule("conv", "layers.2"), Rule("norm", "layers.0"))),
@@ -15,10 +25,10 @@ RULES = (
 
 def test_a_rule_renames_the_prefix_and_rules_inside_rename_what_follows():
     names = key_map(["down.3.res.conv.weight", "up.2.blocks.1.bias", "root.scale"], RULES, "net.")
-    assert names["down.3.res.conv.weight"] == ("net.blocks.3.0.layers.2.weight", SAME)
+    assert names["down.3.res.conv.weight"] == ("net.blocks.3.0.layers.2.weight", SAME, WHOLE)
     assert names["up.2.blocks.1.bias"].name == "net.out.0.1.bias"
     assert names["root.scale"].name == "net.scale"
-    assert inverse(names)["net.out.0.1.bias"] == "up.2.blocks.1.bias"
+    assert inverse(names)["net.out.0.1.bias"] == ("up.2.blocks.1.bias",)
 
 
 def test_prefixes_end_at_dots():
@@ -37,6 +47,29 @@ def test_two_keys_with_one_name_are_named():
     rules = (Rule("a", "x"), Rule("b", "x"))
     with pytest.raises(ValueError, match=r"map both a\.w and b\.w to x\.w"):
         key_map(["a.w", "b.w"], rules)
+
+
+FUSED = (
+    *(Rule(name, "fused", piece=Piece(i, 3)) for i, name in enumerate("qkv")),
+    Rule("w", "alone", piece=Piece(1, 2)),
+)
+
+
+def test_several_keys_are_the_pieces_of_one_name_in_their_order():
+    names = key_map(["v.bias", "q.bias", "k.bias"], FUSED)
+    assert inverse(names) == {"fused.bias": ("q.bias", "k.bias", "v.bias")}
+
+
+def test_a_name_of_which_a_piece_is_lacking_is_named():
+    for keys in (["q.bias", "v.bias"], ["q.bias", "k.bias"], ["w.bias"]):
+        with pytest.raises(ValueError, match=r"to pieces of \w+\.bias only"):
+            key_map(keys, FUSED)
+
+
+def test_a_transposed_matrix_comes_back():
+    value = torch.randn(6, 4)
+    assert TRANSPOSED.store(value).shape == (4, 6)
+    assert torch.equal(TRANSPOSED.restore(TRANSPOSED.store(value), value.shape), value)
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (6,), (6, 4, 3, 3)])

@@ -12,14 +12,15 @@ from ldm.checkpoint.parts import collect
 from ldm.checkpoint.single import METADATA_KEY
 from ldm.config import SD15, SD21, SDXL_BASE, SDXL_REFINER, ModelConfig, UNetConfig
 from ldm.models.unet import UNet
-from tests.checkpoint.standin import sd15_shapes, write_hollow
+from tests.checkpoint.standin import SCHEDULE, ema_shapes, official_shapes, write_hollow
 
-UNET, VAE, TEXT = tables.UNET_PREFIX, tables.VAE_PREFIX, tables.TEXT_PREFIX
+UNET, VAE = tables.UNET_PREFIX, tables.VAE_PREFIX
+TEXT = "cond_stage_model.transformer.text_model."
 
 
 @pytest.fixture(scope="module")
 def official() -> dict[str, tuple[int, ...]]:
-    return sd15_shapes()
+    return official_shapes("sd15")
 
 
 def unet_shapes(config: UNetConfig) -> dict[str, tuple[int, ...]]:

@@ -9,27 +9,27 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import (
     convert_ldm_unet_checkpoint,
     convert_ldm_vae_checkpoint,
+    convert_open_clip_checkpoint,
 )
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from ldm.checkpoint import configs, tables
 from ldm.checkpoint.keymap import key_map
-from ldm.checkpoint.parts import Model, collect
-from ldm.checkpoint.single import ldm_tensors
+from ldm.checkpoint.parts import collect
 from ldm.config import (
     SD15,
     SD21,
     SDXL_BASE,
     SDXL_REFINER,
     TINY,
-    ModelConfig,
     TextConfig,
     UNetConfig,
     VAEConfig,
 )
-from ldm.models.text import TextEncoder, Tokenizer
+from ldm.models.text import TextTower
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
+from tests.checkpoint.standin import official_shapes
 
 PRESETS = {p.name: p.unet for p in (SD15, SD21, SDXL_BASE, SDXL_REFINER, TINY)}
 ODD = {
@@ -43,12 +43,6 @@ VAES = {
     "tiny": TINY.vae,
     "one level": VAEConfig(channels=(32,), res_blocks=3, latent_channels=8),
 }
-
-
-def digest(tensors: dict[str, torch.Tensor]) -> str:
-    """sha256 over the sorted lines "name [shape]", which identifies a family of checkpoints."""
-    lines = (f"{name} {list(value.shape)}\n" for name, value in sorted(tensors.items()))
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def meta(build, *args):
@@ -71,37 +65,29 @@ def vae(request) -> VAE:
 
 
 @pytest.mark.parametrize(
-    (
-        "in_channels",
-        "official",
-    ),  # of the names and shapes in the files that Stability and Runway published
-    [
-        (4, "8130453d4ebe9f46b30a65959d1326fd2827cb5067bd178970ae2a274ec5d1f6"),
-        (9, "a8628725d0d3e4a6a0c1c8edaf7474484b9f4453b6f27885b04efe3a420a3147"),  # inpainting
-        (8, "722b634d7857c85960bee230800e04b4e9bad678f5d7c3bd2086cd94e8e5f299"),  # instruct-pix2pix
+    ("preset", "in_channels", "count", "official"),
+    [  # of the names and shapes in the files that Stability, Runway and Timothy Brooks published
+        ("sd15", 4, 1131, "8130453d4ebe9f46b30a65959d1326fd2827cb5067bd178970ae2a274ec5d1f6"),
+        ("sd15", 9, 1131, "a8628725d0d3e4a6a0c1c8edaf7474484b9f4453b6f27885b04efe3a420a3147"),
+        ("sd15", 8, 1131, "722b634d7857c85960bee230800e04b4e9bad678f5d7c3bd2086cd94e8e5f299"),
+        ("sd21", 4, 1228, "bc301c57b82f26ff9b42a65ed19c6a0b649e7d4b8d7cab43c9991fc73bba95d2"),
+        ("sd21-base", 9, 1228, "355baa9f981284602155fd7c3d97ce343e08bef8901c20232145da3c377c204e"),
+        ("sdxl-base", 4, 2515, "2086c2ba91745f921763779e5e7d19ed40cf689f25c1dd929bb509a000f8cb6e"),
+        (
+            "sdxl-refiner",
+            4,
+            1858,
+            "654d6f478f8e71195c517ebcaf5327d0b28862e8abe9b34200f3e6eb3f7e8e93",
+        ),
     ],
 )
-def test_sd15_in_the_ldm_layout_has_exactly_the_official_tensors(in_channels, official, tokenizer):
-    config = dataclasses.replace(SD15.unet, in_channels=in_channels)
-    text_encoder = meta(TextEncoder, SD15.text, [tokenizer])
-    model = Model(SD15, meta(UNet, config), meta(VAE, SD15.vae), text_encoder)
-    tensors = ldm_tensors(model)
-    assert len(tensors) == 1131
-    assert digest(tensors) == official
-
-
-@pytest.mark.parametrize(
-    ("preset", "official"),  # as above, over the tensors below model.diffusion_model alone
-    [
-        (SD21, "2eadac4df5c94323215ccd1f9f3472bf5556a556b54d1a41336fd7e3ee286b8c"),
-        (SDXL_BASE, "3697d2b34c652067c6a960df89b3e19d7a709e8f01c5065cb299cc01d9097157"),
-        (SDXL_REFINER, "81981fbe60ab298ad8f54785d9d492aa8c1c7999fa644d552e30240a579d79cb"),
-    ],
-    ids=lambda value: getattr(value, "name", ""),
-)
-def test_the_unet_rules_hold_for_every_official_architecture(preset: ModelConfig, official):
-    unet = meta(UNet, preset.unet)
-    assert digest(collect(unet, tables.ldm_unet(preset.unet), tables.UNET_PREFIX)) == official
+def test_a_model_in_the_ldm_layout_has_exactly_the_official_tensors(
+    preset, in_channels, count, official
+):
+    tensors = official_shapes(preset, in_channels)
+    lines = (f"{name} {list(shape)}\n" for name, shape in sorted(tensors.items()))
+    assert len(tensors) == count
+    assert hashlib.sha256("".join(lines).encode()).hexdigest() == official
 
 
 def test_diffusers_builds_the_same_unet_from_our_config_under_our_names(unet):
@@ -115,16 +101,39 @@ def test_diffusers_builds_the_same_vae_from_our_config_under_our_names(vae):
     assert shapes(collect(vae, tables.diffusers_vae())) == shapes(theirs.state_dict())
 
 
-def test_the_text_rules_strip_what_the_installed_transformers_calls_its_module(
-    tokenizer: Tokenizer,
+@pytest.mark.parametrize("projection", [None, 48])
+def test_the_text_rules_give_the_names_of_transformers_modules_whatever_its_version(
+    projection, tokenizer
 ):
     config = TextConfig(width=32, layers=2, heads=2, mlp=64)
-    ours = collect(meta(TextEncoder, (config,), [tokenizer]), tables.CLIP_TEXT, "text_model.")
-    json = configs.text_to_json(config, tokenizer.bos_id, tokenizer.eos_id)
-    theirs = meta(CLIPTextModel, CLIPTextConfig.from_dict(json)).state_dict()
+    if projection:
+        config = dataclasses.replace(
+            config, projection=projection, output_layer=-2, final_norm=False
+        )
+    ours = collect(meta(TextTower, config, tokenizer), tables.hf_text())
+    sdxl = projection is not None
+    json = configs.text_to_json(config, tokenizer.bos_id, tokenizer.eos_id, sdxl=sdxl)
+    kind = CLIPTextModelWithProjection if sdxl else CLIPTextModel
+    theirs = meta(kind, CLIPTextConfig.from_dict(json)).state_dict()
     core = {name.removeprefix("text_model."): tuple(v.shape) for name, v in theirs.items()}
     assert {name.removeprefix("text_model."): s for name, s in shapes(ours).items()} == core
     assert "text_model.encoder.layers.1.mlp.fc2.bias" in ours
+
+
+def test_diffusers_own_converter_takes_our_openclip_tower_to_our_tower_of_transformers(tokenizer):
+    # 32 layers of width 1280 are what it takes for bigG; no other size splits in_proj and transposes text_projection
+    config = dataclasses.replace(SDXL_BASE.text[1], layers=2)
+    torch.manual_seed(0)
+    tower = TextTower(config, tokenizer)
+    ours = collect(tower, tables.OPENCLIP_TEXT, "conditioner.embedders.1.model.")
+    json = configs.text_to_json(config, tokenizer.bos_id, tokenizer.eos_id, sdxl=True)
+    theirs = meta(CLIPTextModelWithProjection, CLIPTextConfig.from_dict(json))
+    converted = convert_open_clip_checkpoint(
+        theirs, dict(ours), prefix="conditioner.embedders.1.model."
+    )
+    wanted = collect(tower, tables.hf_text())
+    assert converted.keys() - {"text_model.embeddings.position_ids"} == wanted.keys()
+    assert all(torch.equal(converted[name], value) for name, value in wanted.items())
 
 
 @pytest.mark.parametrize("unet", ["sd15", "sd21", "sdxl-base", "sdxl-refiner"], indirect=True)
