@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 T = TypeVar("T")
 Prediction = Literal["eps", "v", "x0"]
 BetaSchedule = Literal["scaled_linear", "linear"]
-Spacing = Literal["leading", "trailing", "linspace", "karras"]
+Spacing = Literal["leading", "trailing", "linspace", "karras", "lcm"]
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from torch import Tensor
 from ldm.checkpoint import files
 from ldm.config import ModelConfig
 from ldm.diffusion.denoiser import consistency, guided, parametrise
-from ldm.diffusion.samplers import SAMPLERS, Step, seeded_noise
-from ldm.diffusion.schedule import NoiseSchedule, to_ve, to_vp
+from ldm.diffusion.samplers import SAMPLERS, Step, seeded_noise, start
+from ldm.diffusion.schedule import NoiseSchedule, to_vp
 from ldm.images import to_pil
 from ldm.memory import Placement
 from ldm.models.attention import set_attention
@@ -85,13 +85,10 @@ class Pipeline:
         sigmas = self.schedule.steps(request.steps, request.spacing, offset=offset, final=final)
 
         factor = self.config.vae.factor
-        shape = (
-            latent_channels,
-            request.height // factor,
-            request.width // factor,
-        )
+        shape = (latent_channels, request.height // factor, request.width // factor)
         noise = seeded_noise(request.seeds, shape)
-        x = to_ve(noise(), sigmas[0]).to(weight.device)
+        x = start(noise(), sigmas[0], sampler=request.sampler, spacing=request.spacing)
+        x = x.to(weight.device)
         return _finished(SAMPLERS[request.sampler](denoise, x, sigmas, noise=noise))
 
     def generate(self, request: Request) -> list[Image.Image]:

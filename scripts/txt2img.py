@@ -71,7 +71,7 @@ def main() -> None:
     predict = guided(unet, cond, uncond[0] if uncond else None, request.guidance_scale)
     denoise = parametrise(predict, schedule, process.prediction, dtype=dtype)
 
-    # The loop. Any other sampler of ldm.diffusion.samplers goes here.
+    # The loop. Any other sampler of ldm.diffusion.samplers goes here; some `start` from sigma noise.
     for step in tqdm(dpmpp_2m(denoise, x, sigmas, noise=noise), total=request.steps, disable=None):
         x = step.x
     save_png(to_pil(vae.decode(x))[0], args.out)

@@ -11,6 +11,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 from PIL import Image
 
 from ldm.config import SD15, SD_TURBO, SDXL_BASE, SDXL_REFINER
+from ldm.diffusion.denoiser import guided
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.memory import Placement
 from ldm.models.attention import math_attention
@@ -173,6 +174,25 @@ def test_the_stream_shows_every_step_and_ends_in_what_decode_takes(pipe):
     assert not steps[-1].x.requires_grad
     assert np.array_equal(pipe.decode(steps[-1].x)[0], pipe.generate(FROG)[0])
     assert len(pipe.decode(steps[0].x0)) == 1  # a preview
+
+
+@pytest.mark.parametrize(
+    ("sampler", "spacing", "squared"),
+    [("euler", "trailing", 0), ("euler", "leading", 1), ("dpmpp_2m", "trailing", 1)],
+)
+def test_a_picture_starts_from_its_seeds_noise_at_the_samplers_own_scale(
+    pipe, sampler, spacing, squared
+):
+    request = dataclasses.replace(FROG, sampler=sampler, spacing=spacing, steps=1, seed=3)
+    (step,) = pipe.stream(request)  # one step to zero noise: x is x0 = start - sigma eps
+    sigma = float(pipe.schedule.sigmas[-1])
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    first = math.sqrt(squared + sigma**2) * noise
+    cond, uncond = pipe._conditions(request.resolved(pipe.config))
+    predict = guided(pipe.unet, cond, uncond, 3.0)
+    with torch.no_grad():
+        eps = predict(first / math.sqrt(1 + sigma**2), torch.tensor([999.0]))
+    assert torch.allclose(step.x, first - sigma * eps, rtol=0, atol=1e-3)  # sigma times fp32's bits
 
 
 def test_ddim_ends_at_the_first_timestep_in_variance_preserving_scale(pipe):

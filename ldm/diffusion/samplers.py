@@ -2,7 +2,7 @@
 
 All share one signature, `sampler(denoise, x, sigmas, *, noise)`, so that one can replace another:
   denoise   (x, sigma) -> x0, see `ldm.diffusion.denoiser`
-  x         b c h w, x0 + sigmas[0] * noise; at the start of a picture `to_ve(noise(), sigmas[0])`
+  x         b c h w, x0 + sigmas[0] * noise; at the beginning of a picture see `start`
   sigmas    n + 1 falling levels, see `NoiseSchedule.steps`; the last one is usually 0
   noise     called for each b c h w of fresh noise, see `seeded_noise`; those that draw none
             (euler, heun, dpmpp_2m, and ddim with eta 0) may go without it
@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.schedule import to_ve
 
 Noise = Callable[[], Tensor]
 
@@ -188,6 +189,21 @@ SAMPLERS: dict[str, Sampler] = {
     "dpmpp_2m_sde": dpmpp_2m_sde,
     "lcm": lcm,
 }
+
+K_DIFFUSION = ("euler", "euler_ancestral", "heun")  # samplers that came into use with k-diffusion
+
+
+def start(noise: Tensor, sigma: float | Tensor, *, sampler: str, spacing: str) -> Tensor:
+    """Make drawn noise, b c h w, the x that `sampler` starts a picture from, at the level `sigma`.
+
+    sqrt(1 + sigma^2) noise, because data of unit variance lie beneath. k-diffusion leaves them out
+    and starts from sigma noise, 0.2 % less at the last timestep; diffusers does so too with the
+    samplers from there, but for "leading" steps, which begin lower. A seed means one picture here
+    and there, so this follows.
+    """
+    if sampler in K_DIFFUSION and spacing != "leading":
+        return noise * float(sigma)
+    return to_ve(noise, sigma)
 
 
 def _multistep(

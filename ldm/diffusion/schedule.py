@@ -32,10 +32,11 @@ import torch
 from torch import Tensor
 
 BetaSchedule = Literal["scaled_linear", "linear"]
-Spacing = Literal["leading", "trailing", "linspace", "karras"]
+Spacing = Literal["leading", "trailing", "linspace", "karras", "lcm"]
 Final = Literal["zero", "first"]
 
 SMALLEST_ALPHA = 2.0**-24  # stands for "no signal": sigma is 4096, not infinite, as in diffusers
+LCM_TIMESTEPS = 50  # that a latent consistency model is distilled on: 999 979 .. 39 19
 
 
 class NoiseSchedule:
@@ -147,7 +148,7 @@ class NoiseSchedule:
     ) -> Tensor:
         """List the levels of `n` sampling steps: n + 1 strictly falling fp64 sigmas.
 
-        n: any of 1 .. timesteps. A single step starts at the last timestep in every spacing.
+        n: any of 1 .. timesteps, for "lcm" 1 .. 50. A single step starts at the last timestep in every spacing.
         spacing, with the timesteps that it gives to 10 steps of 1000:
           "leading"   901 801 .. 101 1, multiples of timesteps // n plus `offset`: what Stable
                       Diffusion 1, 2 and XL are sampled with. Where the offset would leave the
@@ -156,6 +157,8 @@ class NoiseSchedule:
                       models and zero terminal SNR
           "linspace"  999 888 .. 111 0, both ends; fractional where n - 1 does not divide
           "karras"    999 916.3 .. 6.7 0, evenly in sigma^(1/7) (Karras et al. 2022, eq. 5)
+          "lcm"       999 899 .. 199 99, picked from the 50 that latent consistency models know
+                      (Luo et al. 2023, section 4.3); 999 759 499 259 to 4 steps
         offset: timesteps added in "leading"; the other spacings have no use for it.
         final: where the last step arrives. "zero": at a clean latent. "first": at the level of
           timestep 0, the habit of CompVis and of diffusers' `set_alpha_to_one=False`; a list whose
@@ -166,6 +169,10 @@ class NoiseSchedule:
             raise ValueError(f"steps must lie in 1 .. {len(self)}, got {n}")
         if spacing not in get_args(Spacing):
             raise ValueError(f"spacing must be one of {get_args(Spacing)}, got {spacing!r}")
+        if spacing == "lcm" and not n <= LCM_TIMESTEPS <= len(self):
+            raise ValueError(
+                f"spacing 'lcm' picks from {LCM_TIMESTEPS} of the timesteps, got {n} steps of {len(self)}"
+            )
         if offset < 0:
             raise ValueError(f"offset must be 0 or more timesteps, got {offset}")
         if final not in get_args(Final):
@@ -191,6 +198,9 @@ class NoiseSchedule:
         elif spacing == "trailing":
             stride = (total - total / n) - total  # rounded as numpy's arange does: ties go as in
             t = (total + i * stride).round() - 1  # diffusers, which matters for 48 steps
+        elif spacing == "lcm":
+            k = LCM_TIMESTEPS - (i * LCM_TIMESTEPS / n).floor()
+            t = k * (total // LCM_TIMESTEPS) - 1
         else:
             t = torch.linspace(total - 1, 0, n, dtype=torch.float64)
         return self.sigma(t)

@@ -9,7 +9,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 from ldm.diffusion.denoiser import consistency, parametrise
-from ldm.diffusion.samplers import SAMPLERS, ddim, ddpm, seeded_noise
+from ldm.diffusion.samplers import SAMPLERS, ddim, ddpm, seeded_noise, start
 from ldm.diffusion.schedule import NoiseSchedule, to_ve, to_vp
 from tests.reference import diffusion_papers as papers
 
@@ -359,8 +359,7 @@ def test_ddim_with_eta_equals_diffusers():
 def test_lcm_equals_diffusers():
     theirs = diffusers.LCMScheduler(**STABLE_DIFFUSION, clip_sample=False)
     theirs.set_timesteps(4)
-    assert theirs.timesteps.tolist() == [999, 759, 499, 259]
-    sigmas = torch.cat([SCHEDULE.sigma(theirs.timesteps), torch.zeros(1, dtype=torch.float64)])
+    sigmas = SCHEDULE.steps(4, "lcm")
     noise = seeded_noise([42], SHAPE)
     x = to_ve(noise(), sigmas[0])
     generator = torch.Generator().manual_seed(42)
@@ -369,6 +368,27 @@ def test_lcm_equals_diffusers():
     *_, last = SAMPLERS["lcm"](denoise, x, sigmas, noise=noise)
     expected = scheduler_walk(theirs, x, sigmas[0], generator=generator)
     assert largest("lcm", last.x, expected) < 1e-5
+
+
+CLASSES = {case[0]: case[1] for case in CASES} | {"lcm": "LCMScheduler"}
+STARTS = [
+    *((name, spacing) for name in CLASSES for spacing in ("leading", "trailing", "linspace")),
+    *(("euler", "karras"), ("heun", "karras")),
+]
+
+
+@pytest.mark.parametrize(("name", "spacing"), STARTS)
+def test_pictures_start_from_the_noise_that_diffusers_starts_from(name, spacing):
+    options = {"timestep_spacing": spacing, "steps_offset": 1}
+    if spacing == "karras":
+        options = {"timestep_spacing": "linspace", "use_karras_sigmas": True}
+    theirs = getattr(diffusers, CLASSES[name])(**STABLE_DIFFUSION, **options)
+    theirs.set_timesteps(8)
+    noise = torch.randn(1, *SHAPE)
+    sigma = SCHEDULE.steps(8, spacing)[0]
+    ours = to_vp(start(noise, sigma, sampler=name, spacing=spacing), sigma)
+    first = theirs.scale_model_input(noise * theirs.init_noise_sigma, theirs.timesteps[0])
+    assert largest(f"{name}, {spacing}", ours, first) < 1e-6  # fp32 on both sides
 
 
 def test_karras_steps_equal_diffusers():

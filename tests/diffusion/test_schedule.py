@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, LCMScheduler
 
 from ldm.diffusion.schedule import NoiseSchedule, to_ve, to_vp
 from tests.reference import diffusion_papers as papers
@@ -225,6 +225,16 @@ def test_every_number_of_steps_visits_the_timesteps_of_diffusers(spacing):
     assert all(n > 60 for n in extra)
 
 
+def test_lcm_steps_are_those_of_diffusers():
+    schedule, reference = NoiseSchedule(), LCMScheduler(**STABLE_DIFFUSION)
+    assert schedule.timestep(schedule.steps(4, "lcm")[:-1]).tolist() == [999, 759, 499, 259]
+    for n in range(1, 51):
+        reference.set_timesteps(n)
+        sigmas = schedule.steps(n, "lcm")
+        assert schedule.timestep(sigmas[:-1]).tolist() == reference.timesteps.tolist()
+        assert sigmas[-1] == 0
+
+
 def test_final_first_ends_where_ddim_ends_with_set_alpha_to_one_false():
     reference = DDIMScheduler(**STABLE_DIFFUSION, steps_offset=1, set_alpha_to_one=False)
     end = NoiseSchedule().steps(10, "leading", final="first")[-1]
@@ -235,6 +245,8 @@ def test_short_tables_work():
     schedule = NoiseSchedule(timesteps=2)
     assert len(schedule.steps(2, "karras")) == 3
     assert schedule.timestep(schedule.sigmas).tolist() == [0, 1]
+    with pytest.raises(ValueError, match="'lcm' picks from 50 of the timesteps, got 1 steps of 2"):
+        schedule.steps(1, "lcm")
 
 
 @pytest.mark.parametrize(
@@ -260,6 +272,7 @@ def test_a_schedule_that_cannot_be_is_refused(arguments, message):
         ((0,), "1 .. 1000, got 0"),
         ((1001,), "1 .. 1000, got 1001"),
         ((1, "even"), "one of .*'karras'.*, got 'even'"),
+        ((51, "lcm"), "'lcm' picks from 50 of the timesteps, got 51 steps of 1000"),
     ],
 )
 def test_a_step_list_that_cannot_be_is_refused(arguments, message):
