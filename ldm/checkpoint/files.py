@@ -246,6 +246,7 @@ def _load(
     for name, module in modules(*networks).items():
         wanted = vae_dtype if name == "vae" else dtype
         fill(module, source.parts[name], dtype=wanted, device=device)
+    networks[2].eval()  # its towers are, as they were filled
     unused = {}
     for name, part in source.parts.items():
         for stored, value in part.tensors.read(part.unused):

@@ -8,8 +8,8 @@ _KINDS = (  # what a file is, if one of its names matches
     (r"^lllite_unet_", "a ControlNet-LLLite"),
     (r"^(control_add_embedding|task_embedding)", "a ControlNet Union"),
     (r"^(control_model\.|input_hint_block\.|controlnet_cond_embedding\.)", "a ControlNet"),
-    (r"lora_|\.lora\.|\.lora_linear_layer\.", "a LoRA"),
     (r"hada_|lokr_|oft_(blocks|diag)|\.on_input$", "a LyCORIS adapter, a kind of LoRA"),
+    (r"lora_|\.lora\.|\.lora_linear_layer\.", "a LoRA"),
     (r"^(emb_params|string_to_param.*|clip_[lg]|<[^>]+>)$", "a textual-inversion embedding"),
     (r"^(ip_adapter|image_proj)\.", "an IP-Adapter"),
     (r"^(adapter\.)?body\.0\.", "a T2I-Adapter"),
@@ -30,6 +30,3 @@ def kind_of(names: Iterable[str]) -> str | None:
         if any(re.search(pattern, name) for name in names):
             return kind
     return None
-
-
-LORA = re.compile(_KINDS[4][0])

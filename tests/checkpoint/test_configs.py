@@ -206,4 +206,6 @@ def test_an_architecture_is_recognised_with_its_prediction_and_its_input_channel
     assert recognise(SD21_BASE.unet, *sd2, turbo) == SD_TURBO
     inpainting = dataclasses.replace(SD15.unet, in_channels=9)
     assert recognise(inpainting, SD15.vae, SD15.text, v).name == "sd15-inpainting"
-    assert recognise(SDXL_BASE.unet, VAEConfig(), SD15.text, v).name == "custom"
+    assert recognise(SDXL_BASE.unet, VAEConfig(), SDXL_BASE.text, v).name == "custom"
+    with pytest.raises(ValueError, match="wants a vector of 2816 beside a pooled text of 0"):
+        recognise(SDXL_BASE.unet, VAEConfig(), SD15.text, v)

@@ -1,5 +1,6 @@
 """Loading and saving: bit for bit, strict, frozen, nothing overwritten, nothing left behind."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from ldm.checkpoint import files
 from ldm.checkpoint.files import identify, load, save
 from ldm.checkpoint.parts import Model
-from ldm.config import SDXL_BASE, ModelConfig, TextConfig, UNetConfig, VAEConfig
+from ldm.config import ModelConfig, TextConfig, UNetConfig, VAEConfig
 from ldm.models.text import BOS, EOS, TextEncoder, Tokenizer, byte_alphabet
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
@@ -183,9 +184,7 @@ def test_a_tensor_of_no_network_is_an_error(small_file, tmp_path):
     path = edited(
         small_file, tmp_path / "m", lambda tensors: tensors.update({"scaled_fp8": torch.zeros(2)})
     )
-    with pytest.raises(
-        ValueError, match="m is quantised, its numbers have scales beside them .scaled_fp8"
-    ):
+    with pytest.raises(ValueError, match=r"m is quantised, .* scales beside them \(scaled_fp8\)"):
         load(path)
 
 
@@ -322,12 +321,9 @@ def test_models_that_a_layout_cannot_express_are_refused(small, tmp_path):
             tmp_path / "m",
             layout="ldm",
         )
-    with pytest.raises(
-        ValueError, match=r"ldm layout is written for models with one CLIP .* sdxl-base has another"
-    ):
-        save(Model(SDXL_BASE, *small[1:4]), tmp_path / "m", layout="ldm")
-    with pytest.raises(ValueError, match="models of one text encoder, this has 2"):
-        save(Model(SDXL_BASE, *small[1:4]), tmp_path / "m")
+    odd = dataclasses.replace(small.config, text=(TextConfig(width=32, output_layer=-2),))
+    with pytest.raises(ValueError, match="uses the last layer of a text encoder, normed"):
+        save(Model(odd, *small[1:4]), tmp_path / "m")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -378,7 +374,7 @@ def test_configs_that_describe_no_model_are_an_error(part, values, message, smal
 
 def test_a_pipeline_or_anything_with_the_four_parts_can_be_saved(small, tmp_path):
     class Pipeline:
-        config, unet, vae, text_encoder = small
+        config, unet, vae, text_encoder, _ = small
 
     save(Pipeline(), tmp_path / "m")
     assert_same_bits(load(tmp_path / "m"), small)

@@ -6,13 +6,30 @@ import json
 import pytest
 import torch
 
-from ldm.checkpoint import tables
-from ldm.checkpoint.files import identify, load
+from ldm.checkpoint import files, tables
+from ldm.checkpoint.files import check_fits, identify, load, merge, open_source
+from ldm.checkpoint.known import KnownFile
 from ldm.checkpoint.parts import collect
 from ldm.checkpoint.single import METADATA_KEY
-from ldm.config import SD15, SD21, SDXL_BASE, SDXL_REFINER, ModelConfig, UNetConfig
+from ldm.config import (
+    PRESETS,
+    SD15,
+    SD21,
+    SD21_BASE,
+    SD_TURBO,
+    SDXL_BASE,
+    SDXL_REFINER,
+    SDXL_TURBO,
+    UNetConfig,
+)
 from ldm.models.unet import UNet
-from tests.checkpoint.standin import SCHEDULE, ema_shapes, official_shapes, write_hollow
+from tests.checkpoint.standin import (
+    SCHEDULE,
+    ema_shapes,
+    hollow_model,
+    official_shapes,
+    write_hollow,
+)
 
 UNET, VAE = tables.UNET_PREFIX, tables.VAE_PREFIX
 TEXT = "cond_stage_model.transformer.text_model."
@@ -29,31 +46,99 @@ def unet_shapes(config: UNetConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in tensors.items()}
 
 
-def test_sd15_is_told_from_its_shapes(official, tmp_path):
-    identity = identify(write_hollow(tmp_path / "model.safetensors?download=true", official))
-    assert identity.config == SD15
-    assert identity.preset == "sd15"
+@pytest.mark.parametrize("preset", [SD15, SD21_BASE, SDXL_BASE, SDXL_REFINER], ids=lambda p: p.name)
+def test_each_family_is_told_from_its_shapes(preset, tmp_path):
+    path = write_hollow(tmp_path / "model.safetensors?download=true", official_shapes(preset.name))
+    identity = identify(path)
+    assert identity.config == preset
+    assert (identity.preset, identity.layout) == (preset.name, "ldm")
     assert identity.prediction_type == "eps"
-    assert identity.layout == "ldm"
-    assert identity.why == (
-        "320 model channels and text of width 768 are Stable Diffusion 1.x, which predicts eps; "
-        "nothing in it says otherwise"
-    )
+    assert "model channels and text of width" in identity.why
+    assert "it predicts eps: " in identity.why
 
 
-@pytest.mark.parametrize(("in_channels", "name"), [(9, "inpainting"), (8, "instruct-pix2pix")])
-def test_variants_of_sd15_are_told_from_their_input_channels(in_channels, name, official, tmp_path):
-    shapes = official | {f"{UNET}input_blocks.0.0.weight": (320, in_channels, 3, 3)}
-    identity = identify(write_hollow(tmp_path / "file", shapes))
-    assert identity.preset == f"sd15-{name}"
-    assert identity.config.unet == dataclasses.replace(SD15.unet, in_channels=in_channels)
+@pytest.mark.parametrize(
+    ("preset", "in_channels", "name"),
+    [
+        ("sd15", 9, "sd15-inpainting"),
+        ("sd15", 8, "sd15-instruct-pix2pix"),
+        ("sd21-base", 9, "sd21-base-inpainting"),
+        ("sdxl-base", 9, "sdxl-base-inpainting"),
+    ],
+)
+def test_variants_are_told_from_their_input_channels(preset, in_channels, name, tmp_path):
+    identity = identify(write_hollow(tmp_path / "file", official_shapes(preset, in_channels)))
+    assert identity.preset == name
+    unet = dataclasses.replace(PRESETS[preset].unet, in_channels=in_channels)
+    assert identity.config.unet == unet
 
 
 def test_metadata_can_make_it_a_v_model(official, tmp_path):
     path = write_hollow(tmp_path / "file", official, {"modelspec.prediction_type": "v"})
     identity = identify(path)
     assert (identity.preset, identity.prediction_type) == ("sd15", "v")
-    assert identity.why.endswith("its metadata says 'v'")
+    assert identity.why.endswith("its metadata modelspec.prediction_type says 'v'")
+
+
+def test_a_v_model_of_sd2_is_the_one_of_768_pixels_with_attention_in_fp32(tmp_path):
+    path = write_hollow(tmp_path / "file", official_shapes("sd21"))
+    identity = identify(path, prediction="v")
+    assert identity.config == SD21
+    assert "you asked for v" in identity.why
+
+
+def test_sd_turbo_is_told_from_the_name_of_its_text_encoder(tmp_path):
+    shapes = {
+        name.replace("cond_stage_model.model.", "conditioner.embedders.0.model."): shape
+        for name, shape in official_shapes("sd21").items()
+    }
+    path = write_hollow(tmp_path / "file", shapes | {"denoiser.sigmas": (1000,)})
+    assert identify(path).config == SD_TURBO
+    check_fits(open_source(path), path)
+
+
+def test_zero_terminal_snr_makes_an_sdxl_that_starts_at_the_last_timestep(tmp_path):
+    path = write_hollow(
+        tmp_path / "file", official_shapes("sdxl-base") | {"v_pred": (0,), "ztsnr": (0,)}
+    )
+    diffusion = identify(path).config.diffusion
+    assert (diffusion.prediction, diffusion.zero_terminal_snr) == ("v", True)
+    assert diffusion.spacing == "trailing"
+    check_fits(open_source(path), path)
+
+
+def test_a_known_file_is_what_its_digest_says(tmp_path, monkeypatch):
+    path = write_hollow(tmp_path / "file", official_shapes("sdxl-base"))
+    monkeypatch.setattr(files, "digest", lambda _: "0" * 64)
+    monkeypatch.setitem(files.KNOWN, "0" * 64, KnownFile("sd_xl_turbo", "sdxl-turbo"))
+    assert identify(path).config == SDXL_BASE
+    identity = identify(path, check_sha256=True)
+    assert identity.config == SDXL_TURBO
+    assert "by its sha256 it is sd_xl_turbo" in identity.why
+
+
+@pytest.mark.parametrize("preset", ["sd15", "sd21", "sdxl-base", "sdxl-refiner"])
+def test_schedules_averages_and_constants_beside_a_model_are_known_to_be_useless(preset, tmp_path):
+    shapes = official_shapes(preset)
+    extra = dict.fromkeys((*SCHEDULE, "denoiser.sigmas", "denoiser.log_sigmas", "logvar"), (1000,))
+    extra |= {"cond_stage_model.model.attn_mask": (77, 77)} | ema_shapes(shapes)
+    path = write_hollow(tmp_path / "file", shapes | extra)
+    source = open_source(path)
+    check_fits(source, path)
+    assert source.notes == (
+        f"it also holds an averaged copy of the UNet ({len(ema_shapes(shapes)) - 2} tensors), used with ema only",
+    )
+    check_fits(open_source(path, ema=True), path)
+
+
+def test_without_an_averaged_copy_none_can_be_asked_for(official, tmp_path):
+    counters = {"model_ema.decay": (), "model_ema.num_updates": ()}
+    for path in (
+        write_hollow(tmp_path / "plain", official),
+        write_hollow(tmp_path / "pruned", official | counters),
+    ):
+        with pytest.raises(ValueError, match=r"has no averaged copy \(model_ema\.\*\)"):
+            open_source(path, ema=True)
 
 
 def test_distilled_depths_and_fewer_levels_are_told_from_the_shapes(official, tmp_path):
@@ -66,24 +151,26 @@ def test_distilled_depths_and_fewer_levels_are_told_from_the_shapes(official, tm
     assert (identity.preset, identity.config.vae) == ("custom", SD15.vae)
 
 
+def test_an_sdxl_of_other_depths_keeps_the_habits_of_sdxl(tmp_path):
+    unet = dataclasses.replace(SDXL_BASE.unet, depth=(0, 1, 3), mid_depth=3)
+    shapes = official_shapes("sdxl-base")
+    rest = {name: shape for name, shape in shapes.items() if not name.startswith(UNET)}
+    config = identify(write_hollow(tmp_path / "file", rest | unet_shapes(unet))).config
+    assert config == dataclasses.replace(SDXL_BASE, name="custom", unet=unet)
+
+
 @pytest.mark.parametrize(
-    ("preset", "family"),
+    ("config", "message"),
     [
-        (SD21, "Stable Diffusion 2"),
-        (SDXL_BASE, "Stable Diffusion XL"),
-        (SDXL_REFINER, "the Stable Diffusion XL refiner"),
-        (
-            ModelConfig(unet=UNetConfig(channels=(64,), depth=(1,), heads=(1,))),
-            "no family known here",
-        ),
+        (dataclasses.replace(SD21.unet, in_channels=5), "Stable Diffusion 2 depth-to-image"),
+        (dataclasses.replace(SD21.unet, in_channels=7), "the Stable Diffusion x4 upscaler"),
+        (dataclasses.replace(SD21.unet, vector_dim=2048), "Stable unCLIP"),
+        (UNetConfig(channels=(64,), depth=(1,), heads=(1,)), "no family known here"),
     ],
-    ids=lambda value: getattr(value, "name", ""),
 )
-def test_other_families_are_refused_by_name(preset, family, tmp_path):
-    path = write_hollow(tmp_path / "file", unet_shapes(preset.unet))
-    with pytest.raises(
-        ValueError, match=rf"file is {family} \(\d+ model channels and text of width"
-    ):
+def test_other_models_are_refused_by_name(config, message, tmp_path):
+    path = write_hollow(tmp_path / "file", unet_shapes(config))
+    with pytest.raises(ValueError, match=f"file is {message}"):
         identify(path)
 
 
@@ -91,22 +178,36 @@ def test_other_families_are_refused_by_name(preset, family, tmp_path):
     ("name", "what"),
     [
         ("control_model.input_blocks.0.0.weight", "a ControlNet"),
+        ("controlnet_cond_embedding.conv_in.weight", "a ControlNet"),
         ("lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight", "a LoRA"),
+        ("unet.down_blocks.0.attentions.0.proj_in.lora_A.weight", "a LoRA"),
+        ("lora_unet_mid_block_attentions_0_proj_in.hada_w1_a", "a LyCORIS adapter, a kind of LoRA"),
         ("emb_params", "a textual-inversion embedding"),
-        ("down_blocks.0.resnets.0.conv1.weight", "the unet of a diffusers folder"),
-        ("input_blocks.0.0.weight", "a UNet alone"),
-        ("first_stage_model.encoder.conv_in.weight", "a VAE alone"),
-        ("decoder.conv_in.weight", "a VAE alone"),
-        ("text_model.embeddings.token_embedding.weight", "a text encoder alone"),
+        ("<frog>", "a textual-inversion embedding"),
+        ("ip_adapter.1.to_k_ip.weight", "an IP-Adapter"),
+        ("adapter.body.0.in_conv.weight", "a T2I-Adapter"),
         ("model.diffusion_model.double_blocks.0.img_attn.proj.weight", "a Flux transformer"),
         ("model.diffusion_model.joint_blocks.0.x_block.attn.proj.weight", "a Stable Diffusion 3"),
+        ("transformer_blocks.0.attn.to_q.weight", "a diffusion transformer"),
     ],
 )
 def test_files_of_another_kind_are_refused_by_name(name, what, tmp_path):
-    with pytest.raises(
-        ValueError, match=f"file is {what}.*not a whole model: give a full checkpoint"
-    ):
-        load(write_hollow(tmp_path / "file", {name: (2, 2)}))
+    shapes = {name: (2, 2), "other": (2,)}
+    with pytest.raises(ValueError, match=f"file is {what}.*, not a model: give a full checkpoint"):
+        load(write_hollow(tmp_path / "file", shapes))
+
+
+def test_a_controlnet_is_not_taken_for_the_unet_whose_half_it_is(tmp_path):
+    half = {
+        name.removeprefix(UNET): shape
+        for name, shape in unet_shapes(SD15.unet).items()
+        if "output_blocks" not in name and not name.startswith(f"{UNET}out.")
+    }
+    for prefix in ("", "control_model."):
+        shapes = {prefix + name: shape for name, shape in half.items()}
+        shapes |= {f"{prefix}input_hint_block.0.weight": (16, 3, 3, 3)}
+        with pytest.raises(ValueError, match="file is a ControlNet"):
+            identify(write_hollow(tmp_path / "file", shapes))
 
 
 def test_files_of_no_known_kind_show_some_names(tmp_path):
@@ -118,11 +219,89 @@ def test_files_of_no_known_kind_show_some_names(tmp_path):
         identify(write_hollow(tmp_path / "empty", {}))
 
 
-@pytest.mark.parametrize(("prefix", "what"), [(VAE, "VAE"), (TEXT, "text encoder")])
-def test_a_checkpoint_without_a_component_is_refused(prefix, what, official, tmp_path):
+@pytest.mark.parametrize(("prefix", "part"), [(VAE, "vae"), (TEXT, "text_encoder"), (UNET, "unet")])
+def test_a_checkpoint_without_a_part_says_how_to_give_one(prefix, part, official, tmp_path):
     shapes = {name: shape for name, shape in official.items() if not name.startswith(prefix)}
-    with pytest.raises(ValueError, match=f"has no {what} .*give a full checkpoint"):
+    flag = part.replace("_", "-")
+    with pytest.raises(ValueError, match=rf"has no {part}, only .* with {part}= \(--{flag}\)"):
         identify(write_hollow(tmp_path / "file", shapes))
+
+
+PREFIXES = [  # of the UNet, the VAE and the text encoder
+    ("", "", "text_model."),
+    ("unet.", "vae.", "text_encoders.clip_l.transformer.text_model."),
+    (UNET, VAE, "cond_stage_model.transformer."),
+]
+
+
+@pytest.mark.parametrize("prefixes", PREFIXES)
+def test_parts_are_found_behind_every_prefix_in_use(prefixes, official, tmp_path):
+    parts = {}
+    for ours, theirs, part in zip(
+        (UNET, VAE, TEXT), prefixes, ("unet", "vae", "text"), strict=True
+    ):
+        renamed = {
+            theirs + n.removeprefix(ours): s for n, s in official.items() if n.startswith(ours)
+        }
+        parts[part] = write_hollow(tmp_path / part, renamed)
+    whole = merge(open_source(parts["unet"]), {"vae": parts["vae"], "text_encoder": parts["text"]})
+    assert whole.config == SD15
+    check_fits(whole, parts["unet"])
+
+
+def test_diffusers_names_in_a_single_file_are_those_of_the_preset_that_has_them(tmp_path):
+    model = hollow_model(SDXL_REFINER)
+    unet = collect(model.unet, tables.diffusers_unet(SDXL_REFINER.unet))
+    vae = collect(model.vae, tables.diffusers_vae())
+    text = collect(model.text_encoder.towers[0], tables.hf_text())
+    paths = {}
+    for name, tensors in (("unet", unet), ("vae", vae), ("text_encoder", text)):
+        paths[name] = write_hollow(
+            tmp_path / name, {n: tuple(value.shape) for n, value in tensors.items()}
+        )
+    unet_file = paths.pop("unet")
+    whole = merge(open_source(unet_file), paths)
+    assert whole.config == SDXL_REFINER
+    check_fits(whole, unet_file)
+
+
+def test_a_vae_file_takes_the_scale_of_the_model_that_it_joins(tmp_path):
+    base = write_hollow(tmp_path / "base", official_shapes("sdxl-base"))
+    vae = {n.removeprefix(VAE): s for n, s in official_shapes("sd15").items() if n.startswith(VAE)}
+    counters = {"model_ema.decay": (), "model_ema.num_updates": ()}
+    source = merge(open_source(base), {"vae": write_hollow(tmp_path / "vae", vae | counters)})
+    assert source.config == SDXL_BASE
+    check_fits(source, base)
+
+
+def test_parts_of_another_family_are_refused_in_its_place(official, tmp_path):
+    base = write_hollow(tmp_path / "base", official)
+    other = write_hollow(tmp_path / "other", official_shapes("sd21"))
+    with pytest.raises(ValueError, match=r"text encoder of .*other is 1024 wide, that of sd15 768"):
+        merge(open_source(base), {"text_encoder": other})
+    mixed = merge(open_source(base), {"unet": other})
+    with pytest.raises(ValueError, match="is 768 wide, its unet attends to 1024"):
+        check_fits(mixed, base)
+    vae = write_hollow(tmp_path / "vae", {n: s for n, s in official.items() if n.startswith(VAE)})
+    with pytest.raises(ValueError, match="vae holds no unet, only vae: give one that does"):
+        merge(open_source(base), {"unet": vae})
+    with pytest.raises(
+        ValueError, match="parts to replace are unet, vae, text_encoder, got 'clip'"
+    ):
+        merge(open_source(base), {"clip": vae})
+
+
+def test_kohyas_sd2_with_a_text_encoder_of_used_blocks_only_loads(tmp_path):
+    prefix = "cond_stage_model.model."
+    shapes = {
+        name: shape
+        for name, shape in official_shapes("sd21").items()
+        if not name.startswith((f"{prefix}transformer.resblocks.23.", f"{prefix}text_projection"))
+        and name != f"{prefix}logit_scale"
+    }
+    path = write_hollow(tmp_path / "file", shapes)
+    assert identify(path).config == SD21_BASE
+    check_fits(open_source(path), path)
 
 
 def test_a_checkpoint_without_a_tensor_that_tells_the_architecture_is_incomplete(
