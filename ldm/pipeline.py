@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.checkpoint import files
 from ldm.config import ModelConfig
@@ -105,14 +105,15 @@ class Pipeline:
         """Turn clean latents, b c h w, into pictures: the x of the last step, or the x0 of any.
 
         One picture at a time, so that memory does not grow with their number.
-        Raises FloatingPointError for latents or pictures with numbers that are not finite: a network overflowed.
+        Raises FloatingPointError for latents or pictures with numbers that are not finite: a network overflowed, or its
+        weights are not finite themselves.
         """
         weight = next(self.vae.parameters())
-        _check_finite(latents, "UNet", next(self.unet.parameters()).dtype, "dtype")
+        _check_finite(latents, {"UNet": self.unet, "text encoder": self.text_encoder}, "dtype")
         pictures = []
         for latent in latents.to(weight):
             image = self.vae.decode(latent[None])
-            _check_finite(image, "VAE", weight.dtype, "vae_dtype")
+            _check_finite(image, {"VAE": self.vae}, "vae_dtype")
             pictures += to_pil(image)
         return pictures
 
@@ -170,12 +171,23 @@ def _finished(steps: Iterator[Step]) -> Iterator[Step]:
         yield dataclasses.replace(step, x=to_vp(step.x, step.sigma)) if last else step
 
 
-def _check_finite(tensor: Tensor, network: str, dtype: torch.dtype, option: str) -> None:
-    if not tensor.isfinite().all():
-        name = str(dtype).removeprefix("torch.")
-        cause = f"load the model with {option} float32"
-        if dtype == torch.float32:
-            cause = "its weights are damaged"
-        raise FloatingPointError(
-            f"the {network} gave numbers that are not finite in {name}: {cause}"
-        )
+def _check_finite(tensor: Tensor, networks: dict[str, nn.Module], option: str) -> None:
+    """Raise FloatingPointError, saying what to do, if `tensor` is not finite; it came from the first of `networks`."""
+    if tensor.isfinite().all():
+        return
+    for part, network in networks.items():
+        for name, weight in network.named_parameters():
+            # Casting to fp16 makes Inf of large numbers, so there only NaN proves anything.
+            damaged = weight.isnan() if weight.dtype == torch.float16 else ~weight.isfinite()
+            if damaged.any():
+                raise FloatingPointError(
+                    f"{name} of the {part} holds NaN or Inf: the model's file is damaged, get it again"
+                )
+    part, network = next(iter(networks.items()))
+    dtype = next(network.parameters()).dtype
+    cause = f"load the model with {option} float32"
+    if dtype == torch.float32:
+        cause = "its weights are damaged"
+    raise FloatingPointError(
+        f"the {part} gave numbers that are not finite in {str(dtype).removeprefix('torch.')}: {cause}"
+    )

@@ -9,13 +9,14 @@ import pytest
 import torch
 from diffusers.models.embeddings import get_timestep_embedding
 from PIL import Image
+from torch import nn
 
 from ldm.config import SD15, SD_TURBO, SDXL_BASE, SDXL_REFINER
 from ldm.diffusion.denoiser import guided
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.memory import Placement
 from ldm.models.attention import math_attention
-from ldm.pipeline import Pipeline, load
+from ldm.pipeline import Pipeline, _check_finite, load
 from ldm.request import Request
 from tests.tiny import TINY_REFINER, TINY_SDXL, random_networks
 
@@ -364,9 +365,39 @@ def test_numbers_that_are_not_finite_are_an_error_and_never_a_black_picture(
 ):
     broken = load(model_folder, Placement(device="cpu", dtype=dtype, vae_dtype=dtype))
     with torch.no_grad():
-        next(operator.attrgetter(part)(broken).parameters()).fill_(math.inf)
+        next(operator.attrgetter(part)(broken).parameters()).fill_(3e38)
     with pytest.raises(FloatingPointError, match=message):
         broken.generate(FROG)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (
+            "unet.mid.res_in.conv1",
+            "mid.res_in.conv1.weight of the UNet holds NaN or Inf: .* damaged",
+        ),
+        ("vae.decoder", r"decoder\..* of the VAE holds NaN or Inf: the model's file is damaged"),
+        ("text_encoder", r"towers.0\..* of the text encoder holds NaN or Inf: .* damaged"),
+    ],
+)
+def test_a_damaged_weight_is_named(model_folder, part, number, message):
+    broken = load(model_folder, Placement(device="cpu"))
+    with torch.no_grad():
+        next(operator.attrgetter(part)(broken).parameters())[:] = number
+    with pytest.raises(FloatingPointError, match=message):
+        broken.generate(FROG)
+
+
+def test_inf_in_fp16_weights_may_be_of_the_cast_and_asks_for_fp32_first():
+    networks = {"UNet": nn.Linear(1, 1).half()}
+    networks["UNet"].weight.data.fill_(math.inf)
+    with pytest.raises(FloatingPointError, match="in float16: load the model with dtype float32"):
+        _check_finite(torch.tensor(math.nan), networks, "dtype")
+    networks["UNet"].weight.data.fill_(math.nan)
+    with pytest.raises(FloatingPointError, match="weight of the UNet holds NaN or Inf"):
+        _check_finite(torch.tensor(math.nan), networks, "dtype")
 
 
 def test_a_model_whose_unet_takes_more_than_latents_is_refused(pipe):
