@@ -1,0 +1,78 @@
+"""The `ldm` command: one subcommand per task, its arguments generated from the dataclass that they fill.
+
+Whatever is wrong with the input is one sentence on stderr and exit code 2, before anything is written. A run that fails
+for lack of memory or precision ends with exit code 1.
+"""
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import NoReturn, TextIO
+
+from tqdm import tqdm
+
+import ldm
+from ldm.cli import training, txt2img
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are ValueErrors, reported like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise ValueError with argparse's own message."""
+        raise ValueError(message)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the `ldm` command on `argv` (default: the process's arguments) and return its exit code."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = _show_warning
+        try:
+            args = _parser().parse_args(argv)
+            args.run(args)
+            return 0
+        except OSError as error:
+            reason = f"{error.filename}: {error.strerror}" if error.strerror else str(error)
+            return _fail(reason, 2)
+        except ValueError as error:
+            return _fail(str(error), 2)
+        except FloatingPointError as error:
+            return _fail(str(error), 1)
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "allocate" not in str(error):
+                raise  # a defect of ours: its traceback is worth more than a sentence
+            return _fail("not enough memory; ask for smaller or fewer pictures", 1)
+        except KeyboardInterrupt:
+            return _fail("interrupted", 130)
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="ldm", description=ldm.__doc__)
+    parser.add_argument("--version", action="version", version=f"ldm {ldm.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for group in (txt2img, training):
+        group.add(commands)
+    return parser
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Show a warning as one line, above the progress bar if there is one."""
+    tqdm.write(f"ldm: warning: {_one_line(str(message))}", file=sys.stderr)
+
+
+def _fail(reason: str, code: int) -> int:
+    print(f"ldm: error: {_one_line(reason)}", file=sys.stderr)
+    return code
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

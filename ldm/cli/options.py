@@ -1,0 +1,120 @@
+"""The options that commands share: tables of them, and what they make of the words given."""
+
+import argparse
+import dataclasses
+import types
+import typing
+from collections.abc import Sequence
+from typing import Any, TypeAlias, get_args
+
+import ldm
+from ldm.config import Spacing
+from ldm.diffusion.samplers import SAMPLERS
+from ldm.memory import ATTENTION, DTYPES
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+
+# Field, flag, what --help says. Types and defaults are the dataclass's own.
+REQUEST_OPTIONS = (
+    ("negative_prompt", "--negative", 'what guidance steers away from (SDXL base: none is not "")'),
+    ("steps", "--steps", "denoising steps, 1 to 1000 (default: the model's)"),
+    ("sampler", "--sampler", f"one of {', '.join(SAMPLERS)} (default: the model's)"),
+    (
+        "spacing",
+        "--schedule",
+        f"how steps are spread: one of {', '.join(get_args(Spacing))} (default: the model's)",
+    ),
+    (
+        "guidance_scale",
+        "--guidance",
+        "how strongly the prompt steers; up to 1: without guidance (default: the model's)",
+    ),
+    ("guidance_rescale", "--rescale", "0 to 1: take back the contrast that guidance adds"),
+    ("seed", "--seed", "of the first picture, the next has the next; negative: a random one"),
+    ("images", "--images", "how many pictures"),
+    ("width", "--width", "pixels (default: the model's)"),
+    ("height", "--height", "pixels (default: the model's)"),
+    (
+        "original_width",
+        "--original-width",
+        "SDXL: pixels of the image that the picture is cut from (default: the width)",
+    ),
+    ("original_height", "--original-height", "the same (default: the height)"),
+    ("crop_top", "--crop-top", "SDXL: pixels cut off at the top of that image (default: 0)"),
+    ("crop_left", "--crop-left", "the same at its left (default: 0)"),
+    (
+        "target_width",
+        "--target-width",
+        "SDXL: pixels that are left of that image (default: the width)",
+    ),
+    ("target_height", "--target-height", "the same (default: the height)"),
+    (
+        "aesthetic_score",
+        "--aesthetic-score",
+        "SDXL refiner: how much people like it, about 0 to 10 (default: 6.0)",
+    ),
+    (
+        "negative_aesthetic_score",
+        "--negative-aesthetic-score",
+        "the same of what guidance steers away from (default: 2.5)",
+    ),
+)
+EVALUATE_OPTIONS = tuple(
+    option
+    for option in REQUEST_OPTIONS
+    if option[0] in ("steps", "sampler", "spacing", "guidance_scale", "guidance_rescale", "seed")
+)
+PLACEMENT_OPTIONS = (
+    ("device", "--device", "cpu, cuda, cuda:N or mps; default: the GPU if there is one"),
+    (
+        "dtype",
+        "--dtype",
+        f"one of {', '.join(DTYPE_NAMES)}; default: float16 on CUDA, else float32",
+    ),
+    ("vae_dtype", "--vae-dtype", "the same for the VAE; default: float32"),
+    ("attention", "--attention", f"one of {', '.join(ATTENTION)}"),
+)
+
+
+def add_options(
+    parser: argparse.ArgumentParser, kind: type, options: Sequence[tuple[str, str, str]]
+) -> None:
+    """Add a flag per option; one that is not given is None, so that the field's own default holds."""
+    hints = typing.get_type_hints(kind)
+    defaults = {f.name: f.default for f in dataclasses.fields(kind)}
+    for name, flag, text in options:
+        default = defaults[name]
+        if default is not None:
+            text += f" (default: {default})"
+        parser.add_argument(
+            flag, dest=name, type=_scalar(hints[name]), metavar=flag[2:].upper(), help=text
+        )
+
+
+def _scalar(hint: Any) -> type:
+    """The type that reads a command-line word into a field of this annotation: int, float or str."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        hint = get_args(hint)[0]
+    return hint if hint in (int, float) else str
+
+
+def given(args: argparse.Namespace, options: Sequence[tuple[str, str, str]]) -> dict[str, Any]:
+    """Return the fields whose flag was given, and what was given."""
+    return {n: getattr(args, n) for n, _, _ in options if getattr(args, n) is not None}
+
+
+def read_placement(names: dict[str, Any]) -> ldm.Placement:
+    """Return a Placement from words, checked against this machine."""
+    values = dict(names)
+    for name in ("dtype", "vae_dtype"):
+        if name in values:
+            if values[name] not in DTYPE_NAMES:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(DTYPE_NAMES)}, got {values[name]!r}"
+                )
+            values[name] = DTYPE_NAMES[values[name]]
+    placement = ldm.Placement(**values)
+    placement.resolve()
+    return placement

@@ -1,0 +1,74 @@
+"""`ldm train` and `ldm evaluate`: make a model, and score one."""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+import ldm
+from ldm.cli.options import (
+    EVALUATE_OPTIONS,
+    PLACEMENT_OPTIONS,
+    Commands,
+    add_options,
+    given,
+    read_placement,
+)
+from ldm.pipeline import BUNDLED
+
+
+def add(commands: Commands) -> None:
+    """Add both commands."""
+    command = commands.add_parser("train", help="train a model, or go on where a training stopped")
+    command.set_defaults(run=_train)
+    command.add_argument("recipe", type=Path, help="a TOML file such as configs/train_ldm.toml")
+    command.add_argument("--font", type=Path, help="the emoji font that draws the scenes")
+    add_options(command, ldm.Placement, PLACEMENT_OPTIONS[:1])
+
+    command = commands.add_parser("evaluate", help="score a model of emoji scenes with a checker")
+    command.set_defaults(run=_evaluate)
+    command.add_argument("--model", help=f"a folder or .safetensors file (default: {BUNDLED})")
+    command.add_argument("--font", type=Path, help="the emoji font that it was trained with")
+    add_options(command, ldm.Request, EVALUATE_OPTIONS)
+    add_options(command, ldm.Placement, PLACEMENT_OPTIONS)
+    command.add_argument("--json", action="store_true", help="print every answer as JSON")
+
+
+def _train(args: argparse.Namespace) -> None:
+    """Train what the recipe says, and print where the result is."""
+    from ldm.training.recipes import read_recipe, run
+
+    device = ldm.Placement(device=args.device).resolve().device
+    recipe = read_recipe(args.recipe)
+    if args.font is not None:
+        if recipe.data.folder is not None:
+            raise ValueError(f"{args.recipe} trains on {recipe.data.folder}, which needs no --font")
+        recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, font=args.font))
+    print(run(recipe, device))
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    """Let a model draw the checker's prompts, and print how often it was right."""
+    from ldm.training.evaluate import evaluate, fixed_scenes
+    from ldm.training.scenes import FONT, emoji_sprites
+
+    asked = ldm.Request("", **given(args, EVALUATE_OPTIONS))
+    placement = read_placement(given(args, PLACEMENT_OPTIONS))
+    sprites = emoji_sprites(font=args.font or FONT)
+    pipe = ldm.load(args.model or BUNDLED, placement)
+    total = sum(map(len, fixed_scenes(tuple(sprites)).values()))
+    with tqdm(total=total, unit="picture", disable=None) as progress:
+
+        def generate(prompts: list[str], seeds: list[int]) -> list[Image.Image]:
+            pictures = []
+            for prompt, seed in zip(prompts, seeds, strict=True):
+                request = dataclasses.replace(asked, prompt=prompt, seed=seed)
+                pictures += pipe.generate(request)
+                progress.update()
+            return pictures
+
+        report = evaluate(generate, sprites, seed=asked.seed)
+    print(json.dumps(report.to_json()) if args.json else report)

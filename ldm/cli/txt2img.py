@@ -1,0 +1,211 @@
+"""`ldm txt2img`: make pictures from a prompt, or again from a picture."""
+
+import argparse
+import dataclasses
+import json
+import re
+import secrets
+import time
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+import ldm
+from ldm.checkpoint.known import digest
+from ldm.cli.options import (
+    PLACEMENT_OPTIONS,
+    REQUEST_OPTIONS,
+    Commands,
+    add_options,
+    given,
+    read_placement,
+)
+from ldm.images import grid, save_png
+from ldm.pipeline import BUNDLED, locate
+from ldm.record import Environment, environment, recall, remember
+from ldm.request import default_conditioning
+
+
+def add(commands: Commands) -> None:
+    """Add the command."""
+    command = commands.add_parser("txt2img", help="make pictures from a prompt")
+    command.set_defaults(run=_txt2img)
+    command.add_argument("prompt", nargs="?", help="what the picture shows")
+    command.add_argument("--model", help=f"a folder or .safetensors file (default: {BUNDLED})")
+    add_options(command, ldm.Request, REQUEST_OPTIONS)
+    add_options(command, ldm.Placement, PLACEMENT_OPTIONS)
+    command.add_argument(
+        "--out", type=Path, help="the PNG to write; several pictures get numbers (default: out.png)"
+    )
+    command.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    command.add_argument("--grid", action="store_true", help="one file with all the pictures")
+    command.add_argument(
+        "--from",
+        dest="source",
+        metavar="PNG",
+        type=Path,
+        help="repeat the run that made this picture; other options change it",
+    )
+    command.add_argument(
+        "--no-metadata", action="store_true", help="do not write into the PNG how it was made"
+    )
+    command.add_argument("--json", action="store_true", help="print the results as JSON")
+
+
+def _txt2img(args: argparse.Namespace) -> None:
+    """Make the pictures, write them, and print where they are."""
+    job = _plan_job(args)
+    files = _plan_files(args.out, job.count, overwrite=args.overwrite)
+    seconds: dict[str, float] = {}
+
+    with _timed("load", seconds):
+        pipe = ldm.load(job.model, job.placement)
+        request = job.request.resolved(pipe.config)
+    with ThreadPoolExecutor(1) as pool:  # a big file is hashed while its model works
+        sha256 = pool.submit(digest, locate(job.model))
+        if job.sha256 is not None and job.sha256 != sha256.result():
+            raise ValueError(
+                f"{job.model} is not the model that made {args.source}; to use it all the same, name it with --model"
+            )
+        with _timed("sample", seconds):
+            for step in tqdm(pipe.stream(request), total=request.steps, unit="step", disable=None):
+                latents = step.x
+        chosen = list(range(request.images)) if job.picture is None else [job.picture]
+        with _timed("decode", seconds):
+            pictures = pipe.decode(latents[chosen])
+        record = remember(pipe, request, job.placement, job.model, sha256.result())
+
+    with _timed("save", seconds):
+        shown = {None: grid(pictures)} if job.grid else dict(zip(chosen, pictures, strict=True))
+        for (index, picture), file in zip(shown.items(), files, strict=True):
+            texts = {} if args.no_metadata else record.texts(index)
+            save_png(picture, file, texts, overwrite=args.overwrite)
+
+    results = {
+        "files": [str(file) for file in files],
+        "seeds": [request.seeds[i] for i in chosen],
+        "seconds": seconds,
+        "settings": record.as_dict(),
+    }
+    print(json.dumps(results) if args.json else "\n".join(map(str, files)))
+
+
+@contextmanager
+def _timed(part: str, seconds: dict[str, float]) -> Iterator[None]:
+    """Note in `seconds` how long the block took."""
+    start = time.perf_counter()
+    yield
+    seconds[part] = round(time.perf_counter() - start, 3)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one `ldm txt2img` is to do."""
+
+    request: ldm.Request
+    placement: ldm.Placement
+    model: str
+    grid: bool
+    picture: int | None = None  # write only this one of the request's pictures
+    sha256: str | None = None  # the model must have this one
+
+    @property
+    def count(self) -> int:
+        """How many files are written."""
+        return 1 if self.grid or self.picture is not None else self.request.images
+
+
+def _plan_job(args: argparse.Namespace) -> Job:
+    """Put together what the arguments ask for, on top of what the picture after --from remembers."""
+    asked, placed = given(args, REQUEST_OPTIONS), given(args, PLACEMENT_OPTIONS)
+    if args.prompt is not None:
+        asked["prompt"] = args.prompt
+    if args.source is None:
+        if args.prompt is None:
+            raise ValueError("give a prompt in quotes, or --from a picture that ldm made")
+        model = args.model or BUNDLED
+        return Job(ldm.Request(**asked), read_placement(placed), model, args.grid)
+
+    record = recall(args.source)
+    request, picture = _reopened(record.request), record.picture
+    as_grid = args.grid or picture is None
+    if asked and picture is not None:  # another picture, from the noise of this one
+        request = dataclasses.replace(request, seed=request.seed + picture, images=1)
+        picture = None
+    placement = read_placement(dataclasses.asdict(record.placement) | placed)
+    _compare(record.environment, environment(placement.resolve().device), args.source)
+    return Job(
+        dataclasses.replace(request, **asked),
+        placement,
+        args.model or record.model.path,
+        as_grid,
+        None if as_grid else picture,
+        None if args.model else record.model.sha256,
+    )
+
+
+def _reopened(request: ldm.Request) -> ldm.Request:
+    """`request` with the micro-conditioning that is its default left open, to follow another size or model."""
+    assert request.width is not None
+    assert request.height is not None
+    defaults = default_conditioning(request.width, request.height)
+    default: dict[str, Any] = {n: None for n, v in defaults.items() if getattr(request, n) == v}
+    return dataclasses.replace(request, **default)
+
+
+def _compare(then: Environment, now: Environment, source: Path) -> None:
+    """Warn if a picture was made by other software or hardware than there is here."""
+    was, here = dataclasses.asdict(then), dataclasses.asdict(now)
+    changed = [f"{name} {was[name]} (here {here[name]})" for name in was if was[name] != here[name]]
+    if changed:
+        warnings.warn(
+            f"{source} was made with {', '.join(changed)}; the new picture may differ in last bits",
+            stacklevel=2,
+        )
+
+
+def _plan_files(out: Path | None, count: int, *, overwrite: bool) -> list[Path]:
+    """Choose the names of `count` files and make sure that they can be written, before the work begins."""
+    wanted = out if out is not None else Path("out.png")
+    if wanted.suffix.lower() != ".png":
+        raise ValueError(f"--out must end in .png, got {str(wanted)!r}")
+    if not wanted.parent.is_dir():
+        raise ValueError(f"there is no folder {wanted.parent} to write {wanted.name} into")
+
+    def numbered(number: int) -> Path:
+        return wanted.with_stem(f"{wanted.stem}-{number:05d}")
+
+    files = [wanted] if count == 1 else [numbered(i + 1) for i in range(count)]
+    taken = [file for file in files if _present(file)]
+    if taken and not overwrite:
+        if out is not None:
+            raise ValueError(f"{taken[0]} exists; choose another --out, or add --overwrite")
+        pattern = re.compile(re.escape(wanted.stem) + r"-(\d{5})\.png")
+        found = [pattern.fullmatch(file.name) for file in wanted.parent.iterdir()]
+        last = max((int(match[1]) for match in found if match), default=0)
+        files = [numbered(last + 1 + i) for i in range(count)]
+    for file in files:
+        if file.is_dir():
+            raise ValueError(f"{file} is a folder; --out names a file")
+    probe = wanted.parent / f".ldm-{secrets.token_hex(8)}"
+    try:
+        probe.touch(exist_ok=False)
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"cannot write into {wanted.parent}: {error.strerror}") from error
+    return files
+
+
+def _present(file: Path) -> bool:
+    """Whether there is anything of that name; an impossible name is an OSError, unlike with `exists`."""
+    try:
+        file.lstat()
+    except FileNotFoundError:
+        return False
+    return True
