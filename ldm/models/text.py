@@ -117,7 +117,8 @@ class TextTower(nn.Module):
     """One CLIP text transformer with its tokenizer and the choice of the output that is used."""
 
     def __init__(self, config: TextConfig, tokenizer: Tokenizer) -> None:
-        from transformers import CLIPTextConfig, CLIPTextModel  # seconds to import
+        with torch.device("cpu"):  # the import runs code that fails on "meta", where loading builds
+            from transformers import CLIPTextConfig, CLIPTextModel  # seconds to import
 
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
@@ -135,9 +136,8 @@ class TextTower(nn.Module):
                 pad_token_id=config.pad_id,
             )
         )
-        for (
-            part
-        ) in self.model.modules():  # a constant that no checkpoint need hold: real even on "meta"
+        for part in self.model.modules():
+            # A constant that no checkpoint need hold: real even on "meta".
             if "position_ids" in part._buffers:
                 part.position_ids = torch.arange(config.max_length, device="cpu")[None]
         self.projection = (
