@@ -43,6 +43,16 @@ def test_the_version_is_written_once():
     assert ldm.__version__.count(".") == 2
 
 
+def test_the_oldest_versions_to_test_with_are_those_that_pip_would_accept():
+    project = PROJECT["project"]
+    asked = project["dependencies"] + project["optional-dependencies"]["test"]
+    run = [bounds for bounds in asked if not bounds.startswith(("ruff", "mypy"))]
+    pinned = (ROOT / "tests" / "oldest.txt").read_text(encoding="utf-8").splitlines()
+    assert sorted(line for line in pinned if line[0] != "#") == sorted(
+        bounds.split(",")[0].replace(">=", "==") for bounds in run
+    )
+
+
 @pytest.mark.parametrize("layout", ["repository", "installed"])
 def test_the_bundled_model_is_found_from_any_folder(tmp_path, monkeypatch, layout):
     package = tmp_path / "site" / "ldm"
