@@ -165,8 +165,10 @@ def _load(path: Path) -> Any:
             foreign = _FOREIGN.findall(reason)
             if not foreign:
                 reason = reason.partition("WeightsUnpickler error: ")[2] or reason
+                reason = reason.partition(" Check the documentation")[0]
+                shown = "".join(filter(str.isprintable, reason[:200]))  # no terminal commands
                 raise ValueError(
-                    f"{path} is damaged or no checkpoint: {type(error).__name__} {reason[:200]}"
+                    f"{path} is damaged or no checkpoint: {type(error).__name__} {shown}"
                 ) from error
     raise ValueError(
         f"{path} names code that has no place among weights, so it is not opened: {_some(sorted(foreign))}; give the "
@@ -179,14 +181,16 @@ def _check_zip(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-    except zipfile.BadZipFile as error:
+    except Exception as error:  # zipfile raises more than its own BadZipFile
         raise ValueError(f"{path} is truncated or damaged: {error}; fetch it again") from error
     program = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
     if not program:
         names = _some([entry.filename for entry in entries])
         raise ValueError(f"{path} is a zip file but no PyTorch checkpoint; it holds {names}")
+    if any(entry.filename.endswith("/constants.pkl") for entry in entries):
+        raise ValueError(f"{path} is a TorchScript program, which is not opened: give a checkpoint")
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise ValueError(f"{path} is compressed, which torch.save never does, so it is not opened")
+        raise ValueError(f"{path} is compressed, so it is not opened: torch.save never does that")
     if program[0].file_size > MAX_HEADER:
         raise ValueError(
             f"{path} is no checkpoint: its pickle without tensors has {program[0].file_size:,} bytes, allowed are "

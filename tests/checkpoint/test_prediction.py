@@ -17,6 +17,7 @@ from ldm.checkpoint.prediction import (
     Decision,
     decide,
 )
+from ldm.checkpoint.tensors import DTYPES
 
 UNET = "model.diffusion_model."
 BY_DEFAULT = "its family does and nothing in it says otherwise"
@@ -57,9 +58,9 @@ def saying(**metadata: str) -> File:
     return File(metadata={key.replace("__", "."): value for key, value in metadata.items()})
 
 
-def of_spread(std: float) -> File:
+def of_spread(std: float, dtype: torch.dtype = torch.float16) -> File:
     """A file whose probed tensor has that standard deviation, over all its 320 elements."""
-    return File(values={UNET + PROBED: torch.tensor([std, -std] * 160, dtype=torch.float16)})
+    return File(values={UNET + PROBED: torch.tensor([std, -std] * 160, dtype=dtype)})
 
 
 def decided(file: File, family="sdxl", in_channels=4, **options) -> Decision:
@@ -262,6 +263,13 @@ def test_the_spread_is_that_of_a_whole_population():
     for std, prediction in ((0.0901, "v"), (0.0899, "eps")):
         file = File(values={UNET + PROBED: torch.tensor([std, -std])})
         assert decided(file, "sd2").prediction == prediction
+
+
+def test_the_spread_is_taken_in_any_dtype():
+    for dtype in DTYPES.values():
+        if dtype.is_floating_point:
+            assert decided(of_spread(0.2, dtype), "sd2").prediction == "v"
+            assert decided(of_spread(0.02, dtype), "sd2").prediction == "eps"
 
 
 def test_the_spread_says_nothing_of_other_families_and_of_inpainting():
