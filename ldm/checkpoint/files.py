@@ -152,8 +152,7 @@ def convert(
     source = merge(open_source(path, prediction=prediction, ema=ema, pickles=True), replace)
     model = _load(source, path, dtype, dtype, torch.device("cpu"))
     save(model, target, layout=layout, dtype=dtype, overwrite=overwrite)
-    parts = source.parts.values()
-    return tuple(sorted({n for part in parts for n in part.tensors.shapes if part.ignored(n)}))
+    return left_out(source)
 
 
 def save_vae(vae: VAE, path: str | Path, *, image_size: int) -> None:
@@ -224,12 +223,19 @@ def check_complete(source: Source, path: str | Path) -> None:
             raise ValueError(f"{path} has no {name}, only {', '.join(source.parts)}: {hint}")
 
 
+def left_out(source: Source) -> tuple[str, ...]:
+    """Return the names of the tensors in a source's files that are known to be of no use, sorted."""
+    parts = source.parts.values()
+    names = {n for part in parts for n in part.tensors.shapes if part.ignored(n)}
+    return tuple(sorted(names.difference(*(part.unused for part in parts))))
+
+
 def check_fits(source: Source, path: str | Path) -> tuple[UNet, VAE, TextEncoder]:
     """Return the networks on the meta device, compared with the files but not read.
 
     Raises ValueError for a configuration that describes no model, and for tensors that do not fit it.
     """
-    networks = _build(source, path)
+    networks = build(source, path)
     check(modules(*networks), source.parts, source.dropped)
     return networks
 
@@ -265,12 +271,12 @@ def _replaced(source: Source, other: Source, name: str, path: str | Path) -> Sou
         vae = other.config.vae
         if other.layout == "ldm":
             vae = dataclasses.replace(vae, scaling_factor=config.vae.scaling_factor)
-        config = recognise(config.unet, vae, config.text, config.diffusion)
+        config = dataclasses.replace(config, vae=vae)
     elif name == "unet":
         diffusion = config.diffusion
         if other.layout == "ldm" or len(other.parts) > 1:  # the folder of a part does not say
             diffusion, why = other.config.diffusion, f"{why} ({other.why})"
-        config = recognise(other.config.unet, config.vae, config.text, diffusion)
+        config = dataclasses.replace(config, unet=other.config.unet, diffusion=diffusion)
     else:
         widths = [text.width for text in config.text]
         theirs = dict(zip(TOWERS, other.config.text, strict=False))
@@ -285,14 +291,16 @@ def _replaced(source: Source, other: Source, name: str, path: str | Path) -> Sou
     dropped = [part for n, part in source.parts.items() if n in taken]
     dropped += [part for n, part in other.parts.items() if n not in taken.values()]
     parts |= {ours: other.parts[tower] for ours, tower in taken.items()}
-    config = dataclasses.replace(config, image_size=source.config.image_size)
+    if config != source.config:  # another model, perhaps one that has a name
+        known = recognise(config.unet, config.vae, config.text, config.diffusion)
+        config = dataclasses.replace(known, image_size=config.image_size)
     return dataclasses.replace(
         source, config=config, parts=parts, why=why, dropped=(*source.dropped, *dropped)
     )
 
 
-def _build(source: Source, path: str | Path) -> tuple[UNet, VAE, TextEncoder]:
-    """The source's networks on the meta device. Raises ValueError if its configuration describes none."""
+def build(source: Source, path: str | Path) -> tuple[UNet, VAE, TextEncoder]:
+    """Return the source's networks on the meta device. Raises ValueError if its configuration describes none."""
     config = source.config
     _check_size(config, path)
     tokenizers = source.tokenizers()

@@ -141,15 +141,22 @@ def recognise(
     return dataclasses.replace(_relative(unet, text), name="custom", **own)  # type: ignore[arg-type]
 
 
-def check(
-    networks: Mapping[str, nn.Module],
-    parts: Mapping[str, Part],
-    dropped: Sequence[Part] = (),
-) -> None:
+class Mismatch(NamedTuple):
+    """How the tensors of one part differ from what its network wants; part: "" for tensors that are of no part."""
+
+    part: str
+    tensors: Tensors
+    missing: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
+    misshapen: tuple[str, ...] = ()  # with both shapes
+
+
+def compare(
+    networks: Mapping[str, nn.Module], parts: Mapping[str, Part], dropped: Sequence[Part] = ()
+) -> list[Mismatch]:
     """Compare names and shapes of `networks`, on the meta device, with the files of their `parts`, reading no data.
 
-    dropped: parts that may be in the same files without being used.
-    Raises ValueError listing what is missing, unknown or of another shape, and the preset that would fit.
+    dropped: parts that may be in the same files without being used. Returns what differs, nothing where all fits.
     """
     unused = {part.tensors: set(part.tensors.shapes) for part in parts.values()}
     for part in parts.values():
@@ -158,34 +165,49 @@ def check(
     for part in dropped:
         if part.tensors in unused:
             unused[part.tensors] -= {n for n in unused[part.tensors] if n.startswith(part.prefix)}
+    found = []
     for name, part in parts.items():
         shapes, state = part.tensors.shapes, networks[name].state_dict()
         stored = part.stored(list(state))
         wanted = inverse(stored)
         unused[part.tensors] -= wanted.keys()
-        problems = {
-            "missing": [n for n in wanted if n not in shapes],
-            "unknown": sorted(n for n in unused[part.tensors] if n.startswith(part.prefix)),
-            "of another shape": [
-                f"{n} {list(shapes[n])} instead of {_shape(keys, stored, state)}"
-                for n, keys in wanted.items()
-                if n in shapes and not _fits(shapes[n], keys, stored, state)
-            ],
-        }
-        found = [
-            f"{len(names)} {what}: {_some(names)}" for what, names in problems.items() if names
+        unknown = sorted(
+            n for n in unused[part.tensors] if part.prefix and n.startswith(part.prefix)
+        )
+        unused[part.tensors] -= set(unknown)
+        misshapen = [
+            f"{n} {list(shapes[n])} instead of {_shape(keys, stored, state)}"
+            for n, keys in wanted.items()
+            if n in shapes and not _fits(shapes[n], keys, stored, state)
         ]
-        if found:
-            preset = _fitting_unet(part) if name == "unet" else None
-            raise ValueError(
-                f"the {name} in {part.tensors} does not match its configuration ({'; '.join(found)})"
-                + (f"; they fit the preset {preset}" if preset else "")
-            )
+        missing = [n for n in wanted if n not in shapes]
+        found.append(Mismatch(name, part.tensors, tuple(missing), tuple(unknown), tuple(misshapen)))
     for tensors, names in unused.items():
-        if names:
+        of = [name for name, part in parts.items() if part.tensors is tensors]
+        if len(of) == 1:  # it is alone in its file, so they are its own
+            own = next(m for m in found if m.part == of[0])
+            found[found.index(own)] = own._replace(unknown=(*own.unknown, *sorted(names)))
+        else:
+            found.append(Mismatch("", tensors, unknown=tuple(sorted(names))))
+    return [m for m in found if m.missing or m.unknown or m.misshapen]
+
+
+def check(
+    networks: Mapping[str, nn.Module], parts: Mapping[str, Part], dropped: Sequence[Part] = ()
+) -> None:
+    """Raise ValueError for the first part that `compare` finds to differ, with names, and the preset that would fit."""
+    for part, tensors, missing, unknown, misshapen in compare(networks, parts, dropped):
+        if not part:
             raise ValueError(
-                f"{tensors} holds {len(names)} tensors that this model has no use for: {_some(sorted(names))}"
+                f"{tensors} holds {len(unknown)} tensors that this model has no use for: {_some(unknown)}"
             )
+        kinds = (("missing", missing), ("unknown", unknown), ("of another shape", misshapen))
+        found = [f"{len(names)} {what}: {_some(names)}" for what, names in kinds if names]
+        preset = _fitting_unet(parts[part]) if part == "unet" else None
+        raise ValueError(
+            f"the {part} in {tensors} does not match its configuration ({'; '.join(found)})"
+            + (f"; they fit the preset {preset}" if preset else "")
+        )
 
 
 def fill(module: nn.Module, part: Part, *, dtype: torch.dtype | None, device: torch.device) -> None:

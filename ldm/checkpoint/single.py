@@ -313,7 +313,7 @@ def _notes(tensors: Tensors, *, ema: bool) -> tuple[str, ...]:
 
 def _refuse(tensors: Tensors) -> None:
     """Raise ValueError saying what the file is instead of a model."""
-    what = kind_of(tensors.shapes)
+    what = kind_of(tensors)
     if what is not None:
         raise ValueError(
             f"{tensors} is {what}, not a model: give a full checkpoint or a model folder"
