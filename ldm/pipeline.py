@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ldm.checkpoint import files
-from ldm.config import ModelConfig
+from ldm.config import ModelConfig, Prediction
 from ldm.diffusion.denoiser import consistency, guided, parametrise
 from ldm.diffusion.samplers import SAMPLERS, Step, seeded_noise, start
 from ldm.diffusion.schedule import NoiseSchedule, to_vp
@@ -139,15 +139,37 @@ class Pipeline:
         return cond, uncond[0] if uncond else None
 
 
-def load(path: str | Path = BUNDLED, placement: Placement | None = None) -> Pipeline:
+def load(
+    path: str | Path = BUNDLED,
+    placement: Placement | None = None,
+    *,
+    prediction: Prediction | None = None,
+    ema: bool = False,
+    vae: str | Path | None = None,
+    unet: str | Path | None = None,
+    text_encoder: str | Path | None = None,
+) -> Pipeline:
     """Load a model: a folder of ours or of diffusers, or a single .safetensors file of the official layout.
 
     path: by default the small model that ships with the package, wherever that is installed.
     placement: device, precision and attention, see `Placement`.
-    Raises ValueError for a model that is absent, damaged or not supported, and for a placement that cannot be used.
+    prediction: what its UNet predicts, where the file does not say it or is wrong.
+    ema: take the averaged copy of the UNet that a full single file holds.
+    vae, unet, text_encoder: a file or folder to take that part from instead, or that `path` lacks.
+    Raises ValueError for a model that is absent, damaged or not supported, for parts that do not fit together, and for
+    a placement that cannot be used.
     """
     device, dtype, vae_dtype, attend = (placement or Placement()).resolve()
-    model = files.load(locate(path), dtype=dtype, vae_dtype=vae_dtype, device=device)
+    parts = {"vae": vae, "unet": unet, "text_encoder": text_encoder}
+    model = files.load(
+        locate(path),
+        dtype=dtype,
+        vae_dtype=vae_dtype,
+        device=device,
+        prediction=prediction,
+        ema=ema,
+        replace={name: locate(part) for name, part in parts.items() if part is not None},
+    )
     for network in (model.unet, model.vae):
         set_attention(network, attend)
     return Pipeline(model.config, model.unet, model.vae, model.text_encoder)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 import ldm
-from ldm.config import from_dict
+from ldm.config import Prediction, from_dict
 from ldm.images import A1111_SAMPLERS, a1111_parameters, read_texts
 from ldm.memory import Placement
 from ldm.pipeline import Pipeline
@@ -20,12 +20,25 @@ KEY = "ldm"  # of the PNG's text chunk
 
 
 @dataclass(frozen=True)
+class PartUsed:
+    """Where a part of a model came from, and the digest of what is there."""
+
+    path: str
+    sha256: str
+
+
+@dataclass(frozen=True)
 class ModelUsed:
-    """Which model: where it was, what it calls itself, and the digest of its files (see `digest`)."""
+    """Which model: where it was, what it calls itself, the digest of its files (see `digest`), and how it was read."""
 
     path: str
     name: str
     sha256: str
+    prediction: Prediction | None = None  # what it was said to predict
+    ema: bool = False
+    vae: PartUsed | None = None  # of a part that came from elsewhere
+    unet: PartUsed | None = None
+    text_encoder: PartUsed | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +83,7 @@ class Record:
         """Return the PNG text chunks of that picture, or of a grid of all: A1111's `parameters` and ours."""
         request = self.request
         assert request.sampler is not None  # resolved
+        vae = self.model.vae
         parameters = a1111_parameters(
             request.prompt,
             request.negative_prompt or "",
@@ -82,6 +96,7 @@ class Record:
                 "Size": f"{request.width}x{request.height}",
                 "Model hash": self.model.sha256[:10],
                 "Model": self.model.name,
+                **({"VAE hash": vae.sha256[:10], "VAE": Path(vae.path).name} if vae else {}),
                 "RNG": "CPU",
                 "Version": f"ldm {self.environment.ldm}",
             },
@@ -92,15 +107,13 @@ class Record:
         }
 
 
-def remember(
-    pipe: Pipeline, request: Request, placement: Placement, path: str | Path, sha256: str
-) -> Record:
-    """Describe the run of txt2img that makes `request` with `pipe`, loaded from `path` with that digest."""
+def remember(pipe: Pipeline, request: Request, placement: Placement, model: ModelUsed) -> Record:
+    """Describe the run of txt2img that makes `request` with `pipe`, which is `model` in that placement."""
     weight = next(pipe.unet.parameters())
     return Record(
         command="txt2img",
         request=request.resolved(pipe.config),
-        model=ModelUsed(str(path), pipe.config.name, sha256),
+        model=model,
         placement=PlacementUsed(
             device=str(weight.device),
             dtype=_name(weight.dtype),

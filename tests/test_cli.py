@@ -13,6 +13,8 @@ import torch
 from PIL import Image, PngImagePlugin
 
 import ldm
+from ldm.checkpoint import files
+from ldm.checkpoint.known import digest
 from ldm.cli import main
 from ldm.images import read_texts, save_png
 from ldm.training import evaluate, scenes
@@ -235,6 +237,69 @@ def test_repeating_with_other_files_under_the_models_name_is_refused(txt2img, mo
     assert txt2img("--from", "b.png")[0] == 0  # --model given
 
 
+@pytest.fixture
+def other_vae(model_folder, here) -> str:
+    """A folder with a VAE that paints otherwise than the tiny random model's."""
+    vae = files.load(model_folder).vae
+    vae.decoder.conv_out.weight.neg_()
+    files.save_vae(vae, "vae", image_size=32)
+    return "vae"
+
+
+def test_how_a_model_was_read_is_remembered_and_repeated(txt2img, other_vae):
+    txt2img("a frog", "--out", "plain.png")
+    words = ["--vae", other_vae, "--prediction", "v", "--out", "a.png", "--json"]
+    used = json.loads(txt2img("a frog", *words)[1])["settings"]["model"]
+    assert (used["prediction"], used["ema"], used["vae"]["path"]) == ("v", False, "vae")
+    assert used["vae"]["sha256"] == digest(other_vae)
+    assert not np.array_equal(pixels("a.png"), pixels("plain.png"))
+    text = read_texts("a.png")["parameters"]
+    assert f"Model: random, VAE hash: {digest(other_vae)[:10]}, VAE: vae, RNG" in text
+    assert txt2img("--from", "a.png", "--out", "b.png", model=False)[0] == 0
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+    txt2img("--from", "a.png", "--prediction", "eps", "--out", "c.png", model=False)
+    assert not np.array_equal(pixels("a.png"), pixels("c.png"))
+    txt2img("--from", "a.png", "--out", "d.png")  # --model given: as it is
+    assert np.array_equal(pixels("d.png"), pixels("plain.png"))
+
+
+def test_repeating_with_another_file_in_place_of_a_part_is_refused(txt2img, other_vae):
+    txt2img("a frog", "--vae", other_vae, "--out", "a.png")
+    vae = files.load_vae(other_vae)
+    vae.decoder.conv_out.weight.neg_()
+    files.save_vae(vae, other_vae, image_size=32)
+    code, _, err = txt2img("--from", "a.png", model=False)
+    assert code == 2
+    assert err == (
+        "ldm: error: vae is not the vae that made a.png; to use it all the same, name it with --vae\n"
+    )
+    assert txt2img("--from", "a.png", "--vae", other_vae, model=False)[0] == 0
+
+
+@pytest.mark.parametrize("command", ["txt2img", "evaluate"])
+def test_every_word_about_the_model_reaches_load(monkeypatch, capsys, command):
+    asked = {}
+
+    def load(*args, **options):
+        asked.update(options, path=args[0], device=args[1].device)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(ldm, "load", load)
+    monkeypatch.setattr(scenes, "emoji_sprites", lambda font: {})
+    words = ["--model", "m", "--vae", "v", "--unet", "u", "--text-encoder", "t", "--ema"]
+    prompt = ["a frog"] if command == "txt2img" else []
+    assert main([command, *prompt, *words, "--prediction", "x0", "--device", "cpu"]) == 2
+    assert asked == {
+        "path": "m",
+        "device": "cpu",
+        "prediction": "x0",
+        "ema": True,
+        "vae": "v",
+        "unet": "u",
+        "text_encoder": "t",
+    }
+
+
 def test_repeating_on_other_versions_or_hardware_says_what_differs(txt2img):
     txt2img("a frog", "--out", "a.png")
     then = json.loads(read_texts("a.png")["ldm"])["environment"]
@@ -308,6 +373,9 @@ def test_a_picture_without_a_readable_record_cannot_be_repeated(txt2img, text, m
         (["a frog", "--out", "folder.png", "--overwrite"], "folder.png is a folder"),
         (["a frog", "--out", "x" * 300 + ".png"], "File name too long"),
         (["a frog", "--model", "no/model"], "no/model does not exist"),
+        (["a frog", "--vae", "no/vae"], "no/vae does not exist"),
+        (["a frog", "--ema"], "holds one set of weights: leave out ema"),
+        (["a frog", "--prediction", "w"], "prediction must be one of eps, v, x0, got 'w'"),
         (["a frog", "--model", "text.safetensors"], "text.safetensors"),
         (["a frog", "--from", "no.png"], "no.png is not a readable picture"),
         (["a frog", "on grass"], "unrecognized arguments: on grass"),
@@ -354,7 +422,7 @@ def test_a_prompt_that_is_cut_is_a_warning_on_one_line(txt2img):
     ],
 )
 def test_what_goes_wrong_later_is_a_sentence_too(txt2img, here, monkeypatch, error, code, message):
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr(ldm, "load", fail)
@@ -365,7 +433,7 @@ def test_what_goes_wrong_later_is_a_sentence_too(txt2img, here, monkeypatch, err
 
 
 def test_a_defect_of_the_program_keeps_its_traceback(txt2img, monkeypatch):
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise RuntimeError("shapes do not match")
 
     monkeypatch.setattr(ldm, "load", fail)

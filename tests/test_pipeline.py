@@ -11,6 +11,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 from PIL import Image
 from torch import nn
 
+from ldm.checkpoint import files
 from ldm.config import SD15, SD_TURBO, SDXL_BASE, SDXL_REFINER
 from ldm.diffusion.denoiser import guided
 from ldm.diffusion.samplers import SAMPLERS
@@ -407,6 +408,27 @@ def test_a_model_whose_unet_takes_more_than_latents_is_refused(pipe):
     inpainting = Pipeline(config, pipe.unet, pipe.vae, pipe.text_encoder)
     with pytest.raises(ValueError, match="takes 9 channels"):
         inpainting.stream(FROG)
+
+
+def test_parts_from_elsewhere_and_a_prediction_are_passed_on(pipe, model_folder, tmp_path):
+    other = files.load(model_folder)
+    for network in (other.unet, other.vae, other.text_encoder):
+        for parameter in network.parameters():
+            parameter.copy_(parameter * 1.01)
+    files.save(other, tmp_path / "other")
+    cpu = Placement(device="cpu")
+    for part in ("unet", "vae", "text_encoder"):
+        mixed = load(model_folder, cpu, **{part: tmp_path / "other"})
+        for name in ("unet", "vae", "text_encoder"):
+            expected = other if name == part else pipe
+            for ours, theirs in zip(
+                getattr(mixed, name).parameters(), getattr(expected, name).parameters(), strict=True
+            ):
+                assert torch.equal(ours, theirs)
+    assert load(model_folder, cpu).config.diffusion.prediction == "eps"
+    assert load(model_folder, cpu, prediction="v").config.diffusion.prediction == "v"
+    with pytest.raises(ValueError, match="holds one set of weights"):
+        load(model_folder, cpu, ema=True)
 
 
 def test_loading_nothing_says_where_nothing_was():

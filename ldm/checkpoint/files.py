@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 
@@ -180,6 +180,9 @@ def open_source(
 
     pickles: whether a pickle may be opened, safely. Raises ValueError as `identify` does.
     """
+    if prediction not in (None, *get_args(Prediction)):
+        choices = ", ".join(get_args(Prediction))
+        raise ValueError(f"prediction must be one of {choices}, got {prediction!r}")
     path = Path(path)
     if path.is_dir():
         if ema:
@@ -187,7 +190,7 @@ def open_source(
                 f"{path} is a folder, which holds one set of weights: leave out ema, or give the single file"
             )
         return open_folder(path, prediction=prediction)
-    pickled = pickles and path.is_file() and is_pickle(path)
+    pickled = pickles and is_pickle(path)
     tensors: Tensors = PickledTensors(path) if pickled else TensorFiles([path])
     known = KNOWN.get(digest(path)) if check_sha256 else None
     return open_single(tensors, prediction=prediction, ema=ema, known=known)
@@ -259,7 +262,7 @@ def _load(
             unused[f"{name}.{stored.removeprefix(part.prefix)}"] = value
     if source.kept is not None:
         unused |= source.kept.read(source.kept.shapes)
-    return Model(source.config, *networks, unused)
+    return Model(source.config, *networks, unused, "; ".join([source.why, *source.notes]))
 
 
 def _replaced(source: Source, other: Source, name: str, path: str | Path) -> Source:

@@ -5,18 +5,64 @@ import dataclasses
 import types
 import typing
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeAlias, get_args
 
 import ldm
-from ldm.config import Spacing
+from ldm.config import Prediction, Spacing
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.memory import ATTENTION, DTYPES
+from ldm.pipeline import BUNDLED, locate
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """Which model a command works with: what `ldm.load` takes beside the placement."""
+
+    model: str = BUNDLED
+    prediction: Prediction | None = None
+    ema: bool = False
+    vae: str | None = None
+    unet: str | None = None
+    text_encoder: str | None = None
+
+    @property
+    def paths(self) -> dict[str, Path]:
+        """Where the model and each part from elsewhere are, by field."""
+        named = {n: getattr(self, n) for n in ("model", "vae", "unet", "text_encoder")}
+        return {name: locate(path) for name, path in named.items() if path is not None}
+
+    def load(self, placement: ldm.Placement) -> ldm.Pipeline:
+        """Load it."""
+        return ldm.load(
+            self.model,
+            placement,
+            prediction=self.prediction,
+            ema=self.ema,
+            vae=self.vae,
+            unet=self.unet,
+            text_encoder=self.text_encoder,
+        )
+
+
 # Field, flag, what --help says. Types and defaults are the dataclass's own.
+MODEL_OPTIONS = (
+    ("model", "--model", "a folder or .safetensors file"),
+    (
+        "prediction",
+        "--prediction",
+        f"what its UNet predicts, if its file says it wrongly: {', '.join(get_args(Prediction))}",
+    ),
+    ("ema", "--ema", "take the averaged copy of the UNet that a full file also holds"),
+    ("vae", "--vae", "a file or folder to take the VAE from"),
+    ("unet", "--unet", "the same for the UNet"),
+    ("text_encoder", "--text-encoder", "the same for the text encoder"),
+)
 REQUEST_OPTIONS = (
     ("negative_prompt", "--negative", 'what guidance steers away from (SDXL base: none is not "")'),
     ("steps", "--steps", "denoising steps, 1 to 1000 (default: the model's)"),
@@ -85,9 +131,11 @@ def add_options(
     hints = typing.get_type_hints(kind)
     defaults = {f.name: f.default for f in dataclasses.fields(kind)}
     for name, flag, text in options:
-        default = defaults[name]
-        if default is not None:
-            text += f" (default: {default})"
+        if hints[name] is bool:
+            parser.add_argument(flag, dest=name, action=argparse.BooleanOptionalAction, help=text)
+            continue
+        if defaults[name] is not None:
+            text += f" (default: {defaults[name]})"
         parser.add_argument(
             flag, dest=name, type=_scalar(hints[name]), metavar=flag[2:].upper(), help=text
         )

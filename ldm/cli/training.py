@@ -11,13 +11,14 @@ from tqdm import tqdm
 import ldm
 from ldm.cli.options import (
     EVALUATE_OPTIONS,
+    MODEL_OPTIONS,
     PLACEMENT_OPTIONS,
     Commands,
+    ModelChoice,
     add_options,
     given,
     read_placement,
 )
-from ldm.pipeline import BUNDLED
 
 
 def add(commands: Commands) -> None:
@@ -30,7 +31,7 @@ def add(commands: Commands) -> None:
 
     command = commands.add_parser("evaluate", help="score a model of emoji scenes with a checker")
     command.set_defaults(run=_evaluate)
-    command.add_argument("--model", help=f"a folder or .safetensors file (default: {BUNDLED})")
+    add_options(command, ModelChoice, MODEL_OPTIONS)
     command.add_argument("--font", type=Path, help="the emoji font that it was trained with")
     add_options(command, ldm.Request, EVALUATE_OPTIONS)
     add_options(command, ldm.Placement, PLACEMENT_OPTIONS)
@@ -58,7 +59,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     asked = ldm.Request("", **given(args, EVALUATE_OPTIONS))
     placement = read_placement(given(args, PLACEMENT_OPTIONS))
     sprites = emoji_sprites(font=args.font or FONT)
-    pipe = ldm.load(args.model or BUNDLED, placement)
+    pipe = ModelChoice(**given(args, MODEL_OPTIONS)).load(placement)
     total = sum(map(len, fixed_scenes(tuple(sprites)).values()))
     with tqdm(total=total, unit="picture", disable=None) as progress:
 

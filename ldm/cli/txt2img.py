@@ -7,10 +7,10 @@ import re
 import secrets
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,17 @@ from tqdm import tqdm
 import ldm
 from ldm.checkpoint.known import digest
 from ldm.cli.options import (
+    MODEL_OPTIONS,
     PLACEMENT_OPTIONS,
     REQUEST_OPTIONS,
     Commands,
+    ModelChoice,
     add_options,
     given,
     read_placement,
 )
 from ldm.images import grid, save_png
-from ldm.pipeline import BUNDLED, locate
-from ldm.record import Environment, environment, recall, remember
+from ldm.record import Environment, ModelUsed, PartUsed, environment, recall, remember
 from ldm.request import default_conditioning
 
 
@@ -37,7 +38,7 @@ def add(commands: Commands) -> None:
     command = commands.add_parser("txt2img", help="make pictures from a prompt")
     command.set_defaults(run=_txt2img)
     command.add_argument("prompt", nargs="?", help="what the picture shows")
-    command.add_argument("--model", help=f"a folder or .safetensors file (default: {BUNDLED})")
+    add_options(command, ModelChoice, MODEL_OPTIONS)
     add_options(command, ldm.Request, REQUEST_OPTIONS)
     add_options(command, ldm.Placement, PLACEMENT_OPTIONS)
     command.add_argument(
@@ -65,21 +66,25 @@ def _txt2img(args: argparse.Namespace) -> None:
     seconds: dict[str, float] = {}
 
     with _timed("load", seconds):
-        pipe = ldm.load(job.model, job.placement)
+        pipe = job.model.load(job.placement)
         request = job.request.resolved(pipe.config)
     with ThreadPoolExecutor(1) as pool:  # a big file is hashed while its model works
-        sha256 = pool.submit(digest, locate(job.model))
-        if job.sha256 is not None and job.sha256 != sha256.result():
-            raise ValueError(
-                f"{job.model} is not the model that made {args.source}; to use it all the same, name it with --model"
-            )
+        digests = {name: pool.submit(digest, path) for name, path in job.model.paths.items()}
+        for name, sha256 in job.sha256.items():
+            if digests[name].result() != sha256:
+                what, flag = name.replace("_", " "), name.replace("_", "-")
+                raise ValueError(
+                    f"{getattr(job.model, name)} is not the {what} that made {args.source}; to use it all the same, "
+                    f"name it with --{flag}"
+                )
         with _timed("sample", seconds):
             for step in tqdm(pipe.stream(request), total=request.steps, unit="step", disable=None):
                 latents = step.x
         chosen = list(range(request.images)) if job.picture is None else [job.picture]
         with _timed("decode", seconds):
             pictures = pipe.decode(latents[chosen])
-        record = remember(pipe, request, job.placement, job.model, sha256.result())
+        sha256s = {name: found.result() for name, found in digests.items()}
+        record = remember(pipe, request, job.placement, _used(job.model, pipe, sha256s))
 
     with _timed("save", seconds):
         shown = {None: grid(pictures)} if job.grid else dict(zip(chosen, pictures, strict=True))
@@ -110,10 +115,10 @@ class Job:
 
     request: ldm.Request
     placement: ldm.Placement
-    model: str
+    model: ModelChoice
     grid: bool
     picture: int | None = None  # write only this one of the request's pictures
-    sha256: str | None = None  # the model must have this one
+    sha256: Mapping[str, str] = field(default_factory=dict)  # what these of `model.paths` must have
 
     @property
     def count(self) -> int:
@@ -124,13 +129,13 @@ class Job:
 def _plan_job(args: argparse.Namespace) -> Job:
     """Put together what the arguments ask for, on top of what the picture after --from remembers."""
     asked, placed = given(args, REQUEST_OPTIONS), given(args, PLACEMENT_OPTIONS)
+    model = given(args, MODEL_OPTIONS)
     if args.prompt is not None:
         asked["prompt"] = args.prompt
     if args.source is None:
         if args.prompt is None:
             raise ValueError("give a prompt in quotes, or --from a picture that ldm made")
-        model = args.model or BUNDLED
-        return Job(ldm.Request(**asked), read_placement(placed), model, args.grid)
+        return Job(ldm.Request(**asked), read_placement(placed), ModelChoice(**model), args.grid)
 
     record = recall(args.source)
     request, picture = _reopened(record.request), record.picture
@@ -140,14 +145,35 @@ def _plan_job(args: argparse.Namespace) -> Job:
         picture = None
     placement = read_placement(dataclasses.asdict(record.placement) | placed)
     _compare(record.environment, environment(placement.resolve().device), args.source)
+    choice, sha256 = _recalled(record.model)
+    if "model" in model:  # another one, and none of what was said of that one
+        choice, sha256 = ModelChoice(), {}
     return Job(
         dataclasses.replace(request, **asked),
         placement,
-        args.model or record.model.path,
+        dataclasses.replace(choice, **model),
         as_grid,
         None if as_grid else picture,
-        None if args.model else record.model.sha256,
+        {name: expected for name, expected in sha256.items() if name not in model},
     )
+
+
+def _used(choice: ModelChoice, pipe: ldm.Pipeline, sha256: Mapping[str, str]) -> ModelUsed:
+    """What the record says of the model, given the digests of its paths."""
+    parts = {n: PartUsed(str(getattr(choice, n)), sha256[n]) for n in sha256 if n != "model"}
+    return ModelUsed(
+        choice.model, pipe.config.name, sha256["model"], choice.prediction, choice.ema, **parts
+    )
+
+
+def _recalled(used: ModelUsed) -> tuple[ModelChoice, dict[str, str]]:
+    """The choice of a model that a record remembers, and the digests of its paths."""
+    parts = {"vae": used.vae, "unet": used.unet, "text_encoder": used.text_encoder}
+    replaced = {name: part for name, part in parts.items() if part is not None}
+    paths = {name: part.path for name, part in replaced.items()}
+    sha256 = {name: part.sha256 for name, part in replaced.items()}
+    choice = ModelChoice(used.path, used.prediction, used.ema, **paths)
+    return choice, {"model": used.sha256} | sha256
 
 
 def _reopened(request: ldm.Request) -> ldm.Request:
