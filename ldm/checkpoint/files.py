@@ -190,7 +190,7 @@ def open_source(
                 f"{path} is a folder, which holds one set of weights: leave out ema, or give the single file"
             )
         return open_folder(path, prediction=prediction)
-    pickled = pickles and path.is_file() and is_pickle(path)
+    pickled = pickles and is_pickle(path)
     tensors: Tensors = PickledTensors(path) if pickled else TensorFiles([path])
     known = KNOWN.get(digest(path)) if check_sha256 else None
     return open_single(tensors, prediction=prediction, ema=ema, known=known)
@@ -262,7 +262,7 @@ def _load(
             unused[f"{name}.{stored.removeprefix(part.prefix)}"] = value
     if source.kept is not None:
         unused |= source.kept.read(source.kept.shapes)
-    return Model(source.config, *networks, unused)
+    return Model(source.config, *networks, unused, "; ".join([source.why, *source.notes]))
 
 
 def _replaced(source: Source, other: Source, name: str, path: str | Path) -> Source:

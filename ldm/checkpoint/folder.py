@@ -19,7 +19,7 @@ from ldm.checkpoint.contents import Place, vae_part
 from ldm.checkpoint.parts import TOWERS, Model, ModelLike, Part, Source, collect, recognise
 from ldm.checkpoint.tensors import TensorFiles
 from ldm.config import SD15, ModelConfig, Prediction, VAEConfig, from_dict
-from ldm.models.text import EOS, TextTower, Tokenizer
+from ldm.models.text import EOS, Tokenizer
 from ldm.models.vae import VAE
 
 _NETWORK, _TOWER = "diffusion_pytorch_model", "model"  # stems of the files with the weights
@@ -116,13 +116,15 @@ def write_folder(folder: Path, model: ModelLike, dtype: torch.dtype | None) -> N
     tensors = collect(model.unet, tables.diffusers_unet(config.unet), dtype=dtype)
     _write_network(folder / "unet", _NETWORK, unet, tensors)
     write_vae(folder / "vae", model.vae, config.image_size, dtype)
-    for name, tower, text in zip(names, model.text_encoder.towers, config.text, strict=True):
-        assert isinstance(tower, TextTower)
-        json = configs.text_to_json(text, tower.tokenizer.bos_id, tower.tokenizer.eos_id, sdxl=sdxl)
+    encoder = model.text_encoder
+    for name, tower, tokenizer, text in zip(
+        names, encoder.towers, encoder.tokenizers, config.text, strict=True
+    ):
+        json = configs.text_to_json(text, tokenizer.bos_id, tokenizer.eos_id, sdxl=sdxl)
         # with the level `text_model.`, which every version of transformers reads
         _write_network(folder / name, _TOWER, json, collect(tower, tables.hf_text(), dtype=dtype))
-        tokenizer = folder / name.replace("text_encoder", "tokenizer")
-        tower.tokenizer.save(tokenizer, text.max_length, text.pad_id)
+        where = folder / name.replace("text_encoder", "tokenizer")
+        tokenizer.save(where, text.max_length, text.pad_id)
     if kept := model.unused if isinstance(model, Model) else {}:
         held = {name: value.to(dtype or value.dtype).contiguous() for name, value in kept.items()}
         save_file(held, folder / _KEPT)

@@ -46,6 +46,7 @@ class Model(NamedTuple):
     vae: VAE
     text_encoder: TextEncoder
     unused: Mapping[str, Tensor] = {}
+    why: str = ""  # the reason for the architecture and the prediction type, and what else a user should know
 
 
 class ModelLike(Protocol):

@@ -48,7 +48,7 @@ from ldm.config import (
     UNetConfig,
     from_dict,
 )
-from ldm.models.text import TextTower, Tokenizer, official_vocabulary
+from ldm.models.text import Tokenizer, official_vocabulary
 
 METADATA_KEY = "ldm.config"  # a file that this package wrote carries its ModelConfig there, as JSON
 
@@ -109,9 +109,8 @@ def open_single(
 def write_single(path: Path, model: ModelLike, dtype: torch.dtype | None) -> None:
     """Write `model` into the new file `path`. Raises ValueError for one that the layout cannot express."""
     vocab = official_vocabulary()[0]
-    for tower in model.text_encoder.towers:
-        assert isinstance(tower, TextTower)
-        if tower.tokenizer.vocab != vocab:
+    for tokenizer in model.text_encoder.tokenizers:
+        if tokenizer.vocab != vocab:
             raise ValueError(
                 f"a single file has no place for a tokenizer, and that of {model.config.name} is not CLIP's own: "
                 "save in the diffusers layout"

@@ -182,6 +182,7 @@ class TextEncoder(nn.Module):
 
     def __init__(self, configs: Sequence[TextConfig], tokenizers: Sequence[Tokenizer]) -> None:
         super().__init__()
+        self.tokenizers = list(tokenizers)  # one per tower
         self.towers = nn.ModuleList(
             TextTower(config, tokenizer)
             for config, tokenizer in zip(configs, tokenizers, strict=True)

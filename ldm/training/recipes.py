@@ -111,7 +111,7 @@ def _run_ldm(recipe: LDMRecipe, device: torch.device) -> Path:
     dataset = recipe.data.open()
     vae = load_vae(recipe.vae, device=device)
     start = load(recipe.start, device=device) if recipe.start else None
-    tokenizer = start.text_encoder.towers[0].tokenizer if start else _tokenizer(recipe, dataset)
+    tokenizer = start.text_encoder.tokenizers[0] if start else _tokenizer(recipe, dataset)
     text = dataclasses.replace(
         recipe.text, vocab_size=len(tokenizer.vocab), pad_id=tokenizer.eos_id
     )
