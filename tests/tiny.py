@@ -64,11 +64,14 @@ def byte_tokenizer() -> Tokenizer:
     return Tokenizer({token: i for i, token in enumerate(tokens)}, [])
 
 
-def random_networks(config: ModelConfig = TINY_RANDOM) -> tuple[UNet, VAE, TextEncoder]:
+def random_networks(
+    config: ModelConfig = TINY_RANDOM, tokenizer: Tokenizer | None = None
+) -> tuple[UNet, VAE, TextEncoder]:
     """Build the three networks of `config`, seeded, so that eps has unit variance and pictures a deviation of 0.4."""
     torch.manual_seed(0)
     unet, vae = UNet(config.unet).eval(), VAE(config.vae).eval()
-    text_encoder = TextEncoder(config.text, [byte_tokenizer()] * len(config.text)).eval()
+    tokenizers = [tokenizer or byte_tokenizer()] * len(config.text)
+    text_encoder = TextEncoder(config.text, tokenizers).eval()
     size = config.image_size // config.vae.factor
     latents = torch.randn(2, config.vae.latent_channels, size, size)
     context = torch.randn(2, config.text[0].max_length, config.unet.context_dim)

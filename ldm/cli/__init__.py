@@ -13,7 +13,7 @@ from typing import NoReturn, TextIO
 from tqdm import tqdm
 
 import ldm
-from ldm.cli import training, txt2img
+from ldm.cli import files, training, txt2img
 
 
 class Parser(argparse.ArgumentParser):
@@ -52,7 +52,7 @@ def _parser() -> Parser:
     parser = Parser(prog="ldm", description=ldm.__doc__)
     parser.add_argument("--version", action="version", version=f"ldm {ldm.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for group in (txt2img, training):
+    for group in (txt2img, files, training):
         group.add(commands)
     return parser
 

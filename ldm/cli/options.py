@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, get_args
 
+import torch
+
 import ldm
 from ldm.config import Prediction, Spacing
 from ldm.diffusion.samplers import SAMPLERS
@@ -155,14 +157,16 @@ def given(args: argparse.Namespace, options: Sequence[tuple[str, str, str]]) -> 
 
 def read_placement(names: dict[str, Any]) -> ldm.Placement:
     """Return a Placement from words, checked against this machine."""
-    values = dict(names)
-    for name in ("dtype", "vae_dtype"):
-        if name in values:
-            if values[name] not in DTYPE_NAMES:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(DTYPE_NAMES)}, got {values[name]!r}"
-                )
-            values[name] = DTYPE_NAMES[values[name]]
-    placement = ldm.Placement(**values)
+    dtypes: dict[str, Any] = {
+        n: read_dtype(n, names[n]) for n in ("dtype", "vae_dtype") if n in names
+    }
+    placement = ldm.Placement(**(names | dtypes))
     placement.resolve()
     return placement
+
+
+def read_dtype(name: str, word: str) -> torch.dtype:
+    """Return the dtype of that name, which was given for `name`. Raises ValueError for another word."""
+    if word not in DTYPE_NAMES:
+        raise ValueError(f"{name} must be one of {', '.join(DTYPE_NAMES)}, got {word!r}")
+    return DTYPE_NAMES[word]

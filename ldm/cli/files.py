@@ -1,0 +1,68 @@
+"""`ldm inspect` and `ldm convert`: what a file holds, and the same model in another layout or dtype."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import get_args
+
+from ldm.checkpoint import files
+from ldm.checkpoint.inspection import inspect
+from ldm.checkpoint.parts import Layout
+from ldm.cli.options import MODEL_OPTIONS, Commands, ModelChoice, add_options, given, read_dtype
+from ldm.pipeline import locate
+
+
+def add(commands: Commands) -> None:
+    """Add both commands."""
+    command = commands.add_parser("inspect", help="tell what a file or folder holds")
+    command.set_defaults(run=_inspect)
+    command.add_argument("file", metavar="FILE", help="only headers and configurations are read")
+    command.add_argument(
+        "--check-sha256", action="store_true", help="look it up among the known files; reads it all"
+    )
+    add_options(command, ModelChoice, MODEL_OPTIONS[1:2])
+    command.add_argument("--json", action="store_true", help="print the report as JSON")
+
+    command = commands.add_parser("convert", help="write a model in another layout or dtype")
+    command.set_defaults(run=_convert)
+    command.add_argument("model", metavar="IN", help="a folder, a .safetensors file or a pickle")
+    command.add_argument("target", metavar="OUT", type=Path, help="the file or folder to write")
+    command.add_argument(
+        "--layout",
+        choices=get_args(Layout),
+        required=True,
+        help="ldm: one official .safetensors file; diffusers: a folder",
+    )
+    command.add_argument("--dtype", help="of all tensors (default: each its own, bit for bit)")
+    add_options(command, ModelChoice, MODEL_OPTIONS[1:])
+    command.add_argument("--overwrite", action="store_true", help="replace a model that exists")
+    command.add_argument("--json", action="store_true", help="print the results as JSON")
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    """Print what the file holds."""
+    path = locate(args.file)
+    report = inspect(path, prediction=args.prediction, check_sha256=args.check_sha256)
+    print(json.dumps(report.as_dict()) if args.json else report)
+
+
+def _convert(args: argparse.Namespace) -> None:
+    """Write the model, and print where it is and what was not taken along."""
+    choice = ModelChoice(args.model, **given(args, MODEL_OPTIONS[1:]))
+    parts = choice.paths
+    left_out = files.convert(
+        parts.pop("model"),
+        args.target,
+        layout=args.layout,
+        dtype=None if args.dtype is None else read_dtype("dtype", args.dtype),
+        prediction=choice.prediction,
+        ema=choice.ema,
+        replace=parts,
+        overwrite=args.overwrite,
+    )
+    if args.json:
+        print(json.dumps({"file": str(args.target), "left_out": left_out}))
+        return
+    print(args.target)
+    if left_out:
+        print(f"left out {len(left_out)} tensors that no network uses; --json names them")
