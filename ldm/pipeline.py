@@ -30,12 +30,18 @@ class Pipeline:
     """A model with everything around it that turns a `Request` into pictures.
 
     unet, vae, text_encoder: plain modules. schedule: the `NoiseSchedule` they were trained on. config: `ModelConfig`.
+    why: the reason for the configuration and for what the UNet predicts.
     """
 
     def __init__(
-        self, config: ModelConfig, unet: UNet, vae: VAE, text_encoder: TextEncoder
+        self,
+        config: ModelConfig,
+        unet: UNet,
+        vae: VAE,
+        text_encoder: TextEncoder,
+        why: str = "",
     ) -> None:
-        self.config = config
+        self.config, self.why = config, why
         self.unet, self.vae, self.text_encoder = unet, vae, text_encoder
         process = config.diffusion
         self.schedule = NoiseSchedule(
@@ -172,7 +178,7 @@ def load(
     )
     for network in (model.unet, model.vae):
         set_attention(network, attend)
-    return Pipeline(model.config, model.unet, model.vae, model.text_encoder)
+    return Pipeline(model.config, model.unet, model.vae, model.text_encoder, model.why)
 
 
 def locate(path: str | Path) -> Path:
