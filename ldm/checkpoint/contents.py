@@ -32,6 +32,11 @@ class Contents(NamedTuple):
     vae: Place | None
     towers: tuple[Place, ...]  # the narrower first, as SDXL counts them
 
+    @property
+    def whole(self) -> bool:
+        """Whether it may be a model, and not parts of one."""
+        return bool(self.unet and self.vae and self.towers)
+
 
 def find(tensors: Tensors) -> Contents:
     """Look for networks under each of the prefixes and names that files in use have."""

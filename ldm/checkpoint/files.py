@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import NamedTuple, get_args
 
 import torch
+from safetensors.torch import save_file
 
+from ldm.checkpoint.contents import find
 from ldm.checkpoint.folder import open_folder, write_folder, write_vae
+from ldm.checkpoint.kinds import kind_of
 from ldm.checkpoint.known import KNOWN, digest
 from ldm.checkpoint.parts import (
     TOWERS,
@@ -144,11 +147,16 @@ def convert(
 ) -> tuple[str, ...]:
     """Write the model at `path`, which may be a pickle, to `target` in another layout or dtype; else bit for bit.
 
-    A pickle that holds something else, such as a LoRA or a ControlNet, becomes a .safetensors file (layout "ldm") with
+    A pickle that holds something else, such as a VAE or a ControlNet, becomes a .safetensors file (layout "ldm") with
     the same names. Returns the names of the tensors that are left out, being of no use: schedules, averaged copies.
     Raises ValueError as `load` and `save` do, and for a pickle that holds anything but tensors and plain values.
     """
     _check_target(Path(target), layout, overwrite)
+    if not replace and is_pickle(Path(path)):
+        tensors = PickledTensors(Path(path))
+        if kind_of(tensors) or not find(tensors).whole:
+            _rewrite(tensors, Path(target).resolve(), layout, dtype)
+            return ()
     source = merge(open_source(path, prediction=prediction, ema=ema, pickles=True), replace)
     model = _load(source, path, dtype, dtype, torch.device("cpu"))
     save(model, target, layout=layout, dtype=dtype, overwrite=overwrite)
@@ -189,7 +197,7 @@ def open_source(
             raise ValueError(
                 f"{path} is a folder, which holds one set of weights: leave out ema, or give the single file"
             )
-        return open_folder(path, prediction=prediction)
+        return open_folder(path, prediction=prediction, pickles=pickles)
     pickled = pickles and is_pickle(path)
     tensors: Tensors = PickledTensors(path) if pickled else TensorFiles([path])
     known = KNOWN.get(digest(path)) if check_sha256 else None
@@ -224,6 +232,24 @@ def check_complete(source: Source, path: str | Path) -> None:
                 if (folder / "model_index.json").is_file():
                     hint = f"it is a part of the model in {folder}: give that"
             raise ValueError(f"{path} has no {name}, only {', '.join(source.parts)}: {hint}")
+
+
+def _rewrite(
+    tensors: PickledTensors, target: Path, layout: Layout, dtype: torch.dtype | None
+) -> None:
+    """Write the tensors of a pickle that is no whole model under their own names, in `dtype` where they are floats."""
+    if layout != "ldm":
+        what = kind_of(tensors) or "a part of a model"
+        raise ValueError(
+            f"{tensors} is {what}, not a model: its tensors can be written into one file as they are, with layout 'ldm'"
+        )
+    held = {}
+    for name, value in tensors.read(tensors.shapes):
+        cast = dtype is not None and value.is_floating_point()
+        held[name] = (value.to(dtype) if cast else value).contiguous()
+    with _beside(target) as new:
+        save_file(held, new)
+        new.replace(target)
 
 
 def left_out(source: Source) -> tuple[str, ...]:

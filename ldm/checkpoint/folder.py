@@ -17,13 +17,13 @@ from ldm.checkpoint import configs, tables
 from ldm.checkpoint.configs import Json
 from ldm.checkpoint.contents import Place, vae_part
 from ldm.checkpoint.parts import TOWERS, Model, ModelLike, Part, Source, collect, recognise
-from ldm.checkpoint.tensors import TensorFiles
+from ldm.checkpoint.pickles import PickledTensors
+from ldm.checkpoint.tensors import TensorFiles, Tensors
 from ldm.config import SD15, ModelConfig, Prediction, VAEConfig, from_dict
 from ldm.models.text import EOS, Tokenizer
 from ldm.models.vae import VAE
 
 _NETWORK, _TOWER = "diffusion_pytorch_model", "model"  # stems of the files with the weights
-_WEIGHTS = {"unet": _NETWORK, "vae": _NETWORK} | dict.fromkeys(TOWERS, _TOWER)
 _COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 _SECOND = ("text_encoder_2", "tokenizer_2")  # of SDXL, whose refiner has these alone
 _UNUSED_COMPONENTS = ("safety_checker", "feature_extractor", "image_encoder")
@@ -46,14 +46,16 @@ class Extras:
     sampler: str = "dpmpp_2m"
 
 
-def open_folder(folder: Path, *, prediction: Prediction | None = None) -> Source:
+def open_folder(
+    folder: Path, *, prediction: Prediction | None = None, pickles: bool = False
+) -> Source:
     """Understand the model in `folder`, or the part of one, from its configs and headers.
 
-    prediction: what the user says that its UNet predicts.
+    prediction: what the user says that its UNet predicts. pickles: whether weights that are pickles may be opened.
     Raises ValueError for a folder that is no model, lacks a component, or holds one that is not implemented.
     """
     if not (folder / "model_index.json").is_file() and (folder / "config.json").is_file():
-        return _open_part(folder)
+        return _open_part(folder, pickles)
     index = _read_index(folder)
     unet_json, where = _config(folder, "unet")
     unet = configs.unet_from_json(unet_json, where)
@@ -82,11 +84,11 @@ def open_folder(folder: Path, *, prediction: Prediction | None = None) -> Source
         config = dataclasses.replace(config, **dataclasses.asdict(extras))
 
     parts = {
-        "unet": Part(_tensors(folder, "unet"), tables.diffusers_unet(unet)),
-        "vae": _vae_part(_tensors(folder, "vae")),
+        "unet": Part(_tensors(folder / "unet", _NETWORK, pickles), tables.diffusers_unet(unet)),
+        "vae": _vae_part(_tensors(folder / "vae", _NETWORK, pickles)),
     }
     for name, component in zip(TOWERS, index.towers, strict=False):
-        parts[name] = _text_part(_tensors(folder, component))
+        parts[name] = _text_part(_tensors(folder / component, _TOWER, pickles))
     return Source(
         config=config,
         layout="diffusers",
@@ -133,9 +135,7 @@ def write_folder(folder: Path, model: ModelLike, dtype: torch.dtype | None) -> N
 def write_vae(folder: Path, vae: VAE, image_size: int, dtype: torch.dtype | None = None) -> None:
     """Write a VAE alone into `folder`, for us and for diffusers' `from_pretrained`."""
     config = configs.vae_to_json(vae.config, image_size)
-    _write_network(
-        folder, _WEIGHTS["vae"], config, collect(vae, tables.diffusers_vae(), dtype=dtype)
-    )
+    _write_network(folder, _NETWORK, config, collect(vae, tables.diffusers_vae(), dtype=dtype))
 
 
 def _write_network(folder: Path, stem: str, config: Json, tensors: dict[str, Tensor]) -> None:
@@ -148,23 +148,23 @@ def _write_json(path: Path, value: Json) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def _open_part(folder: Path) -> Source:
+def _open_part(folder: Path, pickles: bool) -> Source:
     """Understand a folder that holds one component: a UNet, a VAE or a text encoder."""
     json, where = _config(folder, "")
     config, parts = SD15, {}
     classes = json.get("_class_name") or json.get("architectures")
     if classes == "UNet2DConditionModel":
         unet = configs.unet_from_json(json, where)
-        parts["unet"] = Part(_tensors(folder, "", _NETWORK), tables.diffusers_unet(unet))
+        parts["unet"] = Part(_tensors(folder, _NETWORK, pickles), tables.diffusers_unet(unet))
         config = dataclasses.replace(config, unet=unet)
     elif classes == "AutoencoderKL":
         config = dataclasses.replace(config, vae=configs.vae_from_json(json, where))
-        parts["vae"] = _vae_part(_tensors(folder, "", _NETWORK))
+        parts["vae"] = _vae_part(_tensors(folder, _NETWORK, pickles))
     elif classes in (["CLIPTextModel"], ["CLIPTextModelWithProjection"]):
         projected = classes == ["CLIPTextModelWithProjection"]
         text = configs.text_from_json(json, where, SD15.text[0].pad_id, sdxl=projected)
         config = dataclasses.replace(config, text=(text,))
-        parts[TOWERS[0]] = _text_part(_tensors(folder, "", _TOWER))
+        parts[TOWERS[0]] = _text_part(_tensors(folder, _TOWER, pickles))
     else:
         raise ValueError(
             f"{where} describes {classes or 'nothing'}: allowed are UNet2DConditionModel, AutoencoderKL and "
@@ -179,15 +179,21 @@ def _open_part(folder: Path) -> Source:
     )
 
 
-def _tensors(folder: Path, component: str, stem: str | None = None) -> TensorFiles:
-    return TensorFiles(_weight_files(folder / component, stem or _WEIGHTS[component]))
+def _tensors(folder: Path, stem: str, pickles: bool) -> Tensors:
+    """The tensors of a component; those of a pickle if they may be, and there is nothing better."""
+    if pickles and not any(folder.glob("*.safetensors")):
+        name = "pytorch_model" if stem == _TOWER else stem
+        for path in (folder / f"{name}.bin", folder / f"{name}.fp16.bin"):
+            if path.is_file():
+                return PickledTensors(path)
+    return TensorFiles(_weight_files(folder, stem))
 
 
-def _vae_part(tensors: TensorFiles) -> Part:
+def _vae_part(tensors: Tensors) -> Part:
     return vae_part(tensors, Place("", "diffusers"), VAEConfig())
 
 
-def _text_part(tensors: TensorFiles) -> Part:
+def _text_part(tensors: Tensors) -> Part:
     level = "text_model" if any(n.startswith("text_model.") for n in tensors.shapes) else ""
     return Part(tensors, tables.hf_text(level))
 
