@@ -29,11 +29,12 @@ class PartUsed:
 
 @dataclass(frozen=True)
 class ModelUsed:
-    """Which model: where it was, what it calls itself, the digest of its files (see `digest`), and how it was read."""
+    """Which model: where it was, what it is and why, the digest of its files (see `digest`), and how it was read."""
 
     path: str
     name: str
     sha256: str
+    why: str = ""
     prediction: Prediction | None = None  # what it was said to predict
     ema: bool = False
     vae: PartUsed | None = None  # of a part that came from elsewhere

@@ -36,7 +36,7 @@ def main() -> None:
     # Three networks and their configuration. The VAE stays in fp32, where fp16 could overflow.
     dtype = torch.float32 if args.device == "cpu" else torch.float16
     model = load(args.model, dtype=dtype, vae_dtype=torch.float32, device=args.device)
-    config, unet, vae, text_encoder = model
+    config, unet, vae, text_encoder = model[:4]
     request = Request(args.prompt, args.negative, args.steps, args.guidance, seed=args.seed)
     request = request.resolved(config)  # the model's own choices in place of None
 

@@ -30,7 +30,7 @@ def here(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def txt2img(model_folder, capsys):
-    """Run `ldm txt2img` with the tiny random model; returns exit code, stdout and stderr."""
+    """Run `ldm txt2img` with the tiny random model; returns exit code, stdout and what went wrong on stderr."""
 
     def run(*words: str, model: bool = True) -> tuple[int, str, str]:
         given = ["--model", str(model_folder)] if model else []
@@ -38,7 +38,8 @@ def txt2img(model_folder, capsys):
             given += ["--steps", "2", "--device", "cpu"]
         code = main(["txt2img", *given, *words])
         out, err = capsys.readouterr()
-        return code, out, err
+        lines = err.splitlines(keepends=True)
+        return code, out, "".join(x for x in lines if not x.startswith(f"ldm: {model_folder}: "))
 
     return run
 
@@ -59,6 +60,16 @@ def test_a_prompt_makes_the_picture_that_the_pipeline_makes(txt2img, pipe, here)
     expected = pipe.generate(ldm.Request("a frog", steps=2))[0]
     assert np.array_equal(pixels("out.png"), expected)
     assert os.listdir(here) == ["out.png"]
+
+
+def test_what_a_model_is_taken_for_and_why_is_said_but_for_the_bundled_one(model_folder, capsys):
+    words = ["a frog", "--steps", "1", "--device", "cpu"]
+    main(["txt2img", *words, "--model", str(model_folder), "--prediction", "v"])
+    err = capsys.readouterr().err
+    assert err.startswith(f"ldm: {model_folder}: random; ")
+    assert "you asked for v" in err
+    main(["txt2img", *words])
+    assert capsys.readouterr().err == ""
 
 
 def test_every_option_reaches_the_request_and_is_reported(txt2img):
@@ -252,6 +263,7 @@ def test_how_a_model_was_read_is_remembered_and_repeated(txt2img, other_vae):
     used = json.loads(txt2img("a frog", *words)[1])["settings"]["model"]
     assert (used["prediction"], used["ema"], used["vae"]["path"]) == ("v", False, "vae")
     assert used["vae"]["sha256"] == digest(other_vae)
+    assert "you asked for v" in used["why"]
     assert not np.array_equal(pixels("a.png"), pixels("plain.png"))
     text = read_texts("a.png")["parameters"]
     assert f"Model: random, VAE hash: {digest(other_vae)[:10]}, VAE: vae, RNG" in text

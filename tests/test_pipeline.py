@@ -426,7 +426,9 @@ def test_parts_from_elsewhere_and_a_prediction_are_passed_on(pipe, model_folder,
             ):
                 assert torch.equal(ours, theirs)
     assert load(model_folder, cpu).config.diffusion.prediction == "eps"
-    assert load(model_folder, cpu, prediction="v").config.diffusion.prediction == "v"
+    told = load(model_folder, cpu, prediction="v")
+    assert told.config.diffusion.prediction == "v"
+    assert "you asked for v" in told.why
     with pytest.raises(ValueError, match="holds one set of weights"):
         load(model_folder, cpu, ema=True)
 

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import sys
 import types
 import typing
 from collections.abc import Sequence
@@ -40,8 +41,8 @@ class ModelChoice:
         return {name: locate(path) for name, path in named.items() if path is not None}
 
     def load(self, placement: ldm.Placement) -> ldm.Pipeline:
-        """Load it."""
-        return ldm.load(
+        """Load it, and say on stderr what it was taken for and why."""
+        pipe = ldm.load(
             self.model,
             placement,
             prediction=self.prediction,
@@ -50,6 +51,9 @@ class ModelChoice:
             unet=self.unet,
             text_encoder=self.text_encoder,
         )
+        if self.model != BUNDLED:
+            print(f"ldm: {self.model}: {pipe.config.name}; {pipe.why}", file=sys.stderr)
+        return pipe
 
 
 # Field, flag, what --help says. Types and defaults are the dataclass's own.

@@ -162,7 +162,13 @@ def _used(choice: ModelChoice, pipe: ldm.Pipeline, sha256: Mapping[str, str]) ->
     """What the record says of the model, given the digests of its paths."""
     parts = {n: PartUsed(str(getattr(choice, n)), sha256[n]) for n in sha256 if n != "model"}
     return ModelUsed(
-        choice.model, pipe.config.name, sha256["model"], choice.prediction, choice.ema, **parts
+        path=choice.model,
+        name=pipe.config.name,
+        sha256=sha256["model"],
+        why=pipe.why,
+        prediction=choice.prediction,
+        ema=choice.ema,
+        **parts,
     )
 
 
