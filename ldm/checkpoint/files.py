@@ -59,7 +59,8 @@ def identify(
     all of it. (One tensor of a kilobyte is read of SD 2 files, whose names and shapes do not tell eps from v.)
     Raises ValueError saying what is there instead, or what is wrong with it.
     """
-    source = open_source(path, prediction=prediction, check_sha256=check_sha256)
+    sha256 = digest(path) if check_sha256 else None
+    source = open_source(path, prediction=prediction, sha256=sha256)
     check_complete(source, path)
     config = source.config
     return Identity(config.name, config.diffusion.prediction, source.why, source.layout, config)
@@ -181,12 +182,12 @@ def open_source(
     *,
     prediction: Prediction | None = None,
     ema: bool = False,
-    check_sha256: bool = False,
+    sha256: str | None = None,
     pickles: bool = False,
 ) -> Source:
     """Understand what is at `path`, a model or parts of one, without reading it.
 
-    pickles: whether a pickle may be opened, safely. Raises ValueError as `identify` does.
+    sha256: of the file, to look it up among the known ones. pickles: whether a pickle may be opened, safely. Raises ValueError as `identify` does.
     """
     if prediction not in (None, *get_args(Prediction)):
         choices = ", ".join(get_args(Prediction))
@@ -200,8 +201,7 @@ def open_source(
         return open_folder(path, prediction=prediction, pickles=pickles)
     pickled = pickles and is_pickle(path)
     tensors: Tensors = PickledTensors(path) if pickled else TensorFiles([path])
-    known = KNOWN.get(digest(path)) if check_sha256 else None
-    return open_single(tensors, prediction=prediction, ema=ema, known=known)
+    return open_single(tensors, prediction=prediction, ema=ema, known=KNOWN.get(sha256 or ""))
 
 
 def merge(source: Source, replace: Mapping[str, str | Path]) -> Source:

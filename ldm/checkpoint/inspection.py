@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ldm.checkpoint import files
 from ldm.checkpoint.contents import count_ema
-from ldm.checkpoint.files import build, check_complete, left_out, open_source
 from ldm.checkpoint.keymap import inverse
 from ldm.checkpoint.kinds import kind_of
 from ldm.checkpoint.known import KNOWN, digest
@@ -103,7 +103,7 @@ def inspect(
     Raises ValueError for what is no file of tensors and no model folder, saying what it is instead.
     """
     path = Path(path)
-    report = Report(str(path), "")
+    report, sha256 = Report(str(path), ""), None
     if check_sha256 and path.exists():
         sha256 = digest(path)
         known = KNOWN.get(sha256)
@@ -119,7 +119,7 @@ def inspect(
                 report, kind=kind, components=(whole,), problem=f"it is {kind}, not a model"
             )
     try:
-        source = open_source(path, prediction=prediction, check_sha256=check_sha256)
+        source = files.open_source(path, prediction=prediction, sha256=sha256)
     except ValueError as error:
         if path.is_dir():
             raise
@@ -132,11 +132,11 @@ def _of_source(report: Report, source: Source) -> Report:
     path, config = report.path, source.config
     problem, kind = None, "a model"
     try:
-        check_complete(source, path)
+        files.check_complete(source, path)
     except ValueError as error:
         problem = str(error)
         kind = f"a part of a model: {', '.join(source.parts)}"
-    networks = modules(*build(source, path))
+    networks = modules(*files.build(source, path))
     mismatches = compare(networks, source.parts)
     if mismatches and problem is None:
         problem = "names or shapes of its tensors do not match its configuration"
@@ -159,16 +159,16 @@ def _of_source(report: Report, source: Source) -> Report:
         missing=_names(mismatches, "missing"),
         unknown=_names(mismatches, "unknown"),
         misshapen=_names(mismatches, "misshapen"),
-        left_out=left_out(source),
+        left_out=files.left_out(source),
     )
 
 
 def _grouped(names: Sequence[str]) -> list[str]:
-    """`names` with those below the same first word counted, as in "model_ema.* (688)"."""
-    counts = Counter(name.partition(".")[0] for name in names)
-    dotted = {name.partition(".")[0] for name in names if "." in name}
-    groups = (f"{word}.* ({n})" if word in dotted else word for word, n in counts.items())
-    return sorted(groups, key=lambda group: "*" not in group)
+    """`names`, where several begin with the same word and a dot counted, as in "model_ema.* (688)"."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(name.partition(".")[0], []).append(name)
+    return [f"{w}.* ({len(g)})" if len(g) > 1 else g[0] for w, g in groups.items()]
 
 
 def _names(mismatches: list[Mismatch], which: str) -> tuple[str, ...]:
