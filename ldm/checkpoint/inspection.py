@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ldm.checkpoint import files
+from ldm.checkpoint import sources
 from ldm.checkpoint.contents import count_ema
 from ldm.checkpoint.keymap import inverse
 from ldm.checkpoint.kinds import kind_of
@@ -119,7 +119,7 @@ def inspect(
                 report, kind=kind, components=(whole,), problem=f"it is {kind}, not a model"
             )
     try:
-        source = files.open_source(path, prediction=prediction, sha256=sha256)
+        source = sources.open_source(path, prediction=prediction, sha256=sha256)
     except ValueError as error:
         if path.is_dir():
             raise
@@ -132,11 +132,11 @@ def _of_source(report: Report, source: Source) -> Report:
     path, config = report.path, source.config
     problem, kind = None, "a model"
     try:
-        files.check_complete(source, path)
+        sources.check_complete(source, path)
     except ValueError as error:
         problem = str(error)
         kind = f"a part of a model: {', '.join(source.parts)}"
-    networks = modules(*files.build(source, path))
+    networks = modules(*sources.build(source, path))
     mismatches = compare(networks, source.parts)
     if mismatches and problem is None:
         problem = "names or shapes of its tensors do not match its configuration"
@@ -159,7 +159,7 @@ def _of_source(report: Report, source: Source) -> Report:
         missing=_names(mismatches, "missing"),
         unknown=_names(mismatches, "unknown"),
         misshapen=_names(mismatches, "misshapen"),
-        left_out=files.left_out(source),
+        left_out=sources.left_out(source),
     )
 
 

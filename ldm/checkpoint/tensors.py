@@ -1,17 +1,22 @@
 """Tensors in safetensors files: what a file is, told from its first bytes, and its tensors read one at a time."""
 
-import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from io import RawIOBase
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from reprlib import repr as short
+from typing import NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
-MAX_TENSORS = 100_000  # thirty times as many as any model here has
+from ldm.checkpoint.strict_json import MAX_BYTES, parse_json
+
+MAX_HEADER = MAX_BYTES  # safetensors' own limit is ten times as much
+MAX_NAME = 1000  # characters; those of models have up to 130
+MAX_RANK = 8
+MAX_NUMBERS = 2**48  # of one tensor, also of an empty one whose other sizes are not 0
 
 DTYPES = {  # by safetensors' names
     "F64": torch.float64,
@@ -90,15 +95,14 @@ class TensorFiles:
         self.dtypes: dict[str, str] = {}
         self._places: dict[str, _Place] = {}
         for path in paths:
-            data, header = read_header(path)
-            self.metadata = self.metadata or header.pop("__metadata__", {})
-            header.pop("__metadata__", None)
-            for name, entry in header.items():
+            header = read_header(path)
+            self.metadata = self.metadata or header.metadata
+            for name, entry in header.entries.items():
                 if name in self._places:
                     raise ValueError(f"{name!r} is in both {self._places[name].path} and {path}")
-                start, end = entry["data_offsets"]
-                self._places[name] = _Place(path, data + start, end - start)
-                self.shapes[name], self.dtypes[name] = tuple(entry["shape"]), entry["dtype"]
+                size = entry.end - entry.start
+                self._places[name] = _Place(path, header.size + entry.start, size)
+                self.shapes[name], self.dtypes[name] = entry.shape, entry.dtype
 
     def __str__(self) -> str:
         return str(self.paths[0]) if len(self.paths) == 1 else f"{self.paths[0].parent} (shards)"
@@ -143,8 +147,25 @@ class TensorFiles:
             yield path, [name for name in wanted if self._places[name].path == path]
 
 
-def read_header(path: Path) -> tuple[int, dict[str, Any]]:
-    """Return where the data of the safetensors file at `path` begins, and its header: name -> dtype, shape, offsets.
+class Entry(NamedTuple):
+    """What a header says of one tensor: its bytes are those from start to end, counted from the header's end."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+class Header(NamedTuple):
+    """The beginning of a safetensors file. size: its bytes."""
+
+    size: int
+    metadata: dict[str, str]
+    entries: dict[str, Entry]
+
+
+def read_header(path: Path) -> Header:
+    """Read the header of the safetensors file at `path`.
 
     Raises ValueError with what the file is instead, or what is wrong with it.
     """
@@ -158,18 +179,23 @@ def read_header(path: Path) -> tuple[int, dict[str, Any]]:
     with path.open("rb") as file:
         start = file.read(64)
         length = int.from_bytes(start[:8], "little")
-        if start[8:9] != b"{" or length > MAX_HEADER:
+        if start[8:9] != b"{" or length > max(size, MAX_HEADER):
             raise ValueError(f"{path} {_what_else(start)}")
+        if length > MAX_HEADER:
+            raise ValueError(
+                f"{path} has a header of {length:,} bytes, allowed are {MAX_HEADER:,}: it is damaged or no model"
+            )
         file.seek(8)
         text = file.read(length)
     if len(text) < length:
         raise ValueError(_truncated(path, 8 + length, size))
-    header = _parse(path, text)
-    if len(header) > MAX_TENSORS:
-        raise ValueError(
-            f"{path} names {len(header):,} tensors, more than the {MAX_TENSORS:,} that are read"
-        )
-    promised = 8 + length + max((e["data_offsets"][1] for e in _entries(header)), default=0)
+    try:
+        header = parse_json(text)
+        metadata = header.pop("__metadata__", None) or {}
+        entries = {name: _entry(name, value) for name, value in header.items()}
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: its header does not parse ({error})") from error
+    promised = 8 + length + max((entry.end for entry in entries.values()), default=0)
     if size < promised:
         raise ValueError(_truncated(path, promised, size))
     try:
@@ -177,7 +203,7 @@ def read_header(path: Path) -> tuple[int, dict[str, Any]]:
             pass  # checks that offsets, shapes and dtypes agree and cover the file
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-    return 8 + length, header
+    return Header(8 + length, metadata, entries)
 
 
 def _what_else(start: bytes) -> str:
@@ -188,26 +214,22 @@ def _what_else(start: bytes) -> str:
     return f"is not a safetensors file: it starts with {start[:16]!r}"
 
 
-def _entries(header: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    return (entry for name, entry in header.items() if name != "__metadata__")
-
-
-def _parse(path: Path, text: bytes) -> dict[str, Any]:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len({name for name, _ in pairs}) < len(pairs):
-            twice = next(n for n, _ in pairs if [m for m, _ in pairs].count(n) > 1)
-            raise ValueError(f"{twice!r} occurs twice")
-        return dict(pairs)
-
-    try:
-        header: dict[str, Any] = json.loads(text, object_pairs_hook=once)
-        for entry in _entries(header):
-            _, end = entry["data_offsets"]
-            if not all(type(n) is int and n >= 0 for n in (end, *entry["shape"])):
-                raise ValueError(f"bad shape or offset in {entry}")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: its header does not parse ({error})") from error
-    return header
+def _entry(name: str, value: object) -> Entry:
+    """What a header says of the tensor `name`. Raises ValueError for a name or sizes that no tensor has."""
+    if not name.isprintable() or len(name) > MAX_NAME:
+        raise ValueError(
+            f"{short(name)} is no name of a tensor: allowed are {MAX_NAME} printable characters"
+        )
+    match value:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [start, end], **rest} if (
+            not rest
+            and len(dtype) < 20
+            and len(shape) <= MAX_RANK
+            and all(type(n) is int and 0 <= n <= MAX_NUMBERS for n in (*shape, start, end))
+            and math.prod(max(n, 1) for n in shape) <= MAX_NUMBERS
+        ):
+            return Entry(dtype, tuple(shape), start, end)
+    raise ValueError(f"{name!r} has a bad dtype, shape or offset: {short(value)}")
 
 
 def _truncated(path: Path, promised: int, size: int) -> str:

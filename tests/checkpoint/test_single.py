@@ -6,11 +6,12 @@ import json
 import pytest
 import torch
 
-from ldm.checkpoint import files, tables
-from ldm.checkpoint.files import check_fits, identify, load, merge, open_source
+from ldm.checkpoint import files, sources, tables
+from ldm.checkpoint.files import identify, load
 from ldm.checkpoint.known import KnownFile
 from ldm.checkpoint.parts import collect
 from ldm.checkpoint.single import METADATA_KEY
+from ldm.checkpoint.sources import check_fits, merge, open_source
 from ldm.config import (
     PRESETS,
     SD15,
@@ -110,7 +111,7 @@ def test_zero_terminal_snr_makes_an_sdxl_that_starts_at_the_last_timestep(tmp_pa
 def test_a_known_file_is_what_its_digest_says(tmp_path, monkeypatch):
     path = write_hollow(tmp_path / "file", official_shapes("sdxl-base"))
     monkeypatch.setattr(files, "digest", lambda _: "0" * 64)
-    monkeypatch.setitem(files.KNOWN, "0" * 64, KnownFile("sd_xl_turbo", "sdxl-turbo"))
+    monkeypatch.setitem(sources.KNOWN, "0" * 64, KnownFile("sd_xl_turbo", "sdxl-turbo"))
     assert identify(path).config == SDXL_BASE
     identity = identify(path, check_sha256=True)
     assert identity.config == SDXL_TURBO
