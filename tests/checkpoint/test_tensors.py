@@ -75,7 +75,7 @@ def test_a_name_in_two_shards_is_an_error(tmp_path):
         (packed(b'{"a": "\xff"}'), "is damaged: its header does not parse"),
         (packed({"a": 1}), "is damaged: its header does not parse"),
         (packed({"a": entry([2], 0)}), "is damaged: its header does not parse"),
-        (packed({"a": entry([-2], 0, 8)}), "is damaged: .*bad shape or offset"),
+        (packed({"a": entry([-2], 0, 8)}), "is damaged: .*'a' has a bad dtype, shape or offset"),
         (packed({"a": entry(2, 0, 8)}), "is damaged: its header does not parse"),
         (packed({"a": entry([2], 0, 4)}, bytes(4)), "(?i)is damaged: .*invalid"),
         (
