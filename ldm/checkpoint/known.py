@@ -6,10 +6,11 @@ from typing import NamedTuple
 
 
 class KnownFile(NamedTuple):
-    """A published file: its usual name, and the preset that describes it; None for a part of a model."""
+    """A published file: its usual name, its preset (None for a part of a model), and what it is known by."""
 
     name: str
     preset: str | None
+    told_by: str = "sha256"
 
 
 # By preset, then by sha256. From publishers' pages and public lists; a file that is not here is not suspicious.
@@ -77,6 +78,12 @@ KNOWN: dict[str, KnownFile] = {
     sha256: KnownFile(name, preset)
     for preset, files in _FILES.items()
     for sha256, name in files.items()
+}
+
+
+# SDXL-Turbo has the names and shapes of SDXL base, and no other file that is known has its size to the byte.
+KNOWN_SIZES = {
+    6_938_081_905: KnownFile("sd_xl_turbo_1.0_fp16.safetensors", "sdxl-turbo", "size in bytes"),
 }
 
 

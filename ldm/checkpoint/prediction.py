@@ -131,7 +131,7 @@ def _of_caller(asked: Prediction | None, known: KnownFile | None) -> Iterator[_S
         preset = PRESETS[known.preset.removesuffix("-inpainting")]  # those predict as their base
         prediction = preset.diffusion.prediction
         yield _Statement(
-            prediction, f"by its sha256 it is {known.name}, which predicts {prediction}"
+            prediction, f"by its {known.told_by} it is {known.name}, which predicts {prediction}"
         )
 
 

@@ -8,7 +8,7 @@ from typing import get_args
 import torch
 
 from ldm.checkpoint.folder import open_folder
-from ldm.checkpoint.known import KNOWN
+from ldm.checkpoint.known import KNOWN, KNOWN_SIZES
 from ldm.checkpoint.parts import TOWERS, Source, check, modules, recognise
 from ldm.checkpoint.pickles import PickledTensors, is_pickle
 from ldm.checkpoint.single import open_single
@@ -48,7 +48,8 @@ def open_source(
         return open_folder(path, prediction=prediction, pickles=pickles)
     pickled = pickles and is_pickle(path)
     tensors: Tensors = PickledTensors(path) if pickled else TensorFiles([path])
-    return open_single(tensors, prediction=prediction, ema=ema, known=KNOWN.get(sha256 or ""))
+    known = KNOWN.get(sha256 or "") or KNOWN_SIZES.get(path.stat().st_size)
+    return open_single(tensors, prediction=prediction, ema=ema, known=known)
 
 
 def merge(source: Source, replace: Mapping[str, str | Path]) -> Source:

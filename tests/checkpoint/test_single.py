@@ -118,6 +118,18 @@ def test_a_known_file_is_what_its_digest_says(tmp_path, monkeypatch):
     assert "by its sha256 it is sd_xl_turbo" in identity.why
 
 
+def test_sdxl_turbo_is_told_by_its_size_to_the_byte(tmp_path):
+    path = write_hollow(tmp_path / "file", official_shapes("sdxl-base"))
+    metadata = {"x": ""}
+    missing = (
+        6_938_081_905 - write_hollow(path, official_shapes("sdxl-base"), metadata).stat().st_size
+    )
+    metadata["x"] = "x" * missing
+    identity = identify(write_hollow(path, official_shapes("sdxl-base"), metadata))
+    assert identity.config == SDXL_TURBO
+    assert "by its size in bytes it is sd_xl_turbo_1.0_fp16.safetensors" in identity.why
+
+
 @pytest.mark.parametrize("preset", ["sd15", "sd21", "sdxl-base", "sdxl-refiner"])
 def test_schedules_averages_and_constants_beside_a_model_are_known_to_be_useless(preset, tmp_path):
     shapes = official_shapes(preset)
