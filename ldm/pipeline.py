@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ldm.checkpoint import files
 from ldm.config import ModelConfig, Prediction
-from ldm.diffusion.denoiser import consistency, guided, parametrise
+from ldm.diffusion.denoiser import consistency, guided, parametrise, within
 from ldm.diffusion.samplers import SAMPLERS, Step, seeded_noise, start
 from ldm.diffusion.schedule import NoiseSchedule, to_vp
 from ldm.images import to_pil
@@ -79,9 +79,12 @@ class Pipeline:
         predict = guided(
             self.unet, cond, uncond, request.guidance_scale, rescale=request.guidance_rescale
         )
-        denoise = parametrise(
-            predict, self.schedule, self.config.diffusion.prediction, dtype=weight.dtype
-        )
+        kind, dtype = self.config.diffusion.prediction, weight.dtype
+        denoise = parametrise(predict, self.schedule, kind, dtype=dtype)
+        if request.guidance_interval is not None:
+            predict = guided(self.unet, cond, None, 1.0)
+            unguided = parametrise(predict, self.schedule, kind, dtype=dtype)
+            denoise = within(request.guidance_interval, denoise, unguided)
         if request.sampler == "lcm":
             denoise = consistency(denoise, self.schedule)
 

@@ -27,6 +27,9 @@ class Request:
     steps: int | None = None  # 1 .. 1000
     guidance_scale: float | None = None  # 0 or more; guidance is off up to 1
     guidance_rescale: float = 0.0  # 0 .. 1, see `guided`
+    guidance_interval: tuple[float, float] | None = (
+        None  # guide only at noise levels low < sigma <= high; None: at all of them
+    )
     sampler: str | None = None  # a name in SAMPLERS
     spacing: Spacing | None = None  # see `NoiseSchedule.steps`
     width: int | None = None  # pixels
@@ -61,6 +64,9 @@ class Request:
             if getattr(self, name) is not None:
                 _check_number(name, getattr(self, name), 0)
         _check_number("guidance_rescale", self.guidance_rescale, 0, 1)
+        if self.guidance_interval is not None:
+            interval = _checked_interval("guidance_interval", self.guidance_interval)
+            object.__setattr__(self, "guidance_interval", interval)
         if self.sampler is not None:
             _check_choice("sampler", self.sampler, SAMPLERS)
         if self.spacing is not None:
@@ -170,6 +176,17 @@ def _check_number(name: str, value: Any, low: float, high: float = math.inf) -> 
     real = isinstance(value, int | float) and not isinstance(value, bool)
     if not real or not math.isfinite(value) or not low <= value <= high:
         raise ValueError(f"{name} must be a finite number{_range(low, high)}, got {value!r}")
+
+
+def _checked_interval(name: str, value: Any) -> tuple[float, float]:
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise ValueError(f"{name} must be two noise levels, low and high, got {value!r}")
+    for level in value:
+        _check_number(name, level, 0)
+    low, high = map(float, value)
+    if not low < high:
+        raise ValueError(f"{name} must be two noise levels, the lower one first, got {value!r}")
+    return low, high
 
 
 def _range(low: float, high: float) -> str:

@@ -108,6 +108,16 @@ def test_every_option_reaches_the_request_and_is_reported(txt2img):
     assert pixels("frog-00002.png").shape == (20, 36, 3)
 
 
+def test_a_guidance_interval_is_two_numbers_and_remembered(txt2img):
+    words = ["--guidance-interval", "0.5", "3", "--out", "a.png", "--json"]
+    settings = json.loads(txt2img("a frog", *words)[1])["settings"]
+    assert settings["request"]["guidance_interval"] == [0.5, 3.0]
+    assert txt2img("--from", "a.png", "--out", "b.png", model=False)[0] == 0
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+    txt2img("a frog", "--out", "c.png")
+    assert not np.array_equal(pixels("a.png"), pixels("c.png"))
+
+
 def test_one_grid_holds_all_the_pictures(txt2img):
     assert txt2img("a frog", "--images", "3", "--grid", "--out", "grid.png")[:2] == (
         0,
@@ -366,6 +376,8 @@ def test_a_picture_without_a_readable_record_cannot_be_repeated(txt2img, text, m
         (["a frog", "--steps", "0"], "steps must be a whole number from 1 to 1000, got 0"),
         (["a frog", "--steps", "many"], "argument --steps: invalid int value: 'many'"),
         (["a frog", "--guidance", "nan"], "guidance_scale must be a finite number, 0 or more"),
+        (["a frog", "--guidance-interval", "1"], "--guidance-interval: expected 2 arguments"),
+        (["a frog", "--guidance-interval", "2", "1"], "two noise levels, the lower one first"),
         (["a frog", "--sampler", "plms"], "sampler must be one of ddpm, ddim"),
         (["a frog", "--seed", str(2**64)], "seeds must lie below 2^64"),
         (

@@ -54,6 +54,22 @@ def pixels(picture: Image.Image) -> np.ndarray:
         ({"guidance_scale": math.inf}, "guidance_scale must be a finite number, 0 or more"),
         ({"guidance_scale": -1.0}, "guidance_scale must be a finite number, 0 or more, got -1.0"),
         ({"guidance_rescale": 2}, "guidance_rescale must be a finite number from 0 to 1, got 2"),
+        (
+            {"guidance_interval": 1.0},
+            "guidance_interval must be two noise levels, low and high, got 1",
+        ),
+        ({"guidance_interval": (1, 2, 3)}, "two noise levels, low and high, got \\(1, 2, 3\\)"),
+        ({"guidance_interval": (2, 1)}, "two noise levels, the lower one first, got \\(2, 1\\)"),
+        ({"guidance_interval": (1, 1)}, "two noise levels, the lower one first, got \\(1, 1\\)"),
+        (
+            {"guidance_interval": (-1, 1)},
+            "guidance_interval must be a finite number, 0 or more, got -1",
+        ),
+        (
+            {"guidance_interval": (1, math.inf)},
+            "guidance_interval must be a finite number.* got inf",
+        ),
+        ({"guidance_interval": ("a", 1)}, "guidance_interval must be a finite number.* got 'a'"),
         ({"sampler": "plms"}, f"sampler must be one of {', '.join(SAMPLERS)}, got 'plms'"),
         ({"spacing": "even"}, "spacing must be one of leading, trailing, linspace, karras"),
         ({"width": 0}, "width must be a whole number, 1 or more, got 0"),
@@ -235,6 +251,41 @@ def test_guidance_up_to_1_ignores_the_negative_prompt_and_above_1_follows_it(pip
     assert np.array_equal(picture(1.0, ""), picture(0.0, ""))
     assert not np.array_equal(picture(3.0, ""), picture(3.0, "blurry"))
     assert not np.array_equal(picture(3.0, ""), picture(3.0, "", rescale=0.7))
+
+
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "heun", "lcm"])
+def test_an_interval_of_all_levels_changes_nothing_and_one_of_none_turns_guidance_off(
+    pipe, sampler
+):
+    request = dataclasses.replace(FROG, sampler=sampler)
+
+    def last(**changes) -> torch.Tensor:
+        *_, step = pipe.stream(dataclasses.replace(request, **changes))
+        return step.x
+
+    assert torch.equal(last(guidance_interval=(0, 20)), last())
+    assert torch.equal(last(guidance_interval=(20, 21)), last(guidance_scale=1.0))
+    interval = (0, pipe.schedule.steps(3)[1].item())  # of three levels the lower two
+    assert not torch.equal(last(guidance_interval=interval), last())
+    assert not torch.equal(last(guidance_interval=interval), last(guidance_scale=1.0))
+
+
+def test_only_levels_within_the_interval_cost_two_passes(pipe, monkeypatch):
+    batches = []
+    forward = pipe.unet.forward
+    monkeypatch.setattr(
+        pipe.unet, "forward", lambda z, *rest: batches.append(len(z)) or forward(z, *rest)
+    )
+    high, middle, low, _ = pipe.schedule.steps(3).tolist()
+    for interval, expected in [
+        (None, [2, 2, 2]),
+        ((low, middle), [1, 2, 1]),  # low itself is outside, middle inside
+        ((middle, high), [2, 1, 1]),
+        ((0, middle), [1, 2, 2]),
+    ]:
+        batches.clear()
+        list(pipe.stream(dataclasses.replace(FROG, guidance_interval=interval)))
+        assert batches == expected
 
 
 def test_without_guidance_the_negative_prompt_is_not_encoded(pipe, monkeypatch):

@@ -84,6 +84,11 @@ REQUEST_OPTIONS = (
         "how strongly the prompt steers; up to 1: without guidance (default: the model's)",
     ),
     ("guidance_rescale", "--rescale", "0 to 1: take back the contrast that guidance adds"),
+    (
+        "guidance_interval",
+        "--guidance-interval",
+        "guide only at noise levels above LOW, up to HIGH: faster, another picture (default: at all)",
+    ),
     ("seed", "--seed", "of the first picture, the next has the next; negative: a random one"),
     ("images", "--images", "how many pictures"),
     ("width", "--width", "pixels (default: the model's)"),
@@ -116,7 +121,7 @@ REQUEST_OPTIONS = (
 EVALUATE_OPTIONS = tuple(
     option
     for option in REQUEST_OPTIONS
-    if option[0] in ("steps", "sampler", "spacing", "guidance_scale", "guidance_rescale", "seed")
+    if option[0] in ("steps", "sampler", "spacing", "seed") or option[0].startswith("guidance")
 )
 PLACEMENT_OPTIONS = (
     ("device", "--device", "cpu, cuda, cuda:N or mps; default: the GPU if there is one"),
@@ -142,16 +147,24 @@ def add_options(
             continue
         if defaults[name] is not None:
             text += f" (default: {defaults[name]})"
+        kind, words = _words(hints[name])
         parser.add_argument(
-            flag, dest=name, type=_scalar(hints[name]), metavar=flag[2:].upper(), help=text
+            flag,
+            dest=name,
+            type=kind,
+            nargs=words,
+            metavar=flag[2:].upper() if words is None else ("LOW", "HIGH"),
+            help=text,
         )
 
 
-def _scalar(hint: Any) -> type:
-    """The type that reads a command-line word into a field of this annotation: int, float or str."""
+def _words(hint: Any) -> tuple[type, int | None]:
+    """What reads a command-line word into a field of this annotation, int, float or str; and 2 for a pair of them."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         hint = get_args(hint)[0]
-    return hint if hint in (int, float) else str
+    if typing.get_origin(hint) is tuple:
+        return get_args(hint)[0], 2
+    return (hint if hint in (int, float) else str), None
 
 
 def given(args: argparse.Namespace, options: Sequence[tuple[str, str, str]]) -> dict[str, Any]:

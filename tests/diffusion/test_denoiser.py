@@ -8,7 +8,7 @@ from diffusers import LCMScheduler
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from torch import nn
 
-from ldm.diffusion.denoiser import consistency, guided, parametrise, to_x0
+from ldm.diffusion.denoiser import consistency, guided, parametrise, to_x0, within
 from ldm.diffusion.schedule import NoiseSchedule, to_ve, to_vp
 
 SCHEDULE = NoiseSchedule()
@@ -137,6 +137,19 @@ def test_guidance_of_a_half_precision_network_is_summed_in_fp32():
     with_text, without = (network(z.bfloat16(), timesteps, *c).float() for c in (cond, uncond))
     assert half.dtype == torch.float32
     assert torch.allclose(half, without + 12 * (with_text - without), atol=1e-5)
+
+
+def test_an_interval_holds_its_upper_end_and_not_its_lower_one():
+    denoise = within((1.0, 2.0), lambda x, sigma: x + 1, lambda x, sigma: x - 1)
+    levels = [0.0, 1.0, 1.0 + 1e-9, 2.0, 2.0 + 1e-9, 4096.0]
+    moved = [float(denoise(torch.zeros(1), torch.tensor(s, dtype=torch.float64))) for s in levels]
+    assert moved == [-1, -1, 1, 1, -1, -1]
+
+
+@pytest.mark.parametrize("interval", [(1.0, 1.0), (2.0, 1.0), (-1.0, 1.0), (math.nan, 1.0)])
+def test_an_interval_that_is_none_is_refused(interval):
+    with pytest.raises(ValueError, match=r"must satisfy 0 <= low < high, got (1|2|-1|nan)"):
+        within(interval, lambda x, sigma: x, lambda x, sigma: x)
 
 
 def test_consistency_scalings_equal_diffusers_and_are_the_identity_at_timestep_0():
