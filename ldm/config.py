@@ -4,11 +4,13 @@ A preset holds every number that a checkpoint dictates; nothing else in the pack
 """
 
 import dataclasses
+import sys
 import tomllib
 import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
@@ -45,12 +47,14 @@ class UNetConfig:
         if not len(self.channels) == len(self.depth) == len(self.heads):
             raise ValueError(
                 "channels, depth and heads need one entry per level, got "
-                f"{self.channels}, {self.depth} and {self.heads}"
+                f"{short(self.channels)}, {short(self.depth)} and {short(self.heads)}"
             )
         for channels, heads in zip(self.channels, self.heads, strict=True):
             for divisor, what in ((self.norm_groups, "norm_groups"), (heads, "heads")):
                 if divisor < 1 or channels % divisor:
-                    raise ValueError(f"{channels} channels are not divisible by {divisor} {what}")
+                    raise ValueError(
+                        f"{short(channels)} channels are not divisible by {short(divisor)} {what}"
+                    )
 
 
 @dataclass(frozen=True)
@@ -274,12 +278,12 @@ def from_dict(table: dict[str, Any], kind: type[T], where: str = "") -> T:
     unknown = sorted(set(table) - set(fields))
     if unknown:
         raise ValueError(
-            f"{where}: unknown {', '.join(map(repr, unknown))}; valid keys: {', '.join(fields)}"
+            f"{where}: unknown {', '.join(map(short, unknown[:3]))}; valid keys: {', '.join(fields)}"
         )
     values = {k: _convert(v, hints[k], f"{where}: {k}") for k, v in table.items()}
     try:
         return kind(**values)
-    except TypeError as error:  # a required key is missing
+    except (TypeError, ValueError) as error:  # a required key is missing; values do not go together
         raise ValueError(f"{where}: {error}") from error
 
 
@@ -291,15 +295,16 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
     if origin is Literal:
         if value in args:
             return value
-        raise ValueError(f"{where} must be one of {', '.join(map(repr, args))}, got {value!r}")
+        raise ValueError(f"{where} must be one of {', '.join(map(repr, args))}, got {short(value)}")
     if origin is tuple and isinstance(value, list | tuple):
         return tuple(_convert(v, args[0], where) for v in value)
     if origin in (typing.Union, types.UnionType):
         return _convert(value, args[0], where)  # "X | None": TOML has no null
-    if kind is float and type(value) is int:
-        return float(value)
-    if isinstance(kind, type) and type(value) is kind:
+    if kind is float:
+        if type(value) in (int, float) and abs(value) <= sys.float_info.max:  # false for NaN
+            return float(value)
+    elif isinstance(kind, type) and type(value) is kind:
         return value
     if kind is Path and isinstance(value, str):
         return Path(value)
-    raise ValueError(f"{where} must be {getattr(kind, '__name__', kind)}, got {value!r}")
+    raise ValueError(f"{where} must be {getattr(kind, '__name__', kind)}, got {short(value)}")

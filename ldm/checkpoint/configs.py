@@ -4,6 +4,7 @@ Unknown keys are ignored and missing ones take the classes' own defaults, as tho
 change the numbers in a way this package does not implement is an error.
 """
 
+from reprlib import repr as short
 from typing import Any
 
 from ldm.config import DiffusionConfig, TextConfig, UNetConfig, VAEConfig, from_dict
@@ -74,7 +75,7 @@ def unet_from_json(json: Json, where: str) -> UNetConfig:
     attends = ["CrossAttn" in str(name) for name in downs]
     if (downs, ups) != _block_types(attends) or len(downs) != levels:
         raise ValueError(
-            f"{where}: down_block_types {downs} and up_block_types {ups} are not supported; allowed are "
+            f"{where}: down_block_types {short(downs)} and up_block_types {short(ups)} are not supported; allowed are "
             "(CrossAttn)DownBlock2D, one per entry of block_out_channels, and the mirrored up blocks"
         )
     layers = _per_level(json.get("transformer_layers_per_block", 1), levels)
@@ -143,7 +144,7 @@ def vae_from_json(json: Json, where: str) -> VAEConfig:
         ("up_block_types", "UpDecoderBlock2D"),
     ):
         if (types := json.get(key, [name])) != [name] * len(channels):
-            raise ValueError(f"{where}: {key} must be {name} for every level, got {types}")
+            raise ValueError(f"{where}: {key} must be {name} for every level, got {short(types)}")
     table = {
         "channels": channels,
         "res_blocks": json.get("layers_per_block", 1),
@@ -234,9 +235,9 @@ def diffusion_from_json(json: Json, where: str) -> DiffusionConfig:
     name = str(json.get("_class_name", "DDIMScheduler"))
     predictions = {theirs: ours for ours, theirs in _PREDICTIONS.items()}
     prediction = json.get("prediction_type", "epsilon")
-    if name.startswith(("EDM", "CosineDPM", "Flow")) or prediction not in predictions:
+    if name.startswith(("EDM", "CosineDPM", "Flow")) or prediction not in list(predictions):
         raise ValueError(
-            f"{where}: {name} with prediction_type {prediction!r} is not supported; allowed are discrete "
+            f"{where}: {name[:100]} with prediction_type {short(prediction)} is not supported; allowed are discrete "
             f"schedulers with one of {', '.join(predictions)}"
         )
     if missing := [key for key in ("beta_schedule", "beta_start", "beta_end") if key not in json]:
@@ -290,14 +291,16 @@ def _check_fixed(json: Json, fixed: dict[str, tuple[Any, ...]], where: str) -> N
     for key, allowed in fixed.items():
         if json.get(key, allowed[0]) not in allowed:
             raise ValueError(
-                f"{where}: {key} {json[key]!r} is not supported; allowed: {', '.join(map(repr, allowed))}"
+                f"{where}: {key} {short(json[key])} is not supported; allowed: {', '.join(map(repr, allowed))}"
             )
 
 
 def _list(json: Json, key: str, default: list[Any], where: str) -> list[Any]:
     value = json.get(key, default)
     if not isinstance(value, list) or not value:
-        raise ValueError(f"{where}: {key} must be a list with one entry per level, got {value!r}")
+        raise ValueError(
+            f"{where}: {key} must be a list with one entry per level, got {short(value)}"
+        )
     return value
 
 

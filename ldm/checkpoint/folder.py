@@ -18,6 +18,7 @@ from ldm.checkpoint.configs import Json
 from ldm.checkpoint.contents import Place, vae_part
 from ldm.checkpoint.parts import TOWERS, Model, ModelLike, Part, Source, collect, recognise
 from ldm.checkpoint.pickles import PickledTensors
+from ldm.checkpoint.strict_json import MAX_BYTES, parse_json
 from ldm.checkpoint.tensors import TensorFiles, Tensors
 from ldm.config import SD15, ModelConfig, Prediction, VAEConfig, from_dict
 from ldm.models.text import EOS, Tokenizer
@@ -273,12 +274,13 @@ def _config(folder: Path, part: str, name: str = "config.json") -> tuple[Json, s
 def _read_json(path: Path) -> Json:
     """The JSON object at `path`. Raises ValueError if there is none."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            value = parse_json(file.read(MAX_BYTES + 1))
     except OSError as error:
         raise ValueError(
             f"{path} cannot be read ({error.strerror}): fetch the folder again"
         ) from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error}): fetch it again") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")

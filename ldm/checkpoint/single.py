@@ -37,6 +37,7 @@ from ldm.checkpoint.shapes import (
     unet_from_shapes,
     vae_from_shapes,
 )
+from ldm.checkpoint.strict_json import parse_json
 from ldm.checkpoint.tensors import Tensors
 from ldm.config import (
     PRESETS,
@@ -179,8 +180,8 @@ def _stand_ins(text: TextConfig, like: Tensor) -> dict[str, Tensor]:
 def _from_metadata(tensors: Tensors, prediction: Prediction | None) -> tuple[ModelConfig, str]:
     where = f"{tensors}, metadata {METADATA_KEY}"
     try:
-        table = json.loads(tensors.metadata[METADATA_KEY])
-    except (ValueError, RecursionError) as error:
+        table = parse_json(tensors.metadata[METADATA_KEY].encode())
+    except ValueError as error:
         raise ValueError(f"{where} is not valid JSON: {error}") from error
     if not isinstance(table, dict):
         raise ValueError(f"{where} must be a JSON object, got {type(table).__name__}")

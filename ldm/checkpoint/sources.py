@@ -3,24 +3,24 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from reprlib import repr as short
 from typing import get_args
 
 import torch
 
 from ldm.checkpoint.folder import open_folder
 from ldm.checkpoint.known import KNOWN, KNOWN_SIZES
+from ldm.checkpoint.limits import check_limits
 from ldm.checkpoint.parts import TOWERS, Source, check, modules, recognise
 from ldm.checkpoint.pickles import PickledTensors, is_pickle
 from ldm.checkpoint.single import open_single
 from ldm.checkpoint.tensors import TensorFiles, Tensors
-from ldm.config import ModelConfig, Prediction
+from ldm.config import Prediction
 from ldm.models.text import TextEncoder
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
 
 REPLACEABLE = ("unet", "vae", "text_encoder")
-MAX_BLOCKS = 1000  # residual and transformer blocks; SDXL's UNet has 85
-MAX_TOKENS = 4096  # CLIP reads 77
 
 
 def open_source(
@@ -40,16 +40,21 @@ def open_source(
         choices = ", ".join(get_args(Prediction))
         raise ValueError(f"prediction must be one of {choices}, got {prediction!r}")
     path = Path(path)
-    if path.is_dir():
-        if ema:
-            raise ValueError(
-                f"{path} is a folder, which holds one set of weights: leave out ema, or give the single file"
-            )
-        return open_folder(path, prediction=prediction, pickles=pickles)
-    pickled = pickles and is_pickle(path)
-    tensors: Tensors = PickledTensors(path) if pickled else TensorFiles([path])
-    known = KNOWN.get(sha256 or "") or KNOWN_SIZES.get(path.stat().st_size)
-    return open_single(tensors, prediction=prediction, ema=ema, known=known)
+    try:
+        if path.is_dir():
+            if ema:
+                raise ValueError(
+                    f"{path} is a folder, which holds one set of weights: leave out ema, or give the single file"
+                )
+            return open_folder(path, prediction=prediction, pickles=pickles)
+        pickled = pickles and is_pickle(path)
+        tensors: Tensors = PickledTensors(path) if pickled else TensorFiles([path])
+        known = KNOWN.get(sha256 or "") or KNOWN_SIZES.get(path.stat().st_size)
+        return open_single(tensors, prediction=prediction, ema=ema, known=known)
+    except ValueError as error:
+        if str(path) in str(error):
+            raise
+        raise ValueError(f"{path}: {error}") from error  # of numbers that do not go together
 
 
 def merge(source: Source, replace: Mapping[str, str | Path]) -> Source:
@@ -139,18 +144,14 @@ def _replaced(source: Source, other: Source, name: str, path: str | Path) -> Sou
 def build(source: Source, path: str | Path) -> tuple[UNet, VAE, TextEncoder]:
     """Return the source's networks on the meta device. Raises ValueError if its configuration describes none."""
     config = source.config
-    _check_size(config, path)
     tokenizers = source.tokenizers()
     for tokenizer, text in zip(tokenizers, config.text, strict=True):
         if len(tokenizer.vocab) > text.vocab_size:
             raise ValueError(
-                f"the tokenizer of {path} has {len(tokenizer.vocab)} tokens, its text encoder knows {text.vocab_size}"
+                f"the tokenizer of {path} has {len(tokenizer.vocab)} tokens, its text encoder knows "
+                f"{short(text.vocab_size)}"
             )
-    width = sum(text.width for text in config.text)
-    if width != config.unet.context_dim:
-        raise ValueError(
-            f"the text encoder of {path} is {width} wide, its unet attends to {config.unet.context_dim}"
-        )
+    check_limits(config, path)
     try:
         with torch.device("meta"):
             text_encoder = TextEncoder(config.text, tokenizers)
@@ -158,26 +159,5 @@ def build(source: Source, path: str | Path) -> tuple[UNet, VAE, TextEncoder]:
     except (
         Exception
     ) as error:  # whatever torch and transformers raise for numbers that do not go together
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split())[:200]
         raise ValueError(f"the configuration of {path} describes no model: {reason}") from error
-
-
-def _check_size(config: ModelConfig, path: str | Path) -> None:
-    """Raise ValueError for more blocks than a model has: even without memory, building them would take hours."""
-    unet, vae = config.unet, config.vae
-    counts = {
-        "the unet": (sum(unet.depth) + len(unet.channels)) * (2 * unet.res_blocks + 1)
-        + unet.mid_depth,
-        "the vae": len(vae.channels) * (2 * vae.res_blocks + 1),
-        **{f"text encoder {i}": text.layers for i, text in enumerate(config.text)},
-    }
-    for what, count in counts.items():
-        if not 0 < count <= MAX_BLOCKS:
-            raise ValueError(
-                f"{what} of {path} is said to have {count} blocks; models have 1 to {MAX_BLOCKS}"
-            )
-    for text in config.text:
-        if not 2 < text.max_length <= MAX_TOKENS:
-            raise ValueError(
-                f"the text encoder of {path} is said to read {text.max_length} tokens; models read 3 to {MAX_TOKENS}"
-            )

@@ -355,7 +355,11 @@ def test_a_model_with_its_own_vocabulary_and_padding_comes_back(tmp_path):
             {"cross_attention_dim": 64},
             "the text encoder of .* is 32 wide, its unet attends to 64",
         ),
-        ("unet", {"block_out_channels": [32, -64]}, "the configuration of .* describes no model"),
+        (
+            "unet",
+            {"block_out_channels": [32, -64]},
+            "the unet's width of .* is said to be -64; models",
+        ),
         ("text_encoder", {"num_attention_heads": 5}, "the configuration of .* describes no model"),
         (
             "text_encoder",
