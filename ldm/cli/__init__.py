@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 import ldm
 from ldm.cli import files, training, txt2img
+from ldm.cli.allocator import keep_freed_memory
 
 
 class Parser(argparse.ArgumentParser):
@@ -25,7 +26,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the `ldm` command on `argv` (default: the process's arguments) and return its exit code."""
+    """Run the `ldm` command on `argv` and return its exit code.
+
+    argv: None takes the process's own arguments; the process is then the command's, and so is its allocator.
+    """
+    if argv is None:
+        keep_freed_memory()
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = _show_warning
