@@ -12,7 +12,7 @@ Without guidance, `Network` is any function of (z, timesteps), such as a lambda 
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -68,7 +68,8 @@ def parametrise(
         )
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-        timesteps = schedule.timestep(sigma).to(x).expand(len(x))
+        # Filled in on the device: a copy from the CPU would wait for all that is queued there.
+        timesteps = x.new_full((len(x),), float(schedule.timestep(sigma)))
         predicted = network(to_vp(x, sigma).to(dtype or x.dtype), timesteps)
         return to_x0(predicted.to(x.dtype), x, sigma, prediction)
 
@@ -83,6 +84,7 @@ def guided(
     *,
     rescale: float = 0.0,
     batched: bool = True,
+    prepare: Callable[..., Sequence[Any]] | None = None,
 ) -> Network:
     """Steer `network` from `uncond` towards `cond` with classifier-free guidance.
 
@@ -96,6 +98,8 @@ def guided(
       prediction (Lin et al. 2023, section 3.4); 0.7 for zero terminal SNR.
     batched: one call on uncond and cond together, 2b; False makes two calls on b, slower but with
       half of the activations in memory.
+    prepare: called once with each condition that the network is to see, as prepare(*condition); what
+      it returns follows the timesteps instead. `UNet.prepare` does once what all steps share.
     The sum is made in fp32 or better, whatever the network computes in.
     Raises ValueError for a negative scale, a rescale outside 0 .. 1, a missing uncond, and for
     conditions of unlike shapes, which one batch cannot hold.
@@ -104,20 +108,23 @@ def guided(
         raise ValueError(f"the guidance scale must be 0 or more, got {scale}")
     if not 0 <= rescale <= 1:
         raise ValueError(f"guidance rescale must lie in 0 .. 1, got {rescale}")
+    prepare = prepare or (lambda *condition: condition)
     if scale <= 1:
-        return lambda z, timesteps: network(z, timesteps, *cond)
+        alone = prepare(*cond)
+        return lambda z, timesteps: network(z, timesteps, *alone)
     if uncond is None:
         raise ValueError(f"a guidance scale of {scale} needs an unconditional condition, got None")
     if batched:
-        both = [_cat(u, c) for u, c in zip(uncond, cond, strict=True)]
+        both = prepare(*[_cat(u, c) for u, c in zip(uncond, cond, strict=True)])
+    else:
+        each = prepare(*uncond), prepare(*cond)
 
     def predict(z: Tensor, timesteps: Tensor) -> Tensor:
         if batched:
             zz, tt = torch.cat([z, z]), torch.cat([timesteps, timesteps])  # 2b c h w, 2b
             without, given = _widen(network(zz, tt, *both)).chunk(2)
         else:
-            without = _widen(network(z, timesteps, *uncond))
-            given = _widen(network(z, timesteps, *cond))
+            without, given = (_widen(network(z, timesteps, *one)) for one in each)
         steered = without + scale * (given - without)
         if rescale:
             ratio = _std(given) / _std(steered)

@@ -245,7 +245,12 @@ def _drawn(noise: Noise | None, *, like: Tensor) -> Tensor:
         raise ValueError(
             "this sampler draws noise, got None; pass noise=seeded_noise(seeds, shape)"
         )
-    return noise().to(like)
+    drawn = noise()
+    if (
+        like.is_cuda
+    ):  # from page-locked memory a copy need not wait for what the device has yet to do
+        drawn = drawn.pin_memory()
+    return drawn.to(like, non_blocking=drawn.is_pinned())
 
 
 def _levels(sigmas: Tensor) -> Iterator[tuple[int, float, float]]:

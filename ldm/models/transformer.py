@@ -1,11 +1,20 @@
 """The spatial transformer: self-attention over pixels, cross-attention to the text, and a gated MLP."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.models.attention import Attend, sdpa
+
+
+class KeysValues(NamedTuple):
+    """What an attention makes of its context, b h m d each: the same at every step of sampling."""
+
+    keys: Tensor
+    values: Tensor
 
 
 class Attention(nn.Module):
@@ -27,18 +36,23 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_dim, dim, bias=False)
         self.to_out = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """Map x: b n d with context: b m context_dim to b n d."""
-        context = x if context is None else context
-        q, k, v = (
-            rearrange(t, "b n (h d) -> b h n d", h=self.heads)
-            for t in (self.to_q(x), self.to_k(context), self.to_v(context))
-        )
+    def project(self, context: Tensor) -> KeysValues:
+        """Map context: b m context_dim to keys and values, which `forward` takes in its place."""
+        return KeysValues(self._split(self.to_k(context)), self._split(self.to_v(context)))
+
+    def forward(self, x: Tensor, context: Tensor | KeysValues | None = None) -> Tensor:
+        """Map x: b n d with context: b m context_dim, projected or not yet, to b n d."""
+        if not isinstance(context, KeysValues):
+            context = self.project(x if context is None else context)
+        q, (k, v) = self._split(self.to_q(x)), context
         if self.upcast and x.dtype == torch.float16:  # bf16 has the range of fp32
             q, k, v = q.float(), k.float(), v.float()
         attended = self.attend(q, k, v).to(x.dtype)
         out: Tensor = self.to_out(rearrange(attended, "b h n d -> b n (h d)"))
         return out
+
+    def _split(self, x: Tensor) -> Tensor:
+        return rearrange(x, "b n (h d) -> b h n d", h=self.heads)
 
 
 class GEGLU(nn.Module):
@@ -68,12 +82,16 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim)
         self.ff = GEGLU(dim)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """Map x: b n d with context: b m context_dim to b n d."""
+    def forward(self, x: Tensor, context: Tensor | KeysValues) -> Tensor:
+        """Map x: b n d with context: b m context_dim, or projected by `attn2`, to b n d."""
         x = x + self.attn1(self.norm1(x))
         x = x + self.attn2(self.norm2(x), context)
         out: Tensor = x + self.ff(self.norm3(x))
         return out
+
+
+# The context of a whole network: b m context_dim, or what each of its blocks makes of that.
+Context = Tensor | dict[TransformerBlock, KeysValues]
 
 
 class SpatialTransformer(nn.Module):
@@ -99,8 +117,8 @@ class SpatialTransformer(nn.Module):
         )
         self.proj_out = nn.Linear(dim, dim) if linear else nn.Conv2d(dim, dim, 1)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """Map x: b c h w with context: b m context_dim to b c h w."""
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """Map x: b c h w with context: b m context_dim, or `UNet.prepare`'s, to b c h w."""
         height = x.shape[-2]
         h = self.norm(x)
 
@@ -109,7 +127,7 @@ class SpatialTransformer(nn.Module):
         h = self.proj_in(h) if self.linear else h
 
         for block in self.blocks:
-            h = block(h, context)
+            h = block(h, context[block] if isinstance(context, dict) else context)
 
         h = self.proj_out(h) if self.linear else h
         h = rearrange(h, "b (h w) c -> b c h w", h=height)

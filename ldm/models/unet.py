@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ldm.config import UNetConfig
 from ldm.models.layers import ResBlock, timestep_embedding
-from ldm.models.transformer import SpatialTransformer
+from ldm.models.transformer import Context, SpatialTransformer, TransformerBlock
 
 
 class Stage(nn.Module):
@@ -32,7 +32,7 @@ class Stage(nn.Module):
         self.downsample, self.upsample = downsample, upsample
 
     def forward(
-        self, x: Tensor, emb: Tensor, context: Tensor, size: torch.Size | None = None
+        self, x: Tensor, emb: Tensor, context: Context, size: torch.Size | None = None
     ) -> Tensor:
         """Map x: b c h w to b c' h' w'; `size` is what an upsampling stage grows to."""
         if self.conv is not None:
@@ -57,7 +57,7 @@ class Middle(nn.Module):
         super().__init__()
         self.res_in, self.transformer, self.res_out = res_in, transformer, res_out
 
-    def forward(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, context: Context) -> Tensor:
         """Map b c h w to b c h w."""
         out: Tensor = self.res_out(self.transformer(self.res_in(x, emb), context), emb)
         return out
@@ -131,7 +131,17 @@ class Encoder(nn.Module):
             emb = emb + self.vector_embed(vector.to(dtype))
         return emb
 
-    def encode(self, x: Tensor, emb: Tensor, context: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def prepare(
+        self, context: Tensor, vector: Tensor | None = None
+    ) -> tuple[Context, Tensor | None]:
+        """Return what `forward` may be given in place of these two, to do once what is the same at every step.
+
+        The context becomes the keys and values of each block: the numbers are the same, until the weights change.
+        """
+        blocks = (part for part in self.modules() if isinstance(part, TransformerBlock))
+        return {block: block.attn2.project(context) for block in blocks}, vector
+
+    def encode(self, x: Tensor, emb: Tensor, context: Context) -> tuple[Tensor, list[Tensor]]:
         """Run `down` and `mid`: x b c h w to the middle's output and one skip per `down` stage."""
         skips = []
         for stage in self.down:
@@ -167,16 +177,16 @@ class UNet(Encoder):
         self,
         x: Tensor,
         timesteps: Tensor,
-        context: Tensor,
+        context: Context,
         vector: Tensor | None = None,
         residuals: Sequence[Tensor] | None = None,
     ) -> Tensor:
         """Predict from noisy latents.
 
         x: b in_channels h w, variance-preserving scale. timesteps: b, 0..999, fractions allowed.
-        context: b n context_dim. vector: b vector_dim, for models that have one. residuals: a
-        ControlNet's outputs, one per `down` stage and one for the middle, added to the skips and
-        the middle. Returns b out_channels h w.
+        context: b n context_dim, or what `prepare` made of it. vector: b vector_dim, for models
+        that have one. residuals: a ControlNet's outputs, one per `down` stage and one for the
+        middle, added to the skips and the middle. Returns b out_channels h w.
         Raises ValueError if a needed vector is missing.
         """
         emb = self.embed(timesteps, vector, x.dtype)

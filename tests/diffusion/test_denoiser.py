@@ -130,6 +130,29 @@ def test_contexts_of_unlike_length_work_in_two_calls():
         guided(network, cond, uncond, 2.0)
 
 
+@pytest.mark.parametrize(
+    ("scale", "batched", "calls"), [(1.0, True, 1), (2.0, True, 1), (2.0, False, 2)]
+)
+def test_what_is_made_of_a_condition_once_is_given_to_every_call(scale, batched, calls):
+    network, z, timesteps = Convolution(), draw(2, 4, 8, 8), torch.tensor([3.0, 900.0])
+    cond, uncond = (draw(2, 5, 3, seed=1), draw(2, 6)), (draw(2, 5, 3, seed=2), draw(2, 6, seed=3))
+    plain = guided(network, cond, uncond, scale, batched=batched)(z, timesteps)
+    made = []
+
+    def prepare(context, vector):
+        made.append((2 * context, vector))
+        return made[-1]
+
+    def halved(z, timesteps, context, vector):
+        assert any(context is known for known, _ in made)
+        return network(z, timesteps, context / 2, vector)
+
+    predict = guided(halved, cond, uncond, scale, batched=batched, prepare=prepare)
+    for _ in range(3):
+        assert torch.equal(predict(z, timesteps), plain)
+    assert len(made) == calls
+
+
 def test_guidance_of_a_half_precision_network_is_summed_in_fp32():
     network, z, timesteps = Convolution(), draw(1, 4, 8, 8), torch.tensor([500.0])
     cond, uncond = (draw(1, 5, 3, seed=1),), (draw(1, 5, 3, seed=2),)

@@ -1,5 +1,7 @@
 """The UNet: its shapes, its counts, and what a residual does."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -103,3 +105,22 @@ def test_one_level_and_unlike_depths_build_and_run():
     torch.manual_seed(0)
     x, t, context = inputs(config)
     assert UNet(config)(x, t, context).shape == x.shape
+
+
+@pytest.mark.parametrize("vector_dim", [None, 6])
+def test_a_prepared_context_gives_the_same_numbers_with_its_projections_made_once(vector_dim):
+    config = dataclasses.replace(SMALL, vector_dim=vector_dim, depth=(2, 1), mid_depth=3)
+    torch.manual_seed(0)
+    unet = UNet(config)
+    x, t, context = inputs(config)
+    vector = None if vector_dim is None else torch.randn(2, vector_dim)
+    prepared = unet.prepare(context, vector)
+    projections = [m.to_k for m in unet.modules() if getattr(m, "to_k", None) is not None]
+    calls = []
+    for layer in projections:
+        layer.register_forward_hook(lambda layer, args, out: calls.append(len(args[0][0])))
+    assert torch.equal(unet(x, t, *prepared), unet(x, t, context, vector))
+    blocks = len(projections) // 2  # each with a self-attention and a cross-attention
+    assert calls.count(context.shape[1]) == blocks  # those of the second call: the first made none
+    middle, _ = unet.encode(x, unet.embed(t, vector, x.dtype), prepared[0])
+    assert torch.equal(middle, unet.encode(x, unet.embed(t, vector, x.dtype), context)[0])
