@@ -7,6 +7,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as short
 from typing import NamedTuple
 
 import torch
@@ -314,23 +315,27 @@ def _shards(index: Path) -> list[Path]:
         raise ValueError(f"{index} must hold a weight_map of tensor names to file names")
     names = {str(name) for name in weight_map.values()}
     for name in sorted(names):
-        if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
-            raise ValueError(f"{index} names {name!r}, which is not a .safetensors file beside it")
+        plain = Path(name).name == name and "\\" not in name and len(name) < 200
+        if not plain or not name.isprintable() or not name.endswith(".safetensors"):
+            raise ValueError(
+                f"{index} names {short(name)}, which is not a .safetensors file beside it"
+            )
         if not (index.parent / name).is_file():
             raise ValueError(f"{index} names {name}, which is missing: fetch the folder again")
     paths = [index.parent / name for name in sorted(names)]
     for path in paths:
         said = {key for key, name in weight_map.items() if name == path.name}
         if said != (held := set(TensorFiles([path]).shapes)):
-            raise ValueError(f"{index} and {path.name} disagree on {sorted(said ^ held)[0]!r}")
+            raise ValueError(f"{index} and {path.name} disagree on {short(min(said ^ held))}")
     return paths
 
 
 def _read_tokenizer(folder: Path) -> Tokenizer:
     try:
         return Tokenizer.from_folder(folder)
-    except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise ValueError(f"the tokenizer in {folder} cannot be read: {error!r}") from error
+    except Exception as error:  # whatever transformers raises for lists that do not go together
+        reason = " ".join(repr(error).split())[:200]
+        raise ValueError(f"the tokenizer in {folder} cannot be read: {reason}") from error
 
 
 def _pad_id(folder: Path) -> int:
@@ -342,13 +347,21 @@ def _pad_id(folder: Path) -> int:
     token = token["content"] if isinstance(token, dict) and "content" in token else token or EOS
     vocab = _vocabulary(folder)
     if not isinstance(token, str) or type(vocab.get(token)) is not int:
-        raise ValueError(f"{folder} pads with {token!r}, which is not in its vocabulary")
+        raise ValueError(f"{folder} pads with {short(token)}, which is not in its vocabulary")
     return int(vocab[token])
 
 
 def _vocabulary(folder: Path) -> Json:
-    if (folder / "vocab.json").is_file():
+    """The ids by token, from the file that `Tokenizer` reads."""
+    merges = folder / "merges.txt"
+    if (folder / "vocab.json").is_file() and merges.is_file():
+        if merges.stat().st_size > MAX_BYTES:
+            raise ValueError(f"{merges} is too large: allowed are {MAX_BYTES:,} bytes")
         return _read_json(folder / "vocab.json")
+    if not (folder / "tokenizer.json").is_file():
+        raise ValueError(
+            f"{folder} holds no tokenizer: need vocab.json and merges.txt, or tokenizer.json"
+        )
     model = _read_json(folder / "tokenizer.json").get("model")
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict):
         raise ValueError(f"{folder / 'tokenizer.json'} has no vocabulary")

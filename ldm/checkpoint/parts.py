@@ -1,8 +1,10 @@
 """The parts of a model on disk: where each network's tensors are, and how modules are strictly filled with them."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -10,7 +12,7 @@ from torch import Size, Tensor, nn
 
 from ldm.checkpoint.keymap import Form, Rule, Stored, inverse, key_map
 from ldm.checkpoint.tables import diffusers_unet, ldm_unet
-from ldm.checkpoint.tensors import DTYPES, Tensors
+from ldm.checkpoint.tensors import DTYPES, FLOATS, Tensors
 from ldm.config import (
     BASE_CONDITIONING,
     PRESETS,
@@ -216,12 +218,18 @@ def fill(module: nn.Module, part: Part, *, dtype: torch.dtype | None, device: to
 
     dtype: None keeps what each tensor has. What needs no cast and no move stays memory-mapped and is not read yet;
     the rest is read one tensor at a time.
-    Raises ValueError naming a tensor that was read and holds NaN or infinity.
+    Raises ValueError naming a tensor that is not stored as floating-point numbers, or was read and holds NaN, infinity
+    or more than `dtype` can.
     """
     wanted = module.state_dict()
     stored = part.stored(list(wanted))
     values: dict[str, Tensor] = {}
     keys_of = inverse(stored)
+    for name in keys_of:
+        if (held := part.tensors.dtypes[name]) not in FLOATS:
+            raise ValueError(
+                f"{name} in {part.tensors} is stored as {held}, weights are {', '.join(FLOATS)}: use another file"
+            )
     as_it_is = {
         name
         for name in keys_of
@@ -229,11 +237,8 @@ def fill(module: nn.Module, part: Part, *, dtype: torch.dtype | None, device: to
     }
     for mapped, names in ((True, as_it_is), (False, keys_of.keys() - as_it_is)):
         for name, value in part.tensors.read(names, mapped=mapped):
-            if not mapped and not _is_finite(value):
-                raise ValueError(
-                    f"{name} in {part.tensors} holds NaN or infinity: the file is damaged (a merge gone "
-                    "wrong?), use another"
-                )
+            if not mapped:
+                _check_values(f"{name} in {part.tensors}", value, dtype or value.dtype)
             pieces = value.chunk(len(keys_of[name]))
             for key, piece in zip(keys_of[name], pieces, strict=True):
                 restored = stored[key].form.restore(piece, wanted[key].shape)
@@ -286,13 +291,20 @@ def _has_dtype(name: str, dtype: torch.dtype | None) -> bool:
     return dtype is None or DTYPES.get(name) == dtype
 
 
-def _is_finite(value: Tensor) -> bool:
-    if value.numel() == 0 or not value.is_floating_point():
-        return True
+def _check_values(what: str, value: Tensor, dtype: torch.dtype) -> None:
+    """Raise ValueError if `value` holds what `dtype` has no finite number for."""
+    if value.numel() == 0:
+        return
     if value.element_size() == 1:  # fp8 has no arithmetic
         value = value.float()
-    low, high = value.aminmax()  # NaN spreads to both
-    return bool(low.isfinite() and high.isfinite())
+    largest = torch.stack(value.aminmax()).abs().max().item()  # NaN spreads
+    if not math.isfinite(largest):
+        raise ValueError(
+            f"{what} holds NaN or infinity: the file is damaged (a merge gone wrong?), use another"
+        )
+    if largest > torch.finfo(dtype).max:
+        name = str(dtype).removeprefix("torch.")
+        raise ValueError(f"{what} holds {largest:.3g}, too large for {name}: take another dtype")
 
 
 def _fits(
@@ -322,15 +334,21 @@ def _shape(
 
 def _fitting_unet(part: Part) -> str | None:
     """The first preset whose UNet has exactly the names and shapes behind the part's prefix."""
-    shapes = {n: shape for n, shape in part.tensors.shapes.items() if n.startswith(part.prefix)}
-    names_of = ldm_unet if f"{part.prefix}out.2.weight" in shapes else diffusers_unet
-    for preset in PRESETS.values():
-        with torch.device("meta"):
-            unet = UNet(preset.unet)
-        stored = collect(unet, names_of(preset.unet), part.prefix)
-        if {name: tuple(value.shape) for name, value in stored.items()} == shapes:
-            return preset.name
-    return None
+    found = part.tensors.shapes.items()
+    shapes = {n.removeprefix(part.prefix): s for n, s in found if n.startswith(part.prefix)}
+    names_of = ldm_unet if "out.2.weight" in shapes else diffusers_unet
+    return next((name for name in PRESETS if _shapes_of(name, names_of) == shapes), None)
+
+
+@cache
+def _shapes_of(
+    preset: str, names_of: Callable[[UNetConfig], tuple[Rule, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of a preset's UNet."""
+    config = PRESETS[preset].unet
+    with torch.device("meta"):
+        stored = collect(UNet(config), names_of(config))
+    return {name: tuple(value.shape) for name, value in stored.items()}
 
 
 def _some(names: Sequence[str]) -> str:

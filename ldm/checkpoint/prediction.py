@@ -24,6 +24,7 @@ MARKERS = (V_MARKER, ZERO_SNR_MARKER, *EDM_MARKERS)
 # ComfyUI's rule: the standard deviation of this tensor is larger in SD 2 models that predict v, smaller in the others.
 PROBED = "output_blocks.11.1.transformer_blocks.0.norm1.bias"
 PROBED_STD = 0.09
+MAX_PROBED = 4096  # numbers; it has 320
 
 MAX_SIDECAR = 65536  # bytes; the published ones have some 2,000
 
@@ -179,7 +180,7 @@ def _of_weights(tensors: Tensors, probed: str) -> Iterator[_Statement]:
     """What tells the SD 2 models apart, which agree in every name and shape."""
     if any(name.startswith("conditioner.") for name in tensors.shapes):
         yield _Statement("eps", "it names its text encoder as SD-Turbo does, which predicts eps")
-    elif probed in tensors.shapes:
+    elif len(shape := tensors.shapes.get(probed, ())) == 1 and 0 < shape[0] <= MAX_PROBED:
         ((_, value),) = tensors.read([probed])
         std = value.float().std(unbiased=False).item()
         prediction: Prediction = "v" if std > PROBED_STD else "eps"

@@ -146,9 +146,9 @@ def build(source: Source, path: str | Path) -> tuple[UNet, VAE, TextEncoder]:
     config = source.config
     tokenizers = source.tokenizers()
     for tokenizer, text in zip(tokenizers, config.text, strict=True):
-        if len(tokenizer.vocab) > text.vocab_size:
+        if (tokens := max(tokenizer.vocab.values()) + 1) > text.vocab_size:
             raise ValueError(
-                f"the tokenizer of {path} has {len(tokenizer.vocab)} tokens, its text encoder knows "
+                f"the tokenizer of {path} has {tokens} tokens, its text encoder knows "
                 f"{short(text.vocab_size)}"
             )
     check_limits(config, path)

@@ -16,7 +16,7 @@ from ldm.checkpoint.strict_json import MAX_BYTES, parse_json
 MAX_HEADER = MAX_BYTES  # safetensors' own limit is ten times as much
 MAX_NAME = 1000  # characters; those of models have up to 130
 MAX_RANK = 8
-MAX_NUMBERS = 2**48  # of one tensor, also of an empty one whose other sizes are not 0
+MAX_NUMBERS = 2**40  # of one tensor, also of an empty one whose other sizes are not 0
 
 DTYPES = {  # by safetensors' names
     "F64": torch.float64,
@@ -32,6 +32,7 @@ DTYPES = {  # by safetensors' names
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+FLOATS = tuple(name for name, dtype in DTYPES.items() if dtype.is_floating_point)
 
 _PICKLE = (
     "is a PyTorch pickle, which can run code when it is opened, so it is not read: give the model's "
