@@ -18,6 +18,7 @@ PACKAGES = {  # what each part of ldm may import of ldm, beside itself
     "images": set(),
     "models": {"config"},
     "checkpoint": {"config", "models"},
+    "offload": {"models"},
     "memory": {"models"},
     "request": {"config", "diffusion"},
     "pipeline": {"config", "models", "diffusion", "checkpoint", "images", "memory", "request"},

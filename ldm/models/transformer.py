@@ -91,7 +91,7 @@ class TransformerBlock(nn.Module):
 
 
 # The context of a whole network: b m context_dim, or what each of its blocks makes of that.
-Context = Tensor | dict[TransformerBlock, KeysValues]
+Context = Tensor | dict[nn.Module, KeysValues]
 
 
 class SpatialTransformer(nn.Module):
