@@ -3,13 +3,12 @@
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from ldm.checkpoint.known import KnownFile
+from ldm.checkpoint.shapes import Family
 from ldm.checkpoint.tensors import Tensors
 from ldm.config import PRESETS, Prediction
-
-Family = Literal["sd1", "sd2", "sdxl", "sdxl-refiner"]
 
 # Tensors without data that tools add to say how a checkpoint samples. Those of EDM are refused.
 V_MARKER, ZERO_SNR_MARKER = "v_pred", "ztsnr"
