@@ -18,6 +18,7 @@ PACKAGES = {  # what each part of ldm may import of ldm, beside itself
     "images": set(),
     "models": {"config"},
     "checkpoint": {"config", "models"},
+    "graphs": {"models"},
     "offload": {"models"},
     "memory": {"models"},
     "request": {"config", "diffusion"},
