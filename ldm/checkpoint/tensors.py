@@ -58,6 +58,9 @@ _SIGNATURES = (  # in lower case
 )
 
 
+_SHRUNK = "{} became shorter while it was read: fetch it again"
+
+
 class Tensors(Protocol):
     """Named tensors on disk, described before they are read."""
 
@@ -122,11 +125,22 @@ class TensorFiles:
                         f"{name} in {path} is stored as {self.dtypes[name]}, allowed are {', '.join(DTYPES)}"
                     )
             if mapped:
-                with safe_open(path, framework="pt", device="cpu") as file:
-                    yield from ((name, file.get_tensor(name)) for name in found)
+                yield from self._mapped(path, found)
             else:
                 with path.open("rb", buffering=0) as raw:
                     yield from ((name, self._copy(raw, name)) for name in found)
+
+    def _mapped(self, path: Path, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        """Tensors that share a private mapping of the file; unlike safetensors', making them reads nothing of it."""
+        places = [self._places[name] for name in names]
+        end = max(place.start + place.size for place in places)
+        if path.stat().st_size < end:
+            raise ValueError(_SHRUNK.format(path))
+        whole = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=end)
+        for name, place in zip(names, places, strict=True):
+            value = torch.empty(0, dtype=DTYPES[self.dtypes[name]])
+            value.set_(whole[place.start : place.start + place.size])
+            yield name, value.reshape(self.shapes[name])
 
     def _copy(self, raw: RawIOBase, name: str) -> Tensor:
         """The tensor `name`, read from the open file that holds it."""
@@ -137,15 +151,16 @@ class TensorFiles:
         while left:
             got = raw.readinto(left)
             if not got:
-                raise ValueError(f"{path} became shorter while it was read: fetch it again")
+                raise ValueError(_SHRUNK.format(path))
             left = left[got:]
         return data.view(DTYPES[self.dtypes[name]]).reshape(self.shapes[name])
 
     def _by_file(self, names: Iterable[str]) -> Iterator[tuple[Path, list[str]]]:
-        """Each file with those of `names` that it holds, in the order in which they lie there."""
+        """Each file that holds some of `names`, with these in the order in which they lie there."""
         wanted = sorted(set(names), key=lambda name: self._places[name])
         for path in self.paths:
-            yield path, [name for name in wanted if self._places[name].path == path]
+            if found := [name for name in wanted if self._places[name].path == path]:
+                yield path, found
 
 
 class Entry(NamedTuple):
