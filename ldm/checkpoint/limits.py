@@ -39,9 +39,14 @@ def check_limits(config: ModelConfig, where: str | Path) -> None:
         raise ValueError(
             f"the text encoder of {where} is {width} wide, its unet attends to {config.unet.context_dim}"
         )
-    if config.micro_conditioning != (known := micro_conditioning(config.unet, config.text)):
+    try:
+        scalars = micro_conditioning(config.unet, config.text)
+    except ValueError as error:
+        raise ValueError(f"the configuration of {where} describes no model: {error}") from error
+    if config.micro_conditioning != scalars:
         raise ValueError(
-            f"the unet of {where} takes the scalars {known}, its configuration names {short(config.micro_conditioning)}"
+            f"the unet of {where} takes {', '.join(scalars) or 'no scalars'}, its configuration says "
+            f"{short(config.micro_conditioning)}"
         )
 
 
