@@ -312,11 +312,8 @@ _SIZES = {  # diffusers' names for what Request says
     "crops_coords_top_left": ("crop_top", "crop_left"),
     "target_size": ("target_height", "target_width"),
 }
-_OWN_SPACING = (
-    "dpmpp_2m",
-    "dpmpp_2m_sde",
-    "lcm",
-)  # their lists differ from all others': given ours
+# Their lists differ from those of all other classes, so they are told the timesteps of the others.
+_OWN_SPACING = ("dpmpp_2m", "dpmpp_2m_sde", "lcm")
 
 # Sampler, spacing, steps: wherever both can be told to take the same ones. diffusers' ddim steps by 1000 // steps
 # whatever the list, so that only leading and trailing are walked as listed; its dpmpp_2m rounds Karras' timesteps, and
