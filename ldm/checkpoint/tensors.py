@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from io import RawIOBase
 from pathlib import Path
 from reprlib import repr as short
 from typing import NamedTuple, Protocol
@@ -114,8 +113,9 @@ class TensorFiles:
     def read(self, names: Iterable[str], *, mapped: bool = True) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, tensor on the CPU) for each of `names`, file by file.
 
-        mapped: whether the tensors are memory-mapped. Copies are for what is cast or moved at once: pages of a map
-        would stay resident beside what is made of them.
+        mapped: whether the tensors are memory-mapped. Else each is read into the memory of the one before, so it must
+        be done with by then: for what is cast or moved at once. Pages of a map would stay resident beside what is made
+        of them, and buffers of their own would leave holes between.
         Raises ValueError for a dtype that torch does not have.
         """
         for path, found in self._by_file(names):
@@ -127,8 +127,7 @@ class TensorFiles:
             if mapped:
                 yield from self._mapped(path, found)
             else:
-                with path.open("rb", buffering=0) as raw:
-                    yield from ((name, self._copy(raw, name)) for name in found)
+                yield from self._copied(path, found)
 
     def _mapped(self, path: Path, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
         """Tensors that share a private mapping of the file; unlike safetensors', making them reads nothing of it."""
@@ -142,18 +141,20 @@ class TensorFiles:
             value.set_(whole[place.start : place.start + place.size])
             yield name, value.reshape(self.shapes[name])
 
-    def _copy(self, raw: RawIOBase, name: str) -> Tensor:
-        """The tensor `name`, read from the open file that holds it."""
-        path, start, size = self._places[name]
-        data = torch.empty(size, dtype=torch.uint8)
-        left = memoryview(data.numpy())  # type: ignore[arg-type]  # numpy arrays are buffers
-        raw.seek(start)
-        while left:
-            got = raw.readinto(left)
-            if not got:
-                raise ValueError(_SHRUNK.format(path))
-            left = left[got:]
-        return data.view(DTYPES[self.dtypes[name]]).reshape(self.shapes[name])
+    def _copied(self, path: Path, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        """Tensors that share the memory into which they are read, one after the other."""
+        buffer = torch.empty(max(self._places[name].size for name in names), dtype=torch.uint8)
+        with path.open("rb", buffering=0) as file:
+            for name in names:
+                data = buffer[: self._places[name].size]
+                left = memoryview(data.numpy())  # type: ignore[arg-type]  # numpy arrays are buffers
+                file.seek(self._places[name].start)
+                while left:
+                    got = file.readinto(left)
+                    if not got:
+                        raise ValueError(_SHRUNK.format(path))
+                    left = left[got:]
+                yield name, data.view(DTYPES[self.dtypes[name]]).reshape(self.shapes[name])
 
     def _by_file(self, names: Iterable[str]) -> Iterator[tuple[Path, list[str]]]:
         """Each file that holds some of `names`, with these in the order in which they lie there."""
