@@ -77,12 +77,17 @@ class Pipeline:
 
         cond, uncond = self._conditions(request)
         predict = guided(
-            self.unet, cond, uncond, request.guidance_scale, rescale=request.guidance_rescale
+            self.unet,
+            cond,
+            uncond,
+            request.guidance_scale,
+            rescale=request.guidance_rescale,
+            prepare=self.unet.prepare,
         )
         kind, dtype = self.config.diffusion.prediction, weight.dtype
         denoise = parametrise(predict, self.schedule, kind, dtype=dtype)
         if request.guidance_interval is not None:
-            predict = guided(self.unet, cond, None, 1.0)
+            predict = guided(self.unet, cond, None, 1.0, prepare=self.unet.prepare)
             unguided = parametrise(predict, self.schedule, kind, dtype=dtype)
             denoise = within(request.guidance_interval, denoise, unguided)
         if request.sampler == "lcm":

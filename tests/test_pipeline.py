@@ -300,12 +300,10 @@ def test_without_guidance_the_negative_prompt_is_not_encoded(pipe, monkeypatch):
 
 
 def seen_by_the_unet(pipe, monkeypatch, request):
-    """The context and the vector of the first call, with guidance 2b: without the prompt, then with it."""
+    """The context and the vector that it prepares, with guidance 2b: without the prompt, then with it."""
     calls = []
-    forward = pipe.unet.forward
-    monkeypatch.setattr(
-        pipe.unet, "forward", lambda *args: calls.append(args[2:]) or forward(*args)
-    )
+    prepare = pipe.unet.prepare
+    monkeypatch.setattr(pipe.unet, "prepare", lambda *args: calls.append(args) or prepare(*args))
     next(iter(pipe.stream(request)))
     return calls[0]
 

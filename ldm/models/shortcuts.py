@@ -3,26 +3,26 @@
 Nothing uses them unless asked to, and both leave the UNet that they are given as it was.
 """
 
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from ldm.models.transformer import SpatialTransformer, TransformerBlock
+from ldm.models.transformer import Context, SpatialTransformer, TransformerBlock
 from ldm.models.unet import UNet
 
 
 @dataclass
-class _Run:
-    """What a sampling run has kept: the input of the shallow `up` stages in its last full call."""
+class Run:
+    """The calls of a `DeepCache` that belong together, and what it keeps from one to the next."""
 
-    calls: int = 0  # since then, with it
-    shape: torch.Size | None = None  # of x in it
-    deep: Tensor | None = None
+    context: Context
+    calls: int = 0  # since the last full one, with it
+    shape: torch.Size | None = None  # of x in that one
+    deep: Tensor | None = None  # the input of the shallow `up` stages in that one
 
     def keep(self, stage: nn.Module, args: object, out: Tensor) -> None:
         """As a forward hook of the last deep stage."""
@@ -37,8 +37,6 @@ class DeepCache(nn.Module):
 
     unet: is not changed; use it itself again to undo. every: of so many calls one is full; 1: all are.
     depth: 1 to len(unet.up) - 1, of the pairs of stages that are always computed, the more the nearer to the UNet.
-    Calls of one run are those with the same tensor as context, the same object, as one `Pipeline.stream` makes them: no
-    run sees what another kept, however they are mixed or left, and what it kept goes with its context.
     Raises ValueError for another `every` or depth.
     """
 
@@ -51,25 +49,31 @@ class DeepCache(nn.Module):
                 f"depth must be 1 to {len(unet.up) - 1} of this UNet's {len(unet.up)} stages, got {depth}"
             )
         self.unet, self.every, self.depth = unet, every, depth
-        self._runs: MutableMapping[Tensor, _Run] = WeakTensorKeyDictionary()  # by context
 
-    def reset(self) -> None:
-        """Forget what was kept: before a loop of your own runs again with the same context."""
-        self._runs.clear()
+    def prepare(self, context: Tensor, vector: Tensor | None = None) -> tuple[Run, Tensor | None]:
+        """Begin a run of calls: they take what this returns in place of both, and nothing is kept between runs."""
+        prepared, vector = self.unet.prepare(context, vector)
+        return Run(prepared), vector
 
     def forward(
         self,
         x: Tensor,
         timesteps: Tensor,
-        context: Tensor,
+        run: Run,
         vector: Tensor | None = None,
         residuals: Sequence[Tensor] | None = None,
     ) -> Tensor:
-        """Predict as the UNet does, with its arguments."""
-        run = self._runs.setdefault(context, _Run())
+        """Predict as the UNet does, with its arguments, but for the context that `prepare` made.
+
+        Another shape of x than in the last call starts anew. Raises ValueError for a context that is no run.
+        """
+        if not isinstance(run, Run):
+            raise ValueError(
+                f"DeepCache takes the context that its `prepare` returns, new for each run, got a {type(run).__name__}"
+            )
         if run.calls % self.every == 0 or run.shape != x.shape:
             with self.unet.up[-self.depth - 1].register_forward_hook(run.keep):
-                out: Tensor = self.unet(x, timesteps, context, vector, residuals)
+                out: Tensor = self.unet(x, timesteps, run.context, vector, residuals)
             run.calls, run.shape = 1, x.shape
             return out
         run.calls += 1
@@ -77,15 +81,15 @@ class DeepCache(nn.Module):
         emb = self.unet.embed(timesteps, vector, x.dtype)
         skips = []
         for stage in self.unet.down[: self.depth]:
-            x = stage(x, emb, context)
+            x = stage(x, emb, run.context)
             skips.append(x)
         if residuals is not None:
             skips = [h + r for h, r in zip(skips, residuals, strict=False)]  # the shallow ones
-        assert run.deep is not None
+        assert run.deep is not None  # since the full call
         x = run.deep
         for stage in self.unet.up[-self.depth :]:
             x = torch.cat([x, skips.pop()], dim=1)
-            x = stage(x, emb, context, size=skips[-1].shape[-2:] if skips else None)
+            x = stage(x, emb, run.context, size=skips[-1].shape[-2:] if skips else None)
         out = self.unet.conv_out(F.silu(self.unet.norm_out(x)))
         return out
 

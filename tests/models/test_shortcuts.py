@@ -28,10 +28,6 @@ def latents(pipe: ldm.Pipeline, unet: nn.Module, request: ldm.Request = FROG) ->
     return last.x
 
 
-def count_calls(module: nn.Module, calls: list[nn.Module]) -> None:
-    module.register_forward_hook(lambda module, args, out: calls.append(module))
-
-
 # DeepCache
 
 
@@ -48,22 +44,22 @@ def test_a_cache_of_every_call_changes_no_bit_of_a_picture(pipe, sampler):
 def test_nothing_is_lost_while_the_input_stays_the_same(unet, depth, size):
     x, t, context = inputs(SMALL, *size)
     cache = DeepCache(unet, every=3, depth=depth)
+    run, _ = cache.prepare(context)
     plain = unet(x, t, context)
-    assert all(torch.equal(cache(x, t, context), plain) for _ in range(5))
+    assert all(torch.equal(cache(x, t, run), plain) for _ in range(5))
 
 
 @pytest.mark.parametrize("depth", range(1, STAGES))
 def test_a_short_call_is_the_unet_with_the_kept_features_in_the_deep_part(unet, depth):
     x, t, context = inputs(SMALL)
-    residuals = [
-        torch.randn_like(h) for h in unet.encode(x, unet.embed(t, None, x.dtype), context)[1]
-    ]
-    residuals.append(torch.randn_like(unet.encode(x, unet.embed(t, None, x.dtype), context)[0]))
+    middle, skips = unet.encode(x, unet.embed(t, None, x.dtype), context)
+    residuals = [torch.randn_like(h) for h in [*skips, middle]]
     cache = DeepCache(unet, every=2, depth=depth)
+    run, _ = cache.prepare(context)
     kept = []
     with unet.up[-depth - 1].register_forward_hook(lambda module, args, out: kept.append(out)):
-        cache(x, t, context, None, residuals)
-    short = cache(x + 1, t - 1, context, None, residuals)
+        cache(x, t, run, None, residuals)
+    short = cache(x + 1, t - 1, run, None, residuals)
     with unet.up[-depth - 1].register_forward_hook(lambda module, args, out: kept[0]):
         assert torch.equal(short, unet(x + 1, t - 1, context, None, residuals))
     assert not torch.equal(short, unet(x + 1, t - 1, context, None, residuals))
@@ -73,10 +69,11 @@ def test_only_every_so_many_calls_compute_the_deep_part(unet):
     x, t, context = inputs(SMALL)
     calls = []
     for stage in [*unet.down, unet.mid, *unet.up]:
-        count_calls(stage, calls)
+        stage.register_forward_hook(lambda module, args, out: calls.append(module))
     cache = DeepCache(unet, every=3, depth=2)
+    run, _ = cache.prepare(context)
     for _ in range(7):
-        cache(x, t, context)
+        cache(x, t, run)
     full = [*unet.down, unet.mid, *unet.up]
     short = [*unet.down[:2], *unet.up[-2:]]
     assert calls == full + 2 * short + full + 2 * short + full
@@ -95,46 +92,38 @@ def test_a_run_never_sees_what_another_kept(pipe):
     assert torch.equal(other_last.x, other_alone)
 
 
-def test_what_a_run_kept_goes_with_it(pipe):
-    cache = DeepCache(pipe.unet, every=3)
-    stream = ldm.Pipeline(pipe.config, cache, pipe.vae, pipe.text_encoder).stream(FROG)
-    next(stream)
-    assert len(cache._runs) == 1
-    del stream
-    assert len(cache._runs) == 0
-
-
-def test_an_interval_and_guidance_in_two_calls_have_a_cache_for_each_condition(pipe):
+def test_an_interval_and_guidance_in_two_calls_keep_features_for_each_condition(pipe):
     cache = DeepCache(pipe.unet, every=2)
-    both = dataclasses.replace(FROG, guidance_interval=(0, 5))
-    assert latents(pipe, cache, both).isfinite().all()  # batches of one, then of two
+    interval = dataclasses.replace(FROG, guidance_interval=(0, 5))
+    assert latents(pipe, cache, interval).isfinite().all()  # batches of one, then of two
 
     x, t = torch.randn(1, 4, 8, 8), torch.tensor([500.0])
     cond, uncond = torch.randn(2, 1, 7, 32)
     plain = guided(pipe.unet, (cond,), (uncond,), 3.0, batched=False)
-    predict = guided(cache, (cond,), (uncond,), 3.0, batched=False)
+    predict = guided(cache, (cond,), (uncond,), 3.0, batched=False, prepare=cache.prepare)
     with torch.no_grad():
         assert all(torch.equal(predict(x, t), plain(x, t)) for _ in range(3))
 
 
-def test_another_shape_and_a_reset_start_anew(unet):
+def test_another_shape_starts_anew(unet):
     x, t, context = inputs(SMALL)
     wide, _, _ = inputs(SMALL, 8, 12)
     cache = DeepCache(unet, every=9)
-    cache(x, t, context)
-    assert torch.equal(cache(wide, t, context), unet(wide, t, context))
-    assert not torch.equal(cache(wide + 1, t, context), unet(wide + 1, t, context))
-    cache.reset()
-    assert torch.equal(cache(wide + 1, t, context), unet(wide + 1, t, context))
+    run, _ = cache.prepare(context)
+    cache(x, t, run)
+    assert torch.equal(cache(wide, t, run), unet(wide, t, context))
+    assert not torch.equal(cache(wide + 1, t, run), unet(wide + 1, t, context))
 
 
 def test_the_cache_leaves_nothing_on_the_unet(unet):
     x, t, context = inputs(SMALL)
     names = list(unet.state_dict())
     cache = DeepCache(unet, every=2)
-    cache(x, t, context)
+    run, _ = cache.prepare(context)
+    cache(x, t, run)
+    run, _ = cache.prepare(context[:1].expand(3, -1, -1))
     with pytest.raises(RuntimeError):
-        cache(x, t, torch.zeros(2, 5, 1))  # a context that does not fit
+        cache(x, t, run)  # three contexts for two latents
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in unet.modules())
     assert list(unet.state_dict()) == names
 
@@ -150,6 +139,11 @@ def test_the_cache_leaves_nothing_on_the_unet(unet):
 def test_a_cache_that_cannot_be_is_refused(pipe, choice, message):
     with pytest.raises(ValueError, match=message):
         DeepCache(pipe.unet, **choice)
+
+
+def test_a_context_that_is_no_run_is_refused(unet):
+    with pytest.raises(ValueError, match=r"context that its `prepare` returns.* got a Tensor"):
+        DeepCache(unet, every=2)(*inputs(SMALL))
 
 
 # Token merging
