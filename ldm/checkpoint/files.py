@@ -1,14 +1,10 @@
 """Models on disk: identify, load, save and convert. Strict: every tensor is used, known to be useless, or an error."""
 
-import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import save_file
 
 from ldm.checkpoint.contents import find
 from ldm.checkpoint.folder import write_folder, write_vae
@@ -26,6 +22,7 @@ from ldm.checkpoint.parts import (
 from ldm.checkpoint.pickles import PickledTensors, is_pickle
 from ldm.checkpoint.single import write_single
 from ldm.checkpoint.sources import check_complete, check_fits, left_out, merge, open_source
+from ldm.checkpoint.writing import beside, replace_folder, write_tensors
 from ldm.config import ModelConfig, Prediction
 from ldm.models.vae import VAE
 
@@ -117,13 +114,13 @@ def save(
         )
     _check_target(Path(path), layout, overwrite)
     path = Path(path).resolve()
-    with _beside(path) as new:
+    with beside(path) as new:
         if layout == "ldm":
             write_single(new, model, dtype)
             new.replace(path)
         else:
             write_folder(new, model, dtype)
-            _replace_folder(path, new)
+            replace_folder(path, new)
 
 
 def convert(
@@ -163,9 +160,9 @@ def save_vae(vae: VAE, path: str | Path, *, image_size: int) -> None:
     if Path(path).exists() and not (Path(path) / "config.json").is_file():
         raise ValueError(f"{path} is not a VAE folder, so it is not overwritten: give another path")
     path = Path(path).resolve()
-    with _beside(path) as new:
+    with beside(path) as new:
         write_vae(new, vae, image_size)
-        _replace_folder(path, new)
+        replace_folder(path, new)
 
 
 def _rewrite(
@@ -181,8 +178,8 @@ def _rewrite(
     for name, value in tensors.read(tensors.shapes):
         cast = dtype is not None and value.is_floating_point()
         held[name] = (value.to(dtype) if cast else value).contiguous()
-    with _beside(target) as new:
-        save_file(held, new)
+    with beside(target) as new:
+        write_tensors(held, new)
         new.replace(target)
 
 
@@ -222,33 +219,3 @@ def _check_target(path: Path, layout: Layout, overwrite: bool) -> None:
         raise ValueError(
             f"{path} is not a model folder, so it is not overwritten: give another path"
         )
-
-
-@contextmanager
-def _beside(path: Path) -> Iterator[Path]:
-    """A path in the same folder as `path` to write to, before it is renamed; of a failure nothing is left."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.{os.getpid()}.new")
-    try:
-        yield new
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-        new.unlink(missing_ok=True)
-
-
-def _replace_folder(path: Path, new: Path) -> None:
-    """Put the folder `new` at `path`, taking along what is in the old one and not in the new."""
-    if not path.exists():
-        new.rename(path)
-        return
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
-    path.rename(old)
-    try:
-        new.rename(path)
-    except OSError:
-        old.rename(path)
-        raise
-    for entry in old.iterdir():
-        if not (path / entry.name).exists():
-            entry.rename(path / entry.name)
-    shutil.rmtree(old)

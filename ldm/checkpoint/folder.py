@@ -11,7 +11,6 @@ from reprlib import repr as short
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm.checkpoint import configs, tables
@@ -21,6 +20,7 @@ from ldm.checkpoint.parts import TOWERS, Model, ModelLike, Part, Source, collect
 from ldm.checkpoint.pickles import PickledTensors
 from ldm.checkpoint.strict_json import MAX_BYTES, parse_json
 from ldm.checkpoint.tensors import TensorFiles, Tensors
+from ldm.checkpoint.writing import write_tensors
 from ldm.config import SD15, ModelConfig, Prediction, VAEConfig, from_dict
 from ldm.models.text import EOS, Tokenizer
 from ldm.models.vae import VAE
@@ -131,7 +131,7 @@ def write_folder(folder: Path, model: ModelLike, dtype: torch.dtype | None) -> N
         tokenizer.save(where, text.max_length, text.pad_id)
     if kept := model.unused if isinstance(model, Model) else {}:
         held = {name: value.to(dtype or value.dtype).contiguous() for name, value in kept.items()}
-        save_file(held, folder / _KEPT)
+        write_tensors(held, folder / _KEPT)
 
 
 def write_vae(folder: Path, vae: VAE, image_size: int, dtype: torch.dtype | None = None) -> None:
@@ -142,7 +142,7 @@ def write_vae(folder: Path, vae: VAE, image_size: int, dtype: torch.dtype | None
 
 def _write_network(folder: Path, stem: str, config: Json, tensors: dict[str, Tensor]) -> None:
     _write_json(folder / "config.json", config)
-    save_file(tensors, folder / f"{stem}.safetensors", metadata={"format": "pt"})
+    write_tensors(tensors, folder / f"{stem}.safetensors", metadata={"format": "pt"})
 
 
 def _write_json(path: Path, value: Json) -> None:

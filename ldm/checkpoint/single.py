@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm.checkpoint import tables
@@ -39,6 +38,7 @@ from ldm.checkpoint.shapes import (
 )
 from ldm.checkpoint.strict_json import parse_json
 from ldm.checkpoint.tensors import Tensors
+from ldm.checkpoint.writing import write_tensors
 from ldm.config import (
     PRESETS,
     SD_TURBO,
@@ -118,7 +118,7 @@ def write_single(path: Path, model: ModelLike, dtype: torch.dtype | None) -> Non
             )
     # one entry: safetensors would write several in random order
     metadata = {METADATA_KEY: json.dumps(_without_none(dataclasses.asdict(model.config)))}
-    save_file(ldm_tensors(model, dtype), path, metadata=metadata)
+    write_tensors(ldm_tensors(model, dtype), path, metadata=metadata)
 
 
 def ldm_tensors(model: ModelLike, dtype: torch.dtype | None = None) -> dict[str, Tensor]:

@@ -261,38 +261,6 @@ def test_what_else_lies_in_an_overwritten_folder_stays(small, tmp_path):
     assert_same_bits(load(tmp_path / "model"), small)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_failure_leaves_the_old_model_and_no_litter(layout, small, tmp_path, monkeypatch):
-    save(small, tmp_path / "model", layout=layout)
-
-    def full_disk(tensors, filename, metadata):
-        Path(filename).write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("ldm.checkpoint.folder.save_file", full_disk)
-    monkeypatch.setattr("ldm.checkpoint.single.save_file", full_disk)
-    with pytest.raises(OSError, match="No space left"):
-        save(small, tmp_path / "model", layout=layout, overwrite=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-    assert_same_bits(load(tmp_path / "model"), small)
-
-
-def test_a_folder_that_cannot_be_put_in_place_is_put_back(small, tmp_path, monkeypatch):
-    save(small, tmp_path / "model")
-    rename = Path.rename
-
-    def refuse(self, target):
-        if self.name.endswith(".new"):
-            raise PermissionError(13, "Permission denied")
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", refuse)
-    with pytest.raises(PermissionError):
-        save(small, tmp_path / "model", overwrite=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-    assert_same_bits(load(tmp_path / "model"), small)
-
-
 def test_missing_parents_are_made(small, tmp_path):
     save(small, tmp_path / "a/b/model", layout="ldm")
     assert_same_bits(load(tmp_path / "a/b/model"), small)
