@@ -15,7 +15,7 @@ def test_every_known_digest_is_one_sha256_of_one_preset():
 
 
 def test_known_files_that_state_a_resolution_or_v_in_their_name_have_that_preset():
-    for name, preset in KNOWN.values():
+    for name, preset, _ in KNOWN.values():
         if name.startswith(("768-v", "v2-1_768")):
             assert preset == "sd21"
         if name.startswith(("512-base", "v2-1_512")):
