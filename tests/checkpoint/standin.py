@@ -27,6 +27,14 @@ SCHEDULE = (  # the twelve buffers of LDM's training code, 1000 numbers each
     *("posterior_mean_coef1", "posterior_mean_coef2"),
 )
 
+BITS = {  # of a number, in every dtype that safetensors has
+    **dict.fromkeys(("C64", "F64", "I64", "U64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "BOOL"), 8),
+    **{"F6_E2M3": 6, "F6_E3M2": 6, "F4": 4},
+}
+
 
 def hollow_model(config: ModelConfig) -> Model:
     """Build `config` without memory."""
@@ -54,14 +62,21 @@ def ema_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ..
 
 
 def write_hollow(
-    path: Path, shapes: Mapping[str, tuple[int, ...]], metadata: dict[str, str] | None = None
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    metadata: dict[str, str] | None = None,
+    dtypes: Mapping[str, str] = {},
 ) -> Path:
-    """Write a safetensors file of fp16 zeros that takes no room on the disk, however large it says that it is."""
+    """Write a safetensors file of zeros that takes no room on the disk, however large it says that it is.
+
+    dtypes: of the tensors that are not fp16, as safetensors calls them.
+    """
     header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     end = 0
     for name, shape in shapes.items():
-        start, end = end, end + 2 * math.prod(shape)
-        header[name] = {"dtype": "F16", "shape": list(shape), "data_offsets": [start, end]}
+        dtype = dtypes.get(name, "F16")
+        start, end = end, end + math.prod(shape) * BITS[dtype] // 8
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
