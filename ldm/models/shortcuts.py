@@ -101,7 +101,7 @@ def merged_tokens(unet: UNet, ratio: float) -> Iterator[None]:
     Token merging for Stable Diffusion (Bolya & Hoffman 2023): tokens are averaged before the self-attention and its
     answer is copied to all that share it. Unlike there, which tokens stay is not drawn at random, see `share_slots`.
     ratio: how many of the tokens go, 0 to 0.75; 0 changes nothing.
-    Raises ValueError for another ratio.
+    Raises ValueError for another ratio, and for compiled blocks, which call no hooks.
     """
     if not 0 <= ratio <= 0.75:
         raise ValueError(f"the ratio of merged tokens must lie in 0 .. 0.75, got {ratio}")
@@ -111,6 +111,10 @@ def merged_tokens(unet: UNet, ratio: float) -> Iterator[None]:
             undo.enter_context(transformer.register_forward_pre_hook(merging.measure))
             for block in transformer.blocks:
                 assert isinstance(block, TransformerBlock)
+                if block._compiled_call_impl is not None:
+                    raise ValueError(
+                        "compiled blocks would go on without merging tokens; load the model without compile"
+                    )
                 undo.enter_context(block.attn1.register_forward_pre_hook(merging.merge))
                 undo.enter_context(block.attn1.register_forward_hook(merging.unmerge))
         yield

@@ -224,3 +224,10 @@ def test_the_self_attention_of_the_highest_resolution_sees_so_many_tokens_less(u
 def test_a_ratio_that_cannot_be_is_refused(unet, ratio):
     with pytest.raises(ValueError, match=r"merged tokens must lie in 0 \.\. 0.75, got"):
         merged_tokens(unet, ratio).__enter__()
+
+
+def test_compiled_blocks_are_refused_because_they_would_not_merge(unet):
+    unet.up[3].transformer.blocks[0].compile(backend="eager")
+    with pytest.raises(ValueError, match=r"compiled blocks .* without compile"):
+        merged_tokens(unet, 0.5).__enter__()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in unet.modules())
