@@ -27,7 +27,7 @@ def _as_pixels(value: Tensor) -> Tensor:
 
 
 def _transposed(value: Tensor, shape: Size | None = None) -> Tensor:
-    return value.T
+    return value.T if value.dim() == 2 else value
 
 
 def _of_either_rank(value: Tensor, shape: Size) -> Tensor:

@@ -208,7 +208,7 @@ def read_header(path: Path) -> Header:
         raise ValueError(_truncated(path, 8 + length, size))
     try:
         header = parse_json(text)
-        metadata = header.pop("__metadata__", None) or {}
+        metadata = _metadata(header.pop("__metadata__", None))
         entries = {name: _entry(name, value) for name, value in header.items()}
     except ValueError as error:
         raise ValueError(f"{path} is damaged: its header does not parse ({error})") from error
@@ -229,6 +229,14 @@ def _what_else(start: bytes) -> str:
         if start.lstrip().lower().startswith(signature):
             return what
     return f"is not a safetensors file: it starts with {start[:16]!r}"
+
+
+def _metadata(value: object) -> dict[str, str]:
+    """The strings that a header holds beside its entries, if any. Raises ValueError for anything else."""
+    value = value or {}
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        raise ValueError(f"its metadata must be strings by name, got {short(value)}")
+    return value
 
 
 def _entry(name: str, value: object) -> Entry:
