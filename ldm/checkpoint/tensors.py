@@ -216,7 +216,7 @@ def read_header(path: Path) -> Header:
     if size < promised:
         raise ValueError(_truncated(path, promised, size))
     try:
-        with safe_open(path, framework="pt"):
+        with safe_open(path, framework="np"):
             pass  # checks that offsets, shapes and dtypes agree and cover the file
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
@@ -248,6 +248,7 @@ def _entry(name: str, value: object) -> Entry:
     match value:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [start, end], **rest} if (
             not rest
+            and dtype.isidentifier()
             and len(dtype) < 20
             and len(shape) <= MAX_RANK
             and all(type(n) is int and 0 <= n <= MAX_NUMBERS for n in (*shape, start, end))
