@@ -44,13 +44,21 @@ class VAE(nn.Module):
 
         Raises ValueError if h or w is not a multiple of f.
         """
+        self.check_size(images)
+        return self.gaussian(self.encoder(images))
+
+    def check_size(self, images: Tensor) -> None:
+        """Raise ValueError if the height or width of images: b 3 h w is not a multiple of f."""
         f = self.config.factor
         height, width = images.shape[-2:]
         if height % f or width % f:
             raise ValueError(
                 f"image height and width must be multiples of {f}, got {height}x{width}: resize or pad the image"
             )
-        mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
+
+    def gaussian(self, moments: Tensor) -> Gaussian:
+        """Map the encoder's output: b 2c h w to the distribution of scaled latents."""
+        mean, logvar = self.quant_conv(moments).chunk(2, dim=1)
         std = torch.exp(0.5 * logvar.clamp(-30, 20))  # LDM's clamp
         return Gaussian(mean * self.config.scaling_factor, std * self.config.scaling_factor)
 
