@@ -1,11 +1,22 @@
-"""Where a model lives and what it computes in, as one value that is applied once."""
+"""Where a model lives and how it computes, as one value that is applied once."""
 
+import dataclasses
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
+from torch import nn
+from torch.backends.cuda import SDPAParams, can_use_efficient_attention, can_use_flash_attention
 
-from ldm.models.attention import Attend, math_attention, sdpa, sliced_attention
+from ldm.config import SDXL_BASE, ModelConfig, VAEConfig
+from ldm.models.attention import Attend, math_attention, sdpa, set_attention, sliced_attention
+from ldm.models.layers import ResBlock
+from ldm.models.packing import can_pack, pack_convolutions
+from ldm.models.text import TextEncoder
+from ldm.models.transformer import TransformerBlock
+from ldm.models.unet import UNet
+from ldm.models.vae import VAE
+from ldm.offload import Moved, Streamed, pin, tensors_of
 
 ATTENTION: dict[str, Attend] = {
     "sdpa": sdpa,
@@ -13,47 +24,60 @@ ATTENTION: dict[str, Attend] = {
     "math": math_attention,
 }
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-class Resolved(NamedTuple):
-    """A `Placement` with nothing left open."""
-
-    device: torch.device
-    dtype: torch.dtype
-    vae_dtype: torch.dtype
-    attend: Attend
+GUIDANCE = ("batched", "sequential")
+OFFLOAD = ("model", "blocks")
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Device, precision and attention of a model. Samplers and schedules stay in fp32 and fp64 whatever is chosen.
+    """Device, precision and memory of a model. Samplers and schedules stay in fp32 and fp64 whatever is chosen.
+
+    Where a choice changes numbers, this says so; the others change time and memory only.
 
     device: such as "cpu" or "cuda:1"; None takes the GPU if there is one.
     dtype: of the UNet and the text encoder; None takes fp16 on CUDA and fp32 elsewhere.
-    vae_dtype: of the VAE; None takes fp32, because fp16 overflows in SDXL's and bf16 has fewer digits than a picture.
-    attention: "sdpa" (PyTorch's fused kernels), "sliced" (a part of the scores at a time, exact, little memory)
-      or "math" (the formula).
+    vae_dtype: of the VAE; None takes `dtype`. But SDXL's VAE overflows in fp16: it takes bf16 then (a quarter of one of
+      256 brightness levels on average, measured on the bundled VAE), and fp32 on a GPU without bf16.
+    attention: "sdpa" (PyTorch's fused kernels), "sliced" (a part of the scores at a time, little memory) or "math" (the
+      formula), equal but for rounding. None takes sdpa where its kernels never hold all scores, which is on any CPU
+      and, for the dtypes that a GPU knows, on any GPU of this decade; elsewhere sliced.
+    guidance: "batched" (one call of the UNet for both conditions) or "sequential" (two calls, slower, half of the
+      activations), equal but for rounding.
+    offload: where weights wait while another network works. None: all stay on the device. "model": in host memory, a
+      whole network at a time is on the device. "blocks": so, and of the UNet two stages at a time.
+    cuda_graph: on CUDA and without offload, record the UNet's calls and replay them. It holds the activations of one
+      call for as long as the pipeline lives.
+    compile: compile the blocks of UNet and VAE at their first call (minutes). Rounds otherwise.
+    packed: on a CPU, hold the weights of convolutions in the order that oneDNN computes in, which a small picture gains
+      most from. Rounds otherwise.
     """
 
     device: str | torch.device | None = None
     dtype: torch.dtype | None = None
     vae_dtype: torch.dtype | None = None
-    attention: str = "sdpa"
+    attention: str | None = None
+    guidance: str = "batched"
+    offload: str | None = None
+    cuda_graph: bool = True
+    compile: bool = False
+    packed: bool = False
 
-    def resolve(self) -> Resolved:
-        """Fill in what is None and check that this machine can do it.
+    def resolve(self, config: ModelConfig | None = None) -> "Placement":
+        """Fill in what is None, as far as it does not depend on the model or `config` is given, and check it.
 
         Raises ValueError for a device that is unknown or absent, a dtype that is no fp32, fp16 or bf16, fp16 on a CPU,
-        and an unknown attention.
+        a word that is none of those above, offload without CUDA, and packed weights off a CPU or in compiled blocks.
         """
-        if self.attention not in ATTENTION:
-            raise ValueError(
-                f"attention must be one of {', '.join(ATTENTION)}, got {self.attention!r}"
-            )
-        device = _device(self.device)
+        _check("attention", self.attention, (None, *ATTENTION))
+        _check("guidance", self.guidance, GUIDANCE)
+        _check("offload", self.offload, (None, *OFFLOAD))
+        device = find_device(self.device)
         dtype = self.dtype or (torch.float16 if device.type == "cuda" else torch.float32)
-        vae_dtype = self.vae_dtype or torch.float32
-        for name, choice in (("dtype", dtype), ("vae_dtype", vae_dtype)):
+        vae_dtype, attention = self.vae_dtype, self.attention
+        if config is not None:
+            vae_dtype = vae_dtype or _vae_dtype(config.vae, dtype, device)
+            attention = attention or _attention(config, dtype, vae_dtype, device)
+        for name, choice in (("dtype", dtype), ("vae_dtype", vae_dtype or dtype)):
             if choice not in DTYPES:
                 allowed = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
                 raise ValueError(f"{name} must be one of {allowed}, got {choice}")
@@ -61,11 +85,68 @@ class Placement:
                 raise ValueError(
                     f"{name} float16 is up to 200 times slower than float32 on a CPU; use float32 or bfloat16"
                 )
-        return Resolved(device, dtype, vae_dtype, ATTENTION[self.attention])
+        if self.offload is not None and device.type != "cuda":
+            raise ValueError(
+                f"offload {self.offload!r} keeps weights out of a CUDA device's memory, and the device is {device}; "
+                "leave it out"
+            )
+        if self.packed and (device.type != "cpu" or self.compile or not can_pack()):
+            raise ValueError(
+                f"packed weights are for a CPU, with oneDNN and without compile; the device is {device}: leave it out"
+            )
+        return dataclasses.replace(
+            self, device=device, dtype=dtype, vae_dtype=vae_dtype, attention=attention
+        )
+
+    def apply(self, unet: UNet, vae: VAE, text_encoder: TextEncoder) -> None:
+        """Set up three networks as this resolved placement says, where they are; once."""
+        assert self.attention is not None
+        cuda = find_device(self.device).type == "cuda"
+        vae.to(dtype=self.vae_dtype)
+        networks: list[nn.Module] = [unet, vae]
+        for network in networks:
+            set_attention(network, ATTENTION[self.attention])
+            if cuda and next(network.parameters()).dtype != torch.float32:
+                # Tensor cores want the channels last; elsewhere cuDNN reorders around each convolution.
+                network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            if self.compile:
+                compile_blocks(network)
+            if self.packed:
+                pack_convolutions(network)
+        if self.offload is not None and cuda:
+            for network in (*networks, text_encoder):
+                pin(network)
+
+    def at_work(self, network: nn.Module) -> AbstractContextManager[object]:
+        """Return a context manager inside which `network` is on the device."""
+        if self.offload is None:
+            return nullcontext()
+        device = find_device(self.device)
+        if self.offload == "blocks" and isinstance(network, UNet):
+            return Streamed(network, device)
+        return Moved(tensors_of(network), device)
 
 
-def _device(wanted: str | torch.device | None) -> torch.device:
-    """The torch device of that name, checked to exist; None: the best there is."""
+def compile_blocks(network: nn.Module, *, backend: str = "inductor") -> None:
+    """Have the blocks of a network compiled, each kind and size of them once, when it is first called.
+
+    That is nearly all of its work, at a part of the time that compiling all of it would take. Other prompts, seeds,
+    steps and guidance need nothing new; other picture sizes do, twice at most.
+    """
+    import torch._dynamo  # seconds to import
+
+    # It counts all sizes of a class together, up to a limit for the process: 12 of SD 1.5's ResBlocks are too many.
+    torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
+    for part in network.modules():
+        if isinstance(part, ResBlock | TransformerBlock):
+            part.compile(fullgraph=True, backend=backend)
+
+
+def find_device(wanted: str | torch.device | None) -> torch.device:
+    """Return the torch device of that name, or the best there is for None.
+
+    Raises ValueError if there is none of that name.
+    """
     if wanted is None:
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -88,3 +169,41 @@ def _device(wanted: str | torch.device | None) -> torch.device:
     elif device.type != "cpu":
         raise ValueError(f"device must be cpu, cuda, cuda:N or mps, got {wanted!r}")
     return device
+
+
+def _vae_dtype(config: VAEConfig, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What the VAE computes in beside a UNet in `dtype`."""
+    # By this scale one knows SDXL's VAE, and versions of it that were made to fit fp16: bf16 holds those as well.
+    if dtype != torch.float16 or config.scaling_factor != SDXL_BASE.vae.scaling_factor:
+        return dtype
+    bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if bf16 else torch.float32
+
+
+def _attention(
+    config: ModelConfig, dtype: torch.dtype, vae_dtype: torch.dtype, device: torch.device
+) -> str:
+    """The attention that holds no full matrix of scores on this device."""
+    unet, vae = config.unet, config.vae
+    upcast = unet.upcast_attention and dtype == torch.float16
+    widths = {
+        c // h for c, h, depth in zip(unet.channels, unet.heads, unet.depth, strict=True) if depth
+    }
+    widths.add(unet.channels[-1] // unet.heads[-1])  # of the middle
+    heads = [(width, torch.float32 if upcast else dtype) for width in widths]
+    heads.append((vae.channels[-1], vae_dtype))
+    return "sdpa" if all(_is_fused(width, dtype, device) for width, dtype in heads) else "sliced"
+
+
+def _is_fused(width: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether SDPA has a kernel for heads of that width, instead of the formula."""
+    if device.type != "cuda":
+        return device.type == "cpu"
+    q = torch.empty(1, 1, 64, width, dtype=dtype, device=device)
+    params = SDPAParams(q, q, q, None, 0.0, False, False)
+    return can_use_flash_attention(params) or can_use_efficient_attention(params)
+
+
+def _check(name: str, value: object, allowed: tuple[str | None, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")

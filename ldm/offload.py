@@ -6,14 +6,16 @@ before: weights do not change, so nothing is copied back. A block may be entered
 order, as two pictures made in turns do: the network goes when the last one is left.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from itertools import chain
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from ldm.models.transformer import TransformerBlock
 from ldm.models.unet import UNet
 
 
@@ -82,20 +84,26 @@ class Streamed(Shared):
         if self.device.type == "cuda":
             self.copying = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         self.here: set[int] = set()  # stages that are on the device, by index
+        self.turn = -1  # the stage that was called last
 
     def begin(self, undo: ExitStack) -> None:
-        """Bring the rest and the first stage, and have each stage call `_turn` before it computes."""
+        """Bring the rest and the first stage, and have each stage's turn begin when it is called."""
         if self.copying is not None:  # what a stream has given up, only that stream uses again
             undo.callback(torch.cuda.empty_cache)
         undo.enter_context(self.rest)
         undo.callback(self._leave_all_but, set())
+        self.turn = -1
         self._bring(0)
-        for stage in self.stages:
-            undo.enter_context(stage.register_forward_pre_hook(self._turn))
+        for i, stage in enumerate(self.stages):
+            begin = partial(self._begin_turn, i)
+            for part in (stage, *_projections(stage)):  # `UNet.prepare` calls only these
+                undo.enter_context(part.register_forward_pre_hook(begin))
 
-    def _turn(self, stage: nn.Module, args: Any) -> None:
-        """Before `stage` computes: make sure that it is there, and begin to bring the next one."""
-        i = self.stages.index(stage)
+    def _begin_turn(self, i: int, module: nn.Module, args: Any) -> None:
+        """Before stage i computes: make sure that it is there, and begin to bring the next one."""
+        if i == self.turn:
+            return
+        self.turn = i
         following = (i + 1) % len(self.stages)
         self._leave_all_but({i, following})
         self._bring(i)  # it is there, unless a stage was left out
@@ -132,6 +140,13 @@ def pin(network: nn.Module) -> None:
 def tensors_of(module: nn.Module) -> list[Tensor]:
     """Return the parameters and buffers of a module."""
     return [*chain(module.parameters(), module.buffers())]
+
+
+def _projections(stage: nn.Module) -> Iterator[nn.Module]:
+    """The layers that make keys and values of the text."""
+    for block in stage.modules():
+        if isinstance(block, TransformerBlock):
+            yield from (block.attn2.to_k, block.attn2.to_v)
 
 
 def _hold(tensors: list[Tensor], memory: list[Tensor]) -> None:

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from ldm.checkpoint import files
 from ldm.config import ModelConfig, Prediction
-from ldm.diffusion.denoiser import consistency, guided, parametrise, within
-from ldm.diffusion.samplers import SAMPLERS, Step, seeded_noise, start
+from ldm.diffusion.denoiser import Denoiser, consistency, guided, parametrise, within
+from ldm.diffusion.samplers import SAMPLERS, Noise, Step, seeded_noise, start
 from ldm.diffusion.schedule import NoiseSchedule, to_vp
+from ldm.graphs import Graphs
 from ldm.images import to_pil
-from ldm.memory import Placement
-from ldm.models.attention import set_attention
+from ldm.memory import Placement, find_device
 from ldm.models.layers import timestep_embedding
 from ldm.models.text import TextEncoder
 from ldm.models.unet import UNet
@@ -24,6 +24,8 @@ from ldm.models.vae import VAE
 from ldm.request import Request
 
 BUNDLED = "weights/tiny"
+Condition = tuple[Tensor, ...]  # what follows the timesteps in a call of the UNet
+Conditions = tuple[Condition, Condition | None]  # with the prompt, and without it
 
 
 class Pipeline:
@@ -31,6 +33,7 @@ class Pipeline:
 
     unet, vae, text_encoder: plain modules. schedule: the `NoiseSchedule` they were trained on. config: `ModelConfig`.
     why: the reason for the configuration and for what the UNet predicts.
+    placement: as `load` has applied it to the networks; the default leaves them where they are.
     """
 
     def __init__(
@@ -40,9 +43,13 @@ class Pipeline:
         vae: VAE,
         text_encoder: TextEncoder,
         why: str = "",
+        placement: Placement | None = None,
     ) -> None:
-        self.config, self.why = config, why
+        self.config, self.why, self.placement = config, why, placement or Placement()
         self.unet, self.vae, self.text_encoder = unet, vae, text_encoder
+        networks = {"unet": unet, "vae": vae, "text_encoder": text_encoder}
+        self._at_work = {name: self.placement.at_work(part) for name, part in networks.items()}
+        self._graphs: Graphs | None = None
         process = config.diffusion
         self.schedule = NoiseSchedule(
             betas=process.betas,
@@ -67,31 +74,13 @@ class Pipeline:
                 f"the UNet of {self.config.name} takes {channels} channels, of which a prompt gives {latent_channels}: "
                 "it is made for inpainting or editing; use a text-to-image model"
             )
-        assert request.guidance_scale is not None  # as those below: resolved fills them in
-        assert request.steps is not None
+        assert request.steps is not None  # as those below: resolved fills them in
         assert request.sampler is not None
         assert request.spacing is not None
         assert request.width is not None
         assert request.height is not None
-        weight = next(self.unet.parameters())
-
-        cond, uncond = self._conditions(request)
-        predict = guided(
-            self.unet,
-            cond,
-            uncond,
-            request.guidance_scale,
-            rescale=request.guidance_rescale,
-            prepare=self.unet.prepare,
-        )
-        kind, dtype = self.config.diffusion.prediction, weight.dtype
-        denoise = parametrise(predict, self.schedule, kind, dtype=dtype)
-        if request.guidance_interval is not None:
-            predict = guided(self.unet, cond, None, 1.0, prepare=self.unet.prepare)
-            unguided = parametrise(predict, self.schedule, kind, dtype=dtype)
-            denoise = within(request.guidance_interval, denoise, unguided)
-        if request.sampler == "lcm":
-            denoise = consistency(denoise, self.schedule)
+        with self._at_work["text_encoder"]:
+            conditions = self._conditions(request)
 
         # CompVis' DDIM, and every scheduler config published since, ends at the first timestep, not at zero noise.
         final: Literal["zero", "first"] = "first" if request.sampler == "ddim" else "zero"
@@ -102,8 +91,7 @@ class Pipeline:
         shape = (latent_channels, request.height // factor, request.width // factor)
         noise = seeded_noise(request.seeds, shape)
         x = start(noise(), sigmas[0], sampler=request.sampler, spacing=request.spacing)
-        x = x.to(weight.device)
-        return _finished(SAMPLERS[request.sampler](denoise, x, sigmas, noise=noise))
+        return self._walk(request, conditions, x, sigmas, noise)
 
     def generate(self, request: Request) -> list[Image.Image]:
         """Make the pictures that `request` asks for.
@@ -122,16 +110,63 @@ class Pipeline:
         Raises FloatingPointError for latents or pictures with numbers that are not finite: a network overflowed, or its
         weights are not finite themselves.
         """
-        weight = next(self.vae.parameters())
         _check_finite(latents, {"UNet": self.unet, "text encoder": self.text_encoder}, "dtype")
         pictures = []
-        for latent in latents.to(weight):
-            image = self.vae.decode(latent[None])
-            _check_finite(image, {"VAE": self.vae}, "vae_dtype")
-            pictures += to_pil(image)
+        with self._at_work["vae"]:
+            for latent in latents.to(next(self.vae.parameters())):
+                image = self.vae.decode(latent[None])
+                _check_finite(image, {"VAE": self.vae}, "vae_dtype")
+                pictures += to_pil(image)
         return pictures
 
-    def _conditions(self, request: Request) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None]:
+    @torch.no_grad()
+    def _walk(
+        self, request: Request, conditions: Conditions, x: Tensor, sigmas: Tensor, noise: Noise
+    ) -> Iterator[Step]:
+        """The steps from x down the sigmas; the UNet is on the device until the last, or until the caller leaves.
+
+        The last one's x is scaled from noise level sigma (0, but for DDIM) to the latents it stands for.
+        """
+        assert request.sampler is not None
+        with self._at_work["unet"]:
+            denoise = self._denoiser(request, *conditions)
+            x = x.to(next(self.unet.parameters()).device)
+            for step in SAMPLERS[request.sampler](denoise, x, sigmas, noise=noise):
+                last = step.index == step.total - 1
+                yield dataclasses.replace(step, x=to_vp(step.x, step.sigma)) if last else step
+
+    def _denoiser(self, request: Request, cond: Condition, uncond: Condition | None) -> Denoiser:
+        """The UNet, guided as `request` says."""
+        assert request.guidance_scale is not None
+        weight = next(self.unet.parameters())
+        network = self._network(weight.device)
+        predict = guided(
+            network,
+            cond,
+            uncond,
+            request.guidance_scale,
+            rescale=request.guidance_rescale,
+            batched=self.placement.guidance == "batched",
+            prepare=network.prepare,
+        )
+        kind, dtype = self.config.diffusion.prediction, weight.dtype
+        denoise = parametrise(predict, self.schedule, kind, dtype=dtype)
+        if request.guidance_interval is not None:
+            predict = guided(network, cond, None, 1.0, prepare=network.prepare)
+            unguided = parametrise(predict, self.schedule, kind, dtype=dtype)
+            denoise = within(request.guidance_interval, denoise, unguided)
+        return consistency(denoise, self.schedule) if request.sampler == "lcm" else denoise
+
+    def _network(self, device: torch.device) -> UNet | Graphs:
+        """The UNet, or its recorded calls, where it stays on a CUDA device and is no wrapper around one."""
+        stays = self.placement.offload is None and device.type == "cuda"
+        if not (stays and self.placement.cuda_graph and type(self.unet) is UNet):
+            return self.unet
+        if self._graphs is None or self._graphs.unet is not self.unet:
+            self._graphs = Graphs(self.unet)
+        return self._graphs
+
+    def _conditions(self, request: Request) -> Conditions:
         """What follows the timesteps in a call of the UNet: with the prompt, and without it where guidance needs that.
 
         Both are a context, b n d, and for a model that takes one a vector, b p.
@@ -166,27 +201,28 @@ def load(
     """Load a model: a folder of ours or of diffusers, or a single .safetensors file of the official layout.
 
     path: by default the small model that ships with the package, wherever that is installed.
-    placement: device, precision and attention, see `Placement`.
+    placement: device, precision and memory, see `Placement`.
     prediction: what its UNet predicts, where the file does not say it or is wrong.
     ema: take the averaged copy of the UNet that a full single file holds.
     vae, unet, text_encoder: a file or folder to take that part from instead, or that `path` lacks.
     Raises ValueError for a model that is absent, damaged or not supported, for parts that do not fit together, and for
     a placement that cannot be used.
     """
-    device, dtype, vae_dtype, attend = (placement or Placement()).resolve()
+    placement = (placement or Placement()).resolve()
     parts = {"vae": vae, "unet": unet, "text_encoder": text_encoder}
     model = files.load(
         locate(path),
-        dtype=dtype,
-        vae_dtype=vae_dtype,
-        device=device,
+        dtype=placement.dtype,
+        vae_dtype=placement.vae_dtype or torch.float32,  # until the model is known
+        device="cpu" if placement.offload else find_device(placement.device),
         prediction=prediction,
         ema=ema,
         replace={name: locate(part) for name, part in parts.items() if part is not None},
     )
-    for network in (model.unet, model.vae):
-        set_attention(network, attend)
-    return Pipeline(model.config, model.unet, model.vae, model.text_encoder, model.why)
+    placement = placement.resolve(model.config)
+    networks = model.unet, model.vae, model.text_encoder
+    placement.apply(*networks)
+    return Pipeline(model.config, *networks, model.why, placement)
 
 
 def locate(path: str | Path) -> Path:
@@ -197,14 +233,6 @@ def locate(path: str | Path) -> Path:
             if (root / BUNDLED).is_dir():
                 return root / BUNDLED
     return Path(path)
-
-
-@torch.no_grad()
-def _finished(steps: Iterator[Step]) -> Iterator[Step]:
-    """The steps, the last one's x scaled from noise level sigma (0, but for DDIM) to the latents it stands for."""
-    for step in steps:
-        last = step.index == step.total - 1
-        yield dataclasses.replace(step, x=to_vp(step.x, step.sigma)) if last else step
 
 
 def _check_finite(tensor: Tensor, networks: dict[str, nn.Module], option: str) -> None:

@@ -12,7 +12,6 @@ import torch
 import ldm
 from ldm.config import Prediction, from_dict
 from ldm.images import A1111_SAMPLERS, a1111_parameters, read_texts
-from ldm.memory import Placement
 from ldm.pipeline import Pipeline
 from ldm.request import Request
 
@@ -44,12 +43,15 @@ class ModelUsed:
 
 @dataclass(frozen=True)
 class PlacementUsed:
-    """A `Placement` in words, with nothing left open."""
+    """A `Placement` in words, with nothing left open, without what changes no number."""
 
     device: str
     dtype: str
     vae_dtype: str
-    attention: str
+    attention: str | None = None  # of networks that no placement was applied to
+    guidance: str = "batched"
+    compile: bool = False
+    packed: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,20 +110,24 @@ class Record:
         }
 
 
-def remember(pipe: Pipeline, request: Request, placement: Placement, model: ModelUsed) -> Record:
-    """Describe the run of txt2img that makes `request` with `pipe`, which is `model` in that placement."""
-    weight = next(pipe.unet.parameters())
+def remember(pipe: Pipeline, request: Request, model: ModelUsed) -> Record:
+    """Describe the run of txt2img that makes `request` with `pipe`, which is `model`."""
+    placement, weight = pipe.placement, next(pipe.unet.parameters())
+    device = torch.device(placement.device or weight.device)  # weights may wait elsewhere
     return Record(
         command="txt2img",
         request=request.resolved(pipe.config),
         model=model,
         placement=PlacementUsed(
-            device=str(weight.device),
+            device=str(device),
             dtype=_name(weight.dtype),
             vae_dtype=_name(next(pipe.vae.parameters()).dtype),
             attention=placement.attention,
+            guidance=placement.guidance,
+            compile=placement.compile,
+            packed=placement.packed,
         ),
-        environment=environment(weight.device),
+        environment=environment(device),
     )
 
 

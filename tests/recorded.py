@@ -1,4 +1,4 @@
-"""CUDA graphs without CUDA: what a recording would launch, kept as operations on the tensors that they read and write."""
+"""CUDA graphs without CUDA: what a recording would launch, kept as operations on the tensors that they use."""
 
 from contextlib import contextmanager, nullcontext
 

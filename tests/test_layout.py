@@ -20,9 +20,11 @@ PACKAGES = {  # what each part of ldm may import of ldm, beside itself
     "checkpoint": {"config", "models"},
     "graphs": {"models"},
     "offload": {"models"},
-    "memory": {"models"},
+    "memory": {"config", "models", "offload"},
     "request": {"config", "diffusion"},
-    "pipeline": {"config", "models", "diffusion", "checkpoint", "images", "memory", "request"},
+    "pipeline": {
+        *("config", "models", "diffusion", "checkpoint", "graphs", "images", "memory", "request"),
+    },
     "training": {"config", "models", "diffusion", "checkpoint", "images"},
     "record": {"", "config", "images", "memory", "pipeline", "request"},
     "cli": {

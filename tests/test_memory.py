@@ -1,34 +1,115 @@
-"""Where a model is placed by default, and which placements are refused."""
+"""Where a model is placed by default, what is refused, and that each choice changes what it says and nothing else."""
 
+import dataclasses
+
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from ldm.memory import ATTENTION, Placement
-from ldm.models.attention import sdpa
+import ldm
+from ldm import memory
+from ldm.checkpoint import files
+from ldm.config import SD15, SD21, SDXL_BASE
+from ldm.diffusion.samplers import SAMPLERS
+from ldm.graphs import Graphs
+from ldm.memory import ATTENTION, Placement, compile_blocks, find_device
+from ldm.models.attention import math_attention, sdpa, sliced_attention
+from ldm.models.layers import ResBlock
+from ldm.models.transformer import TransformerBlock
+from ldm.models.unet import UNet
+from ldm.offload import Moved, Streamed, tensors_of
+from ldm.pipeline import Pipeline
+from tests.recorded import record_on_the_cpu
+from tests.tiny import TINY_RANDOM, TINY_SDXL, random_networks
+
+CUDA = torch.device("cuda")
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 
-def test_a_cpu_computes_in_fp32_by_default():
-    assert Placement(device="cpu").resolve() == (
-        torch.device("cpu"),
-        torch.float32,
-        torch.float32,
-        sdpa,
-    )
-
-
-def test_a_gpu_computes_in_fp16_but_decodes_in_fp32_by_default(monkeypatch):
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine that says it has a GPU, which knows bf16 and fused attention."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    for device in (None, "cuda", "cuda:0"):
-        placed = Placement(device=device).resolve()
-        assert placed.device.type == "cuda"
-        assert (placed.dtype, placed.vae_dtype) == (torch.float16, torch.float32)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(memory, "_is_fused", lambda width, dtype, device: True)
 
 
-def test_bf16_may_be_chosen_on_a_cpu_and_every_attention_has_a_function():
-    for name, attend in ATTENTION.items():
-        placed = Placement("cpu", torch.bfloat16, torch.bfloat16, name).resolve()
-        assert placed == (torch.device("cpu"), torch.bfloat16, torch.bfloat16, attend)
+# ------------------------------------------------------------------ what is chosen
+
+
+def test_a_cpu_computes_in_fp32_with_fused_attention_by_default():
+    placed = Placement(device="cpu").resolve(SDXL_BASE)
+    assert (placed.device, placed.dtype, placed.vae_dtype) == (torch.device("cpu"), FP32, FP32)
+    assert placed.attention == "sdpa"
+    assert placed.resolve(SDXL_BASE) == placed
+
+
+def test_what_depends_on_the_model_stays_open_without_one():
+    placed = Placement(device="cpu").resolve()
+    assert (placed.dtype, placed.vae_dtype, placed.attention) == (FP32, None, None)
+
+
+@pytest.mark.parametrize("device", [None, "cuda", "cuda:0"])
+def test_a_gpu_computes_in_fp16_by_default(gpu, device):
+    placed = Placement(device=device).resolve(SD15)
+    assert placed.device.type == "cuda"
+    assert (placed.dtype, placed.vae_dtype, placed.attention) == (FP16, FP16, "sdpa")
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype", "has_bf16", "expected"),
+    [
+        (SD15, FP16, True, FP16),
+        (SD21, FP16, True, FP16),
+        (SDXL_BASE, FP16, True, BF16),  # fp16 overflows in it
+        (SDXL_BASE, FP16, False, FP32),
+        *((config, BF16, True, BF16) for config in (SD15, SDXL_BASE)),
+        *((config, FP32, True, FP32) for config in (SD15, SDXL_BASE)),
+    ],
+)
+def test_the_vae_computes_like_the_unet_unless_it_would_overflow(
+    gpu, monkeypatch, config, dtype, has_bf16, expected
+):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
+    assert Placement("cuda", dtype).resolve(config).vae_dtype == expected
+    assert Placement("cuda", dtype, FP16).resolve(config).vae_dtype == FP16  # if one says so
+
+
+def test_bf16_may_be_chosen_on_a_cpu_for_both():
+    placed = Placement("cpu", BF16).resolve(SDXL_BASE)
+    assert (placed.dtype, placed.vae_dtype) == (BF16, BF16)
+    assert Placement("cpu", BF16, FP32).resolve(SDXL_BASE).vae_dtype == FP32
+
+
+def test_where_sdpa_would_hold_all_scores_attention_is_sliced(gpu, monkeypatch):
+    asked = set()
+
+    def is_fused(width, dtype, device):
+        asked.add((width, dtype))
+        return dtype != BF16
+
+    monkeypatch.setattr(memory, "_is_fused", is_fused)
+    assert Placement("cuda").resolve(SD15).attention == "sdpa"
+    assert asked == {(40, FP16), (80, FP16), (160, FP16), (512, FP16)}
+    asked.clear()
+    assert Placement("cuda").resolve(SD21).attention == "sdpa"
+    assert asked == {(64, FP32), (512, FP16)}  # SD 2.1 attends in fp32
+    assert Placement("cuda", BF16).resolve(SD15).attention == "sliced"
+    assert Placement("cuda", BF16, attention="sdpa").resolve(SD15).attention == "sdpa"
+
+
+def test_whether_there_is_a_fused_kernel_is_pytorchs_own_answer(monkeypatch):
+    is_fused = memory._is_fused
+    assert is_fused(40, FP32, torch.device("cpu"))
+    assert not is_fused(40, FP32, torch.device("mps"))
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, device, **kw: empty(*shape, **kw))
+    for flash, efficient in ((True, False), (False, True), (False, False)):
+        monkeypatch.setattr(memory, "can_use_flash_attention", lambda p, f=flash: f)
+        monkeypatch.setattr(memory, "can_use_efficient_attention", lambda p, e=efficient: e)
+        assert is_fused(40, FP16, CUDA) == (flash or efficient)
 
 
 @pytest.mark.parametrize(
@@ -37,7 +118,10 @@ def test_bf16_may_be_chosen_on_a_cpu_and_every_attention_has_a_function():
         ({"dtype": torch.float16}, "dtype float16 is up to 200 times slower"),
         ({"vae_dtype": torch.float16}, "vae_dtype float16 is up to 200 times slower"),
         ({"dtype": torch.float64}, "dtype must be one of float32, float16, bfloat16"),
-        ({"attention": "flash"}, "attention must be one of sdpa, sliced, math, got 'flash'"),
+        ({"attention": "flash"}, "attention must be one of None, sdpa, sliced, math, got 'flash'"),
+        ({"guidance": "twice"}, "guidance must be one of batched, sequential, got 'twice'"),
+        ({"offload": "disk"}, "offload must be one of None, model, blocks, got 'disk'"),
+        ({"offload": "model"}, "offload 'model' keeps weights out of a CUDA device's memory, and"),
         ({"device": "toaster"}, "device must be cpu, cuda, cuda:N or mps, got 'toaster'"),
         ({"device": "meta"}, "device must be cpu, cuda, cuda:N or mps, got 'meta'"),
         ({"device": "cuda:99"}, "device cuda:99 is not available"),
@@ -51,4 +135,254 @@ def test_what_this_machine_cannot_do_is_refused(choices, message):
 @pytest.mark.skipif(torch.backends.mps.is_available(), reason="needs a machine without MPS")
 def test_an_absent_mps_is_refused():
     with pytest.raises(ValueError, match="device mps is not available"):
-        Placement(device="mps").resolve()
+        find_device("mps")
+
+
+# ------------------------------------------------------------------ what is applied
+
+
+@pytest.mark.parametrize(
+    ("attention", "attend"),
+    [("sdpa", sdpa), ("sliced", sliced_attention), ("math", math_attention)],
+)
+def test_the_attention_reaches_every_layer(attention, attend):
+    networks = random_networks()
+    Placement("cpu", FP32, FP32, attention).apply(*networks)
+    for network in networks[:2]:
+        assert {m.attend for m in network.modules() if hasattr(m, "attend")} == {attend}
+    assert set(ATTENTION.values()) == {sdpa, sliced_attention, math_attention}
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "last"),
+    [("cuda", FP16, True), ("cuda", BF16, True), ("cuda", FP32, False), ("cpu", BF16, False)],
+)
+def test_half_precision_on_cuda_puts_the_channels_last(gpu, device, dtype, last):
+    unet, vae, text_encoder = random_networks()
+    unet.to(dtype)
+    Placement(device, dtype, dtype, "sdpa").apply(unet, vae, text_encoder)
+    weights = [m.weight for n in (unet, vae) for m in n.modules() if isinstance(m, nn.Conv2d)]
+    assert {w.dtype for w in weights} == {dtype}
+    weights = [w for w in weights if w.shape[1] > 1 and w.shape[2] > 1]  # others are both
+    assert all(w.is_contiguous(memory_format=torch.channels_last) == last for w in weights)
+
+
+def test_channels_last_changes_no_more_than_rounding(gpu):
+    torch.manual_seed(0)
+    unet = random_networks()[0]
+    x, context = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 32)
+    with torch.no_grad():
+        plain = unet(x, torch.full((2,), 500.0), context)
+        unet.to(memory_format=torch.channels_last)
+        torch.testing.assert_close(unet(x, torch.full((2,), 500.0), context), plain)
+
+
+@pytest.mark.parametrize("offload", ["model", "blocks"])
+def test_weights_that_wait_are_pinned(gpu, monkeypatch, offload):
+    pinned = []
+    monkeypatch.setattr(memory, "pin", pinned.append)
+    networks = random_networks()
+    Placement("cuda", FP32, FP32, "sdpa", offload=offload).apply(*networks)
+    assert pinned == list(networks)
+
+
+def test_each_offload_has_its_way_of_bringing_weights(gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    unet, vae, _ = random_networks()
+    whole = Placement("cuda", offload="model").at_work(unet)
+    parts = Placement("cuda", offload="blocks").at_work(unet)
+    assert isinstance(whole, Moved)
+    assert isinstance(parts, Streamed)
+    assert isinstance(Placement("cuda", offload="blocks").at_work(vae), Moved)
+    assert whole.device == parts.device == CUDA
+    with Placement().at_work(unet):
+        pass
+
+
+# ------------------------------------------------------------------ pictures
+
+
+def test_load_applies_a_placement_and_the_pipeline_remembers_it(model_folder, monkeypatch):
+    pipe = ldm.load(model_folder, Placement(device="cpu", dtype=BF16, guidance="sequential"))
+    assert {p.dtype for n in (pipe.unet, pipe.vae) for p in n.parameters()} == {BF16}
+    expected = Placement(torch.device("cpu"), BF16, BF16, "sdpa", "sequential")
+    assert pipe.placement == expected
+
+
+def test_with_offload_the_files_are_read_into_host_memory(gpu, model_folder, monkeypatch):
+    read = {}
+
+    def load(path, **choices):
+        read.update(choices)
+        raise StopIteration
+
+    monkeypatch.setattr(files, "load", load)
+    for offload, device in ((None, CUDA), ("model", "cpu"), ("blocks", "cpu")):
+        with pytest.raises(StopIteration):
+            ldm.load(model_folder, Placement("cuda", offload=offload))
+        assert read["device"] == device
+        assert read["dtype"] == FP16
+        assert read["vae_dtype"] == FP32  # until the model is known
+
+
+def pictures(placement, config=TINY_SDXL, request=None):
+    """Two small pictures, and the pipeline that made them, its networks on the CPU."""
+    pipe = Pipeline(config, *random_networks(config), placement=placement)
+    request = request or ldm.Request("a frog", steps=4, images=2)
+    return np.stack(pipe.generate(request)), pipe
+
+
+@pytest.mark.parametrize("offload", ["model", "blocks"])
+@pytest.mark.parametrize("config", [TINY_RANDOM, TINY_SDXL], ids=lambda c: c.name)
+def test_offload_makes_the_same_pictures_and_leaves_nothing_behind(config, offload):
+    plain, _ = pictures(None, config)
+    placement = Placement("cpu", FP32, FP32, "sdpa", offload=offload)
+    pipe = Pipeline(config, *random_networks(config), placement=placement)
+    networks = pipe.unet, pipe.vae, pipe.text_encoder
+    homes = [[t.data_ptr() for t in tensors_of(n)] for n in networks]
+
+    def at_home():
+        return [[t.data_ptr() for t in tensors_of(n)] == h for n, h in zip(networks, homes, strict=True)]  # fmt: skip
+
+    request = ldm.Request("a frog", steps=4, images=2)
+    steps = pipe.stream(request)
+    assert at_home() == [True, True, True]  # the text is encoded, and no step asked for
+    for step in steps:
+        assert at_home() == [False, True, True]
+        preview = pipe.decode(step.x0)
+        assert len(preview) == 2
+        assert at_home() == [False, True, True]
+    assert at_home() == [True, True, True]
+    assert np.array_equal(np.stack(pipe.decode(step.x)), plain)
+
+    steps = pipe.stream(request)
+    next(steps)
+    steps.close()  # left in the middle
+    assert at_home() == [True, True, True]
+    first, second = pipe.stream(request), pipe.stream(dataclasses.replace(request, seed=5))
+    in_turns = [step for pair in zip(first, second, strict=True) for step in pair]
+    assert at_home() == [True, True, True]
+    assert torch.equal(in_turns[-2].x, step.x)
+
+
+def test_an_error_while_decoding_leaves_nothing_on_the_device():
+    _, pipe = pictures(Placement("cpu", FP32, FP32, "sdpa", offload="model"))
+    homes = [t.data_ptr() for t in tensors_of(pipe.vae)]
+    with pytest.raises(FloatingPointError, match="VAE gave numbers that are not finite"):
+        pipe.decode(torch.full((1, 4, 8, 8), 3e38))
+    assert [t.data_ptr() for t in tensors_of(pipe.vae)] == homes
+
+
+def test_sequential_guidance_makes_nearly_the_same_picture_in_calls_of_half_the_size(monkeypatch):
+    plain, _ = pictures(None)
+    batches, forward = [], UNet.forward
+    monkeypatch.setattr(
+        UNet, "forward", lambda self, x, *rest: batches.append(len(x)) or forward(self, x, *rest)
+    )
+    other, _ = pictures(Placement("cpu", FP32, FP32, "sdpa", "sequential"))
+    assert batches[-8:] == [2, 2] * 4  # calls before them scaled the random weights
+    assert abs(plain.astype(int) - other).max() <= 1  # a batch of two sums in another order
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_recorded_calls_make_the_same_pictures(monkeypatch, sampler):
+    request = ldm.Request(
+        "a frog", steps=4, sampler=sampler, images=2, guidance_interval=(0.5, 5.0)
+    )
+    plain, _ = pictures(None, request=request)
+    recorded = record_on_the_cpu(monkeypatch)
+    monkeypatch.setattr(Pipeline, "_network", lambda self, device: graphs(self))
+    again, pipe = pictures(None, request=request)
+    assert np.array_equal(again, plain)
+    assert recorded.made <= 2  # with guidance and without
+    assert np.array_equal(np.stack(pipe.generate(request)), plain)
+    assert recorded.made == 2
+
+    other = dataclasses.replace(request, prompt="a toad", seed=7)
+    in_turns = zip(pipe.stream(request), pipe.stream(other), strict=True)
+    both = [(a.x, a.x0, b.x, b.x0) for a, b in in_turns]
+    monkeypatch.undo()
+    for latents, one in ((0, request), (2, other)):
+        for mine, step in zip(both, pipe.stream(one), strict=True):
+            assert torch.equal(mine[latents], step.x)
+            assert torch.equal(mine[latents + 1], step.x0)
+    assert recorded.made == 2
+
+
+def graphs(pipe):
+    pipe._graphs = pipe._graphs or Graphs(pipe.unet)
+    return pipe._graphs
+
+
+def test_calls_are_recorded_only_where_the_weights_stay_on_cuda():
+    _, pipe = pictures(None)
+    assert pipe._network(torch.device("cpu")) is pipe.unet
+    first = pipe._network(CUDA)
+    assert isinstance(first, Graphs)
+    assert pipe._network(CUDA) is first
+    pipe.unet = UNet(TINY_SDXL.unet)
+    assert pipe._network(CUDA).unet is pipe.unet
+    pipe.unet = nn.Sequential(
+        pipe.unet
+    )  # such as DeepCache, which does not do the same at each call
+    assert pipe._network(CUDA) is pipe.unet
+    for choice in ({"cuda_graph": False}, {"offload": "model"}):
+        _, pipe = pictures(Placement("cpu", FP32, FP32, "sdpa", **choice))
+        assert pipe._network(CUDA) is pipe.unet
+
+
+# ------------------------------------------------------------------ compilation
+
+
+def test_blocks_are_compiled_whole_and_once():
+    torch._dynamo.reset()  # what other tests compiled counts as sizes seen before
+    one_level = dataclasses.replace(TINY_RANDOM.unet, channels=(16,), depth=(1,), heads=(2,))
+    config = dataclasses.replace(TINY_RANDOM, unet=one_level)
+    plain, _ = pictures(None, config)
+    networks, graphs = random_networks(config), []
+    compile_blocks(networks[0], backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    pipe = Pipeline(config, *networks)
+    request = ldm.Request("a frog", steps=4, images=2)
+    assert np.array_equal(np.stack(pipe.generate(request)), plain)
+
+    blocks = [m for m in networks[0].modules() if isinstance(m, ResBlock | TransformerBlock)]
+    first = len(graphs)
+    assert 0 < first < len(blocks)
+    for change in (
+        *({"prompt": "a toad in a hole"}, {"seed": 9}, {"steps": 2}, {"guidance_scale": 2.0}),
+        *({"sampler": "heun"}, {"negative_prompt": "bad"}),
+    ):
+        pipe.generate(dataclasses.replace(request, **change))
+        assert len(graphs) == first, change
+    for width, height in ((48, 32), (40, 48)):  # one side, then the other: now both are open
+        pipe.generate(dataclasses.replace(request, width=width, height=height))
+    assert len(graphs) <= 3 * first
+    again = len(graphs)
+    for width, height in ((64, 64), (32, 56)):
+        pipe.generate(dataclasses.replace(request, width=width, height=height))
+    assert len(graphs) == again
+
+
+def test_a_placement_compiles_unet_and_vae(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(memory, "compile_blocks", compiled.append)
+    unet, vae, text_encoder = random_networks()
+    Placement("cpu", FP32, FP32, "sdpa").apply(unet, vae, text_encoder)
+    assert not compiled
+    Placement("cpu", FP32, FP32, "sdpa", compile=True).apply(unet, vae, text_encoder)
+    assert compiled == [unet, vae]
+
+
+def test_packed_weights_change_a_picture_by_rounding_only(model_folder):
+    request = ldm.Request("a frog", steps=3)
+    plain = ldm.load(model_folder, Placement("cpu"))
+    packed = ldm.load(model_folder, Placement("cpu", packed=True))
+    (one,), (other,) = plain.generate(request), packed.generate(request)
+    difference = np.asarray(one).astype(int) - np.asarray(other).astype(int)
+    assert abs(difference).max() <= 1  # a value on the boundary of two levels
+
+
+@pytest.mark.parametrize("other", [{"compile": True}])
+def test_packed_weights_are_for_plain_blocks(other):
+    with pytest.raises(ValueError, match="packed weights are for a CPU"):
+        Placement(**{"device": "cpu", "packed": True, **other}).resolve()

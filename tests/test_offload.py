@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 from ldm.config import SD15, SDXL_BASE
 from ldm.models.attention import set_attention
 from ldm.models.shortcuts import DeepCache
+from ldm.models.transformer import TransformerBlock
 from ldm.models.unet import UNet
 from ldm.offload import Moved, Streamed, pin, tensors_of
 from tests.live_bytes import LiveBytes
@@ -116,6 +117,22 @@ def test_a_streamed_unet_has_two_stages_on_the_device_at_most(unet):
     assert there == [sorted({i, (i + 1) % n}) for i in range(n)]
 
 
+def test_inside_a_context_can_be_prepared_with_the_weights_that_are_on_the_device(unet):
+    x, t, context, vector = inputs(unet)
+    plain = unet.prepare(context, vector)
+    seen = []
+    for block in unet.modules():
+        if isinstance(block, TransformerBlock):
+            home = block.attn2.to_k.weight.data_ptr()
+            block.attn2.to_k.register_forward_hook(
+                lambda layer, args, out, home=home: seen.append(layer.weight.data_ptr() != home)
+            )
+    with Streamed(unet, "cpu"):
+        context, vector = unet.prepare(context, vector)
+        assert torch.equal(unet(x, t, context, vector), unet(x, t, *plain))
+    assert seen == [True] * len(context)
+
+
 def test_stages_may_be_left_out_or_called_in_any_order(unet):
     cached = DeepCache(unet, every=3)
     x, t, context, vector = inputs(unet)
@@ -132,7 +149,7 @@ def test_stages_may_be_left_out_or_called_in_any_order(unet):
     stages = [*unet.down, unet.mid, *unet.up]
     with Streamed(unet, "cpu") as weights:
         for i in [1, len(stages) - 1, 0, 2, 1, 1, 3, 2]:
-            weights._turn(stages[i], ())
+            weights._begin_turn(i, stages[i], ())
             assert {i, (i + 1) % len(stages)} == weights.here
         assert torch.equal(unet.down[1](x, emb, context), expected)
 
@@ -302,8 +319,8 @@ def peaks(config, size):
     with LiveBytes() as activations:
         unet(*inputs)
     with LiveBytes() as parts, Streamed(unet, "meta") as weights:
-        for stage in 2 * weights.stages:
-            weights._turn(stage, ())
+        for i in 2 * [*range(len(weights.stages))]:
+            weights._begin_turn(i, weights.stages[i], ())
     whole = sum(tensor.nbytes for tensor in tensors_of(unet))
     sizes = [size / MIB for size in (activations.peak, whole, parts.peak)]
     print(f"\n  {config.name}, {size} px: {[round(size) for size in sizes]}")

@@ -15,7 +15,7 @@ import torch
 import ldm
 from ldm.config import Prediction, Spacing
 from ldm.diffusion.samplers import SAMPLERS
-from ldm.memory import ATTENTION, DTYPES
+from ldm.memory import ATTENTION, DTYPES, GUIDANCE, OFFLOAD
 from ldm.pipeline import BUNDLED, locate
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -130,8 +130,25 @@ PLACEMENT_OPTIONS = (
         "--dtype",
         f"one of {', '.join(DTYPE_NAMES)}; default: float16 on CUDA, else float32",
     ),
-    ("vae_dtype", "--vae-dtype", "the same for the VAE; default: float32"),
-    ("attention", "--attention", f"one of {', '.join(ATTENTION)}"),
+    ("vae_dtype", "--vae-dtype", "the same for the VAE; default: the same, bfloat16 for SDXL"),
+    (
+        "attention",
+        "--attention",
+        f"one of {', '.join(ATTENTION)}; default: sdpa where that never holds all scores",
+    ),
+    (
+        "guidance",
+        "--guidance-passes",
+        f"{' or '.join(GUIDANCE)}: the UNet with and without the prompt at once, or in less memory",
+    ),
+    (
+        "offload",
+        "--offload",
+        f"{' or '.join(OFFLOAD)}: keep on the GPU only the network, or the part of the UNet, that works",
+    ),
+    ("cuda_graph", "--cuda-graph", "replay the UNet's calls on a GPU (default: yes)"),
+    ("compile", "--compile", "compile blocks of the UNet and the VAE when they are first called"),
+    ("packed", "--packed", "on a CPU, keep convolutions in the order that it computes in: faster"),
 )
 
 

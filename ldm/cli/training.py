@@ -19,6 +19,7 @@ from ldm.cli.options import (
     given,
     read_placement,
 )
+from ldm.memory import find_device
 
 
 def add(commands: Commands) -> None:
@@ -42,7 +43,7 @@ def _train(args: argparse.Namespace) -> None:
     """Train what the recipe says, and print where the result is."""
     from ldm.training.recipes import read_recipe, run
 
-    device = ldm.Placement(device=args.device).resolve().device
+    device = find_device(args.device)
     recipe = read_recipe(args.recipe)
     if args.font is not None:
         if recipe.data.folder is not None:

@@ -29,6 +29,7 @@ from ldm.cli.options import (
     read_placement,
 )
 from ldm.images import grid, save_png
+from ldm.memory import find_device
 from ldm.record import Environment, ModelUsed, PartUsed, environment, recall, remember
 from ldm.request import default_conditioning
 
@@ -84,7 +85,7 @@ def _txt2img(args: argparse.Namespace) -> None:
         with _timed("decode", seconds):
             pictures = pipe.decode(latents[chosen])
         sha256s = {name: found.result() for name, found in digests.items()}
-        record = remember(pipe, request, job.placement, _used(job.model, pipe, sha256s))
+        record = remember(pipe, request, _used(job.model, pipe, sha256s))
 
     with _timed("save", seconds):
         shown = {None: grid(pictures)} if job.grid else dict(zip(chosen, pictures, strict=True))
@@ -144,7 +145,7 @@ def _plan_job(args: argparse.Namespace) -> Job:
         request = dataclasses.replace(request, seed=request.seed + picture, images=1)
         picture = None
     placement = read_placement(dataclasses.asdict(record.placement) | placed)
-    _compare(record.environment, environment(placement.resolve().device), args.source)
+    _compare(record.environment, environment(find_device(placement.device)), args.source)
     choice, sha256 = _recalled(record.model)
     if "model" in model:  # another one, and none of what was said of that one
         choice, sha256 = ModelChoice(), {}
