@@ -103,6 +103,9 @@ def test_every_option_reaches_the_request_and_is_reported(txt2img):
         "dtype": "bfloat16",
         "vae_dtype": "bfloat16",
         "attention": "sliced",
+        "guidance": "batched",
+        "compile": False,
+        "packed": False,
     }
     assert settings["environment"]["torch"] == torch.__version__
     assert pixels("frog-00002.png").shape == (20, 36, 3)
@@ -342,7 +345,7 @@ def test_repeating_on_other_versions_or_hardware_says_what_differs(txt2img):
         ({"request": {"prompt": "a", "steps": 0}}, "steps must be a whole number"),
         ({"command": "rm"}, "b.png: command must be one of 'txt2img', got 'rm'"),
         ({"picture": 1}, "b.png: picture must be one of the 1 of its request, got 1"),
-        ({"placement": {"device": "cpu"}}, "b.png: placement: .* missing 3 required"),
+        ({"placement": {"device": "cpu"}}, "b.png: placement: .* missing 2 required"),
     ],
 )
 def test_a_record_that_cannot_be_followed_is_refused(txt2img, changes, message):
@@ -390,7 +393,7 @@ def test_a_picture_without_a_readable_record_cannot_be_repeated(txt2img, text, m
         (["a frog", "--dtype", "float16"], "dtype float16 is up to 200 times slower"),
         (["a frog", "--dtype", "int8"], "dtype must be one of float32, float16, bfloat16"),
         (["a frog", "--device", "cuda:99"], "device cuda:99 is not available"),
-        (["a frog", "--attention", "flash"], "attention must be one of sdpa, sliced, math"),
+        (["a frog", "--attention", "flash"], "attention must be one of None, sdpa, sliced, math"),
         (["a frog", "--out", "a.jpg"], "--out must end in .png, got 'a.jpg'"),
         (["a frog", "--out", ""], "--out must end in .png, got '.'"),
         (["a frog", "--out", "no/a.png"], "there is no folder no to write a.png into"),

@@ -1,0 +1,150 @@
+"""The benchmark's order, rows and files, on its smallest case; never how long anything takes."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "benchmark.py"
+RUN = {
+    "machine": "M",
+    "date": "today",
+    "command": "`c`",
+    "threads": "1",
+    "versions": "v",
+    "rates": "r",
+}
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    spec = importlib.util.spec_from_file_location("benchmark", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "matrix_rate", lambda *_: 1e11)
+    monkeypatch.setattr(module, "copy_rate", lambda *_: 1e10)
+    return module
+
+
+def run(benchmark, monkeypatch, *words):
+    """Run the command and return its exit code."""
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--cases", "cut-down-64", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        benchmark.main()
+    return int(ended.value.code)
+
+
+def test_both_sides_do_the_same_step_in_turn_and_the_row_has_all_figures(
+    benchmark, monkeypatch, tmp_path
+):
+    asked, ask = [], benchmark.Worker.ask
+    monkeypatch.setattr(
+        benchmark.Worker,
+        "ask",
+        lambda self, word: asked.append((self.side, word)) or ask(self, word),
+    )
+    words = ["--parts", "memory", "step", "--dtypes", "float32", "--rounds", 2, "--write", tmp_path]
+    assert run(benchmark, monkeypatch, *words) == 0
+    a, b = "ldm", "diffusers"
+    assert [side for side, word in asked if word == "run"] == [a, b, a, b, b, a]
+
+    results = json.loads((tmp_path / "performance.json").read_text())
+    (row,) = results["rows"]
+    assert {name: row[name] for name in benchmark.KEY[1:]} == {
+        "case": "cut-down-64",
+        "part": "step",
+        "dtype": "float32",
+        "side": a,
+        "against": b,
+    }
+    assert row["least"] <= row["ratio"] <= row["most"]
+    assert row["steps/s"] == 1 / row["s"]
+    flops, weights = benchmark.work("cut-down-64", "step")
+    assert (row["TFLOP"], row["GB"]) == (flops / 1e12, 4 * weights / 1e9)
+    assert row["of floor"] == max(flops / 1e11, 4 * weights / 1e10) / row["s"]
+    if sys.platform == "linux":
+        assert row["host MiB"] > 0
+        assert row["its host MiB"] > 0
+    assert {memory["part"] for memory in results["memory"]} == {"step", "decode", "encode"}
+    text = (tmp_path / "performance.md").read_text()
+    assert f"## {row['machine']}" in text
+    assert "scripts/benchmark.py --cases cut-down-64" in text
+    assert f"| {row['s']:.4g} |" in text
+
+
+def test_a_row_that_cannot_be_measured_is_told_and_left_out(
+    benchmark, monkeypatch, capsys, tmp_path
+):
+    def fail(*_):
+        raise benchmark.FailedError("needs about 30 GB of memory, 20 are free")
+
+    monkeypatch.setattr(benchmark, "check_room", fail)
+    assert run(benchmark, monkeypatch, "--parts", "step", "--write", tmp_path) == 1
+    told = capsys.readouterr().err
+    assert "cut-down-64 step float32 ldm diffusers failed: needs about 30 GB of memory" in told
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(benchmark, monkeypatch):
+    monkeypatch.setattr(benchmark, "system", lambda *_: 1000)
+    with pytest.raises(benchmark.FailedError, match=r"needs about \d+ GB of memory, 0 are free"):
+        benchmark.check_room("cut-down-64", benchmark.torch.float32, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("import os; os.abort()", "ended with -6"),
+        ('print(\'{"error": "no memory"}\')', "no memory"),
+    ],
+)
+def test_a_process_that_ends_or_reports_an_error_is_a_failed_row(
+    benchmark, monkeypatch, code, reason
+):
+    monkeypatch.setitem(benchmark.IMPORTS, "ldm", code)
+    with pytest.raises(benchmark.FailedError, match=f"ldm: {reason}"):
+        benchmark.start("ldm", {"part": "import"})
+
+
+def test_a_later_run_replaces_its_own_rows_and_keeps_the_others(benchmark, tmp_path):
+    def row(case, part, seconds):
+        return RUN | {
+            "case": case,
+            "part": part,
+            "dtype": "",
+            "side": "ldm",
+            "against": "x",
+            "s": seconds,
+        }
+
+    memory = [{"case": "a", "part": "step", "side": "ldm", "peak, MiB": 1.5}]
+    benchmark.publish(
+        tmp_path, {"rows": [row("a", "step", 1.25), row("a", "text", 2.5)], "memory": memory}
+    )
+    benchmark.publish(
+        tmp_path, {"rows": [row("a", "step", 3.75), row("b", "step", 4.0)], "memory": []}
+    )
+    results = json.loads((tmp_path / "performance.json").read_text())
+    assert [r["s"] for r in results["rows"]] == [3.75, 2.5, 4.0]
+    assert results["memory"] == memory
+    text = (tmp_path / "performance.md").read_text()
+    assert "3.75" in text
+    assert "1.25" not in text
+
+
+def test_the_work_of_a_picture_is_that_of_its_parts(benchmark):
+    text, step, decode = (
+        benchmark.work("cut-down-64", part) for part in ("text", "step", "decode")
+    )
+    picture = benchmark.work("cut-down-64", "txt2img", 4)
+    assert picture == [t + 4 * s + d for t, s, d in zip(text, step, decode, strict=True)]
+
+
+def test_a_guided_step_of_sd15_at_512_has_the_known_number_of_operations(benchmark):
+    # 803 GFLOP a pass: the 677 of convolutions and linear layers that the literature has, and attention.
+    flops, weights = benchmark.work("sd15-512", "step")
+    assert flops == pytest.approx(2 * 803e9, rel=1e-3)
+    assert weights == 859_520_964
