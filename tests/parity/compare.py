@@ -180,10 +180,9 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).abs().max() / theirs.abs().max())
 
 
-def error(x: Tensor, exact: Tensor) -> float:
-    """The root mean square of the difference in parts of that of `exact`, of each entry, and the mean of these."""
-    difference, size = (x - exact).flatten(1).norm(dim=1), exact.flatten(1).norm(dim=1)
-    return float((difference / size).mean())
+def errors(x: Tensor, exact: Tensor) -> Tensor:
+    """The root mean square of the difference, in parts of that of `exact`, of each entry of the first dimension."""
+    return (x - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)
 
 
 # ------------------------------------------------------------------ files
@@ -243,13 +242,13 @@ class Run(NamedTuple):
 
 
 class Row(NamedTuple):
-    """How far ours is from diffusers'. low: by precision, our error and theirs, against diffusers' fp32 run."""
+    """How far ours is from diffusers'. low: by precision, our `errors` and theirs, against diffusers' fp32 run."""
 
     model: str
     what: str
     largest: float  # in levels of 255 for a picture
     relative: float
-    low: dict[str, tuple[float, float]]
+    low: dict[str, tuple[Tensor, Tensor]]
 
 
 def run_ours(folder: Path, task: Task, device: str, dtype: torch.dtype) -> Run:
@@ -291,7 +290,7 @@ def measure(
         if what in task.asked:
             largest = levels(ours.pictures[what], theirs.pictures[what])
         low = {
-            precision: (error(a.outputs[what], exact), error(b.outputs[what], exact))
+            precision: (errors(a.outputs[what], exact), errors(b.outputs[what], exact))
             for precision, (a, b) in lower.items()
         }
         rows.append(Row(name, what, largest, relative(ours.outputs[what], exact), low))
@@ -304,10 +303,15 @@ def small_size(name: str) -> Task:
     return Task(given, requests(name, images=32))
 
 
+FULL_SIZE = {  # the families that are compared at full size, and the picture that they make
+    "sd15": "10 ddim leading",
+    "sd21": "10 ddim leading",
+    "sdxl-base": "10 euler leading, negative_prompt None",
+}
+
+
 def full_size(name: str) -> Task:
-    """One input and one picture, of 256 pixels and few steps."""
-    label, request = next(iter(requests(name, side=256, images=1).items()))
-    return Task([draw(FAMILIES[name], 0, 256)], {label: dataclasses.replace(request, steps=4)})
-
-
-FULL_SIZE = ("sd15", "sd21", "sdxl-base")  # the families that are compared at full size
+    """One input of 256 pixels, and one picture of 128 pixels from 8 seeds, in 4 steps."""
+    label = FULL_SIZE[name]
+    request = dataclasses.replace(requests(name, side=128, images=8)[label], steps=4)
+    return Task([draw(FAMILIES[name], 0, 256)], {label.replace("10", "4", 1): request})

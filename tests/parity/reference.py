@@ -264,7 +264,7 @@ def build(folder: Path, family: Family) -> None:
     _scale(pipe.vae)
     if family.makes_pictures:
         _fit(pipe, family)
-    pipe.save_pretrained(folder)
+    pipe.save_pretrained(folder, max_shard_size="2GB")  # a shard is copied in memory to be written
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
