@@ -10,6 +10,7 @@ from ldm.checkpoint.contents import find
 from ldm.checkpoint.folder import write_folder, write_vae
 from ldm.checkpoint.kinds import kind_of
 from ldm.checkpoint.known import digest
+from ldm.checkpoint.limits import check_limits
 from ldm.checkpoint.parts import (
     Layout,
     Model,
@@ -50,6 +51,7 @@ def identify(
     sha256 = digest(path) if check_sha256 else None
     source = open_source(path, prediction=prediction, sha256=sha256)
     check_complete(source, path)
+    check_limits(source.config, path)
     config = source.config
     return Identity(config.name, config.diffusion.prediction, source.why, source.layout, config)
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from ldm.checkpoint import configs, tables
 from ldm.checkpoint.configs import Json
 from ldm.checkpoint.contents import Place, vae_part
-from ldm.checkpoint.parts import TOWERS, Model, ModelLike, Part, Source, collect, recognise
+from ldm.checkpoint.parts import TOWERS, Model, ModelLike, Part, Source, collect, recognise, some
 from ldm.checkpoint.pickles import PickledTensors
-from ldm.checkpoint.strict_json import MAX_BYTES, parse_json
+from ldm.checkpoint.strict_json import MAX_BYTES, parse_json, printable
 from ldm.checkpoint.tensors import TensorFiles, Tensors
 from ldm.checkpoint.writing import write_tensors
 from ldm.config import SD15, ModelConfig, Prediction, VAEConfig, from_dict
@@ -169,7 +169,7 @@ def _open_part(folder: Path, pickles: bool) -> Source:
         parts[TOWERS[0]] = _text_part(_tensors(folder, _TOWER, pickles))
     else:
         raise ValueError(
-            f"{where} describes {classes or 'nothing'}: allowed are UNet2DConditionModel, AutoencoderKL and "
+            f"{where} describes {printable(classes or 'nothing')}: allowed are UNet2DConditionModel, AutoencoderKL and "
             "CLIPTextModel"
         )
     return Source(
@@ -248,13 +248,13 @@ def _read_index(folder: Path) -> _Index:
             hint = f"give a file in it, such as {folder / files[0]}"
         raise ValueError(f"{folder} is not a model folder, it has no model_index.json: {hint}")
     index = _read_json(folder / "model_index.json")
-    pipeline = str(index.get("_class_name"))
+    pipeline = printable(index.get("_class_name"))
     present = [name for name, value in index.items() if isinstance(value, list) and any(value)]
     allowed = (*_COMPONENTS, *_SECOND, *_UNUSED_COMPONENTS)
     if other := sorted(set(present) - {*allowed}):
+        found = some([printable(name) for name in other])
         raise ValueError(
-            f"{folder} is a {pipeline} with {', '.join(other)}, which is not supported: the folder may have "
-            f"{', '.join(allowed)}"
+            f"{folder} is a {pipeline} with {found}, which is not supported: the folder may have {', '.join(allowed)}"
         )
     second = any(name in present for name in _SECOND)
     first = not second or "text_encoder" in present

@@ -14,6 +14,7 @@ from ldm.checkpoint.keymap import inverse
 from ldm.checkpoint.kinds import kind_of
 from ldm.checkpoint.known import KNOWN, digest
 from ldm.checkpoint.parts import Mismatch, Source, compare, modules
+from ldm.checkpoint.strict_json import printable
 from ldm.checkpoint.tensors import TensorFiles
 from ldm.config import Prediction
 
@@ -110,7 +111,7 @@ def inspect(
         report = dataclasses.replace(report, sha256=sha256, known_as=known.name if known else None)
     if not path.is_dir():
         tensors = TensorFiles([path])
-        metadata = {k: _short(v) for k, v in tensors.metadata.items()}
+        metadata = {_short(k): _short(v) for k, v in tensors.metadata.items()}
         report = dataclasses.replace(report, metadata=metadata, ema=count_ema(tensors))
         if kind := kind_of(tensors):
             dtypes = dict(Counter(tensors.dtypes.values()))
@@ -180,4 +181,5 @@ def _count(shapes: Mapping[str, tuple[int, ...]]) -> int:
 
 
 def _short(text: str) -> str:
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({len(text):,} characters)"
+    shown = printable(text, _LONGEST)
+    return shown if len(text) <= _LONGEST else f"{shown} ({len(text):,} characters)"

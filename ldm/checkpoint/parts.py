@@ -202,10 +202,10 @@ def check(
     for part, tensors, missing, unknown, misshapen in compare(networks, parts, dropped):
         if not part:
             raise ValueError(
-                f"{tensors} holds {len(unknown)} tensors that this model has no use for: {_some(unknown)}"
+                f"{tensors} holds {len(unknown)} tensors that this model has no use for: {some(unknown)}"
             )
         kinds = (("missing", missing), ("unknown", unknown), ("of another shape", misshapen))
-        found = [f"{len(names)} {what}: {_some(names)}" for what, names in kinds if names]
+        found = [f"{len(names)} {what}: {some(names)}" for what, names in kinds if names]
         preset = _fitting_unet(parts[part]) if part == "unet" else None
         raise ValueError(
             f"the {part} in {tensors} does not match its configuration ({'; '.join(found)})"
@@ -351,5 +351,6 @@ def _shapes_of(
     return {name: tuple(value.shape) for name, value in stored.items()}
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """Return the first few of `names` as a list in a sentence."""
     return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")

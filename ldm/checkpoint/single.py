@@ -24,7 +24,7 @@ from ldm.checkpoint.contents import (
 )
 from ldm.checkpoint.kinds import kind_of
 from ldm.checkpoint.known import KnownFile
-from ldm.checkpoint.parts import TOWERS, Model, ModelLike, Source, collect, recognise
+from ldm.checkpoint.parts import TOWERS, Model, ModelLike, Source, collect, recognise, some
 from ldm.checkpoint.prediction import MARKERS, Decision, decide
 from ldm.checkpoint.shapes import (
     PRESETS_OF,
@@ -270,7 +270,7 @@ def _text(tensors: Tensors, towers: tuple[Place, ...], like: ModelConfig) -> tup
         return like.text
     if len(towers) != len(like.text):
         raise ValueError(
-            f"{tensors} holds {len(towers)} text encoders ({', '.join(p.prefix or 'at the root' for p in towers)}), "
+            f"{tensors} holds {len(towers)} text encoders ({some([p.prefix or 'at the root' for p in towers])}), "
             f"{like.name} has {len(like.text)}"
         )
     found = []

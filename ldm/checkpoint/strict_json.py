@@ -27,6 +27,13 @@ def parse_json(text: bytes) -> Any:
         raise ValueError("it is nested too deep") from error
 
 
+def printable(value: object, length: int = 100) -> str:
+    """Return the beginning of a text from a file, without line breaks and terminal commands."""
+    text = str(value)
+    shown = "".join(c if c.isprintable() else " " for c in text[:length])
+    return shown if len(text) <= length else f"{shown}..."
+
+
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):

@@ -13,7 +13,7 @@ from torch import Tensor
 from ldm.checkpoint.strict_json import MAX_BYTES, parse_json
 
 MAX_HEADER = MAX_BYTES  # safetensors' own limit is ten times as much
-MAX_NAME = 1000  # characters; those of models have up to 130
+MAX_NAME = 300  # characters; those of models have up to 130
 MAX_RANK = 8
 MAX_NUMBERS = 2**40  # of one tensor, also of an empty one whose other sizes are not 0
 

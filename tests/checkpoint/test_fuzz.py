@@ -20,8 +20,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ldm.checkpoint.files import load, save
-from ldm.checkpoint.inspection import inspect
+from ldm.checkpoint.files import Identity, identify, load, save
+from ldm.checkpoint.inspection import Report, inspect
 from ldm.checkpoint.parts import Model
 from ldm.checkpoint.single import METADATA_KEY, _without_none, ldm_tensors
 from ldm.checkpoint.strict_json import MAX_BYTES, MAX_VALUES
@@ -69,6 +69,10 @@ def attempt(act: Callable[[Path], Any], path: Path) -> Any:
     if isinstance(result, Model):
         values = [v for network in result[1:4] for v in [*network.parameters(), *network.buffers()]]
         assert not any(value.is_meta for value in values)
+    if isinstance(result, Identity):
+        assert (result.preset + result.why).isprintable()
+    if isinstance(result, Report):
+        assert all(line.isprintable() for line in str(result).split("\n"))
     return result
 
 
@@ -174,7 +178,7 @@ def entry(shape: object, *offsets: object, dtype: object = "F32") -> dict[str, o
 
 
 SOUND = {
-    "__metadata__": {"format": "pt", "modelspec.prediction_type": "v"},
+    "__metadata__": {"format": "pt", "modelspec.prediction_type": "v", "a\r\x1b[2J": "\x1b[2J\n"},
     "model.diffusion_model.input_blocks.0.0.weight": entry([2, 2, 1, 1], 0, 8, dtype="F16"),
     "token_embedding.weight": entry([2, 3], 8, 32),
     "first_stage_model.encoder.down.0.block.0.conv1.weight": entry([0], 32, 32, dtype="BF16"),
@@ -233,7 +237,7 @@ CRAFTED = {
 def test_a_crafted_header_is_refused_in_a_sentence(name, tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(CRAFTED[name])
-    for act in (lambda p: TensorFiles([p]), inspect):
+    for act in (lambda p: TensorFiles([p]), identify, inspect):
         attempt(act, path)
     assert attempt(load_as_it_is, path) is None
 
@@ -328,8 +332,13 @@ EXTRAS = (  # names that mean something
 )
 
 
+def others(r: random.Random, table: Table, *counts: int) -> list[str]:
+    """Some names of a table, as many as one of `counts` or as there are."""
+    return r.sample(sorted(table), min(r.choice(counts), len(table)))
+
+
 def drop(r: random.Random, table: Table, name: str) -> None:
-    for other in {name, *r.sample(sorted(table), r.choice((0, 1, 5, len(table) - 1)))}:
+    for other in {name, *others(r, table, 0, 1, 5, len(table) - 1)}:
         del table[other]
 
 
@@ -350,7 +359,7 @@ def swap(r: random.Random, table: Table, name: str) -> None:
 
 
 def permute(r: random.Random, table: Table, name: str) -> None:
-    for other in (name, *r.sample(sorted(table), r.choice((0, 20)))):
+    for other in (name, *others(r, table, 0, 20)):
         dtype, shape = table[other]
         table[other] = dtype, shape[::-1]
 
@@ -380,7 +389,7 @@ def mix_prefixes(r: random.Random, table: Table, name: str) -> None:
 
 def change_dtype(r: random.Random, table: Table, name: str) -> None:
     dtype = r.choice(sorted(BITS))
-    for other in {name, *r.sample(sorted(table), r.choice((0, 3, len(table))))}:
+    for other in {name, *others(r, table, 0, 3, len(table))}:
         size = math.prod(table[other][1]) * BITS[dtype]
         table[other] = dtype if size % 8 == 0 else "U8", table[other][1]
 
@@ -449,6 +458,7 @@ def test_a_mutated_configuration_in_the_metadata_loads_or_is_refused_in_a_senten
         config, done = operated(random.Random(seed), plain(KINDS[kind]))
         path = write_table(tmp_path / "model", tables[kind], metadata_of(config))
         with told("seed", seed, done):
+            attempt(identify, path)
             attempt(load_as_it_is, path)
 
 
