@@ -11,7 +11,7 @@ def keep_freed_memory() -> bool:
     """Keep large buffers that are freed, where glibc would hand them back and fault them in anew for each tensor.
 
     That is for the whole process, so it is for a command that owns its process and for no library. It costs no memory
-    beyond the peak, and saves a tenth to a third of the time on a CPU: see docs/performance.md.
+    beyond the peak, and saves a tenth to a third of the time on a CPU.
     Returns whether this system's C library has the setting.
     """
     try:

@@ -1,7 +1,7 @@
 """Convolutions on a CPU with their weights in the order that oneDNN computes in, put so once and not at every call.
 
 The kernels are PyTorch's own, and so are the numbers: those of the plain convolution of a channels-last input, bit for
-bit. What is saved is the reordering, most of the work of a small picture: measured in docs/performance.md.
+bit. What is saved is the reordering, most of the work of a small picture.
 """
 
 from typing import Any
