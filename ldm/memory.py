@@ -1,18 +1,22 @@
 """Where a model lives and how it computes, as one value that is applied once."""
 
 import dataclasses
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.backends.cuda import SDPAParams, can_use_efficient_attention, can_use_flash_attention
 
 from ldm.config import SDXL_BASE, ModelConfig, VAEConfig
 from ldm.models.attention import Attend, math_attention, sdpa, set_attention, sliced_attention
 from ldm.models.layers import ResBlock
 from ldm.models.packing import can_pack, pack_convolutions
+from ldm.models.slabs import decode_slabs
 from ldm.models.text import TextEncoder
+from ldm.models.tiles import decode_tiles
 from ldm.models.transformer import TransformerBlock
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
@@ -24,6 +28,11 @@ ATTENTION: dict[str, Attend] = {
     "math": math_attention,
 }
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DECODE: dict[str, Callable[[VAE, Tensor], Tensor]] = {
+    "whole": lambda vae, latents: vae.decode(latents),
+    "slabs": partial(decode_slabs, budget=2**30),
+    "tiles": decode_tiles,
+}
 GUIDANCE = ("batched", "sequential")
 OFFLOAD = ("model", "blocks")
 
@@ -43,6 +52,8 @@ class Placement:
       and, for the dtypes that a GPU knows, on any GPU of this decade; elsewhere sliced.
     guidance: "batched" (one call of the UNet for both conditions) or "sequential" (two calls, slower, half of the
       activations), equal but for rounding.
+    vae_memory: how a picture is decoded: "whole", in "slabs" of rows (exact but for rounding, in 1 GiB whatever the
+      size, slower where the whole takes more), or in "tiles" (0.4 GiB in fp16, little slower, approximate).
     offload: where weights wait while another network works. None: all stay on the device. "model": in host memory, a
       whole network at a time is on the device. "blocks": so, and of the UNet two stages at a time.
     cuda_graph: on CUDA and without offload, record the UNet's calls and replay them. It holds the activations of one
@@ -57,6 +68,7 @@ class Placement:
     vae_dtype: torch.dtype | None = None
     attention: str | None = None
     guidance: str = "batched"
+    vae_memory: str = "whole"
     offload: str | None = None
     cuda_graph: bool = True
     compile: bool = False
@@ -68,9 +80,10 @@ class Placement:
         Raises ValueError for a device that is unknown or absent, a dtype that is no fp32, fp16 or bf16, fp16 on a CPU,
         a word that is none of those above, offload without CUDA, and packed weights off a CPU or in compiled blocks.
         """
-        _check("attention", self.attention, (None, *ATTENTION))
+        _check("attention", self.attention or "sdpa", tuple(ATTENTION))
         _check("guidance", self.guidance, GUIDANCE)
-        _check("offload", self.offload, (None, *OFFLOAD))
+        _check("vae_memory", self.vae_memory, tuple(DECODE))
+        _check("offload", self.offload or "model", OFFLOAD)
         device = find_device(self.device)
         dtype = self.dtype or (torch.float16 if device.type == "cuda" else torch.float32)
         vae_dtype, attention = self.vae_dtype, self.attention
@@ -204,6 +217,6 @@ def _is_fused(width: int, dtype: torch.dtype, device: torch.device) -> bool:
     return can_use_flash_attention(params) or can_use_efficient_attention(params)
 
 
-def _check(name: str, value: object, allowed: tuple[str | None, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+def _check(name: str, word: str, allowed: tuple[str, ...]) -> None:
+    if word not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {word!r}")

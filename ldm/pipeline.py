@@ -16,7 +16,7 @@ from ldm.diffusion.samplers import SAMPLERS, Noise, Step, seeded_noise, start
 from ldm.diffusion.schedule import NoiseSchedule, to_vp
 from ldm.graphs import Graphs
 from ldm.images import to_pil
-from ldm.memory import Placement, find_device
+from ldm.memory import DECODE, Placement, find_device
 from ldm.models.layers import timestep_embedding
 from ldm.models.text import TextEncoder
 from ldm.models.unet import UNet
@@ -114,7 +114,7 @@ class Pipeline:
         pictures = []
         with self._at_work["vae"]:
             for latent in latents.to(next(self.vae.parameters())):
-                image = self.vae.decode(latent[None])
+                image = DECODE[self.placement.vae_memory](self.vae, latent[None])
                 _check_finite(image, {"VAE": self.vae}, "vae_dtype")
                 pictures += to_pil(image)
         return pictures

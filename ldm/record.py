@@ -50,6 +50,7 @@ class PlacementUsed:
     vae_dtype: str
     attention: str | None = None  # of networks that no placement was applied to
     guidance: str = "batched"
+    vae_memory: str = "whole"
     compile: bool = False
     packed: bool = False
 
@@ -124,6 +125,7 @@ def remember(pipe: Pipeline, request: Request, model: ModelUsed) -> Record:
             vae_dtype=_name(next(pipe.vae.parameters()).dtype),
             attention=placement.attention,
             guidance=placement.guidance,
+            vae_memory=placement.vae_memory,
             compile=placement.compile,
             packed=placement.packed,
         ),

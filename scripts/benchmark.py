@@ -11,6 +11,7 @@ import os
 import platform
 import re
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -439,6 +440,7 @@ def machine(device):
 
 def main():
     args = arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # gigabytes of models are deleted
     rates = {name: matrix_rate(args.device, getattr(torch, name)) for name in args.dtypes}
     rates["copy"] = copy_rate(args.device)
     libraries = ("torch", "diffusers", "transformers")

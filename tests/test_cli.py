@@ -104,6 +104,7 @@ def test_every_option_reaches_the_request_and_is_reported(txt2img):
         "vae_dtype": "bfloat16",
         "attention": "sliced",
         "guidance": "batched",
+        "vae_memory": "whole",
         "compile": False,
         "packed": False,
     }
@@ -393,7 +394,7 @@ def test_a_picture_without_a_readable_record_cannot_be_repeated(txt2img, text, m
         (["a frog", "--dtype", "float16"], "dtype float16 is up to 200 times slower"),
         (["a frog", "--dtype", "int8"], "dtype must be one of float32, float16, bfloat16"),
         (["a frog", "--device", "cuda:99"], "device cuda:99 is not available"),
-        (["a frog", "--attention", "flash"], "attention must be one of None, sdpa, sliced, math"),
+        (["a frog", "--attention", "flash"], "attention must be one of sdpa, sliced, math"),
         (["a frog", "--out", "a.jpg"], "--out must end in .png, got 'a.jpg'"),
         (["a frog", "--out", ""], "--out must end in .png, got '.'"),
         (["a frog", "--out", "no/a.png"], "there is no folder no to write a.png into"),

@@ -13,7 +13,7 @@ from ldm.checkpoint import files
 from ldm.config import SD15, SD21, SDXL_BASE
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.graphs import Graphs
-from ldm.memory import ATTENTION, Placement, compile_blocks, find_device
+from ldm.memory import ATTENTION, DECODE, Placement, compile_blocks, find_device
 from ldm.models.attention import math_attention, sdpa, sliced_attention
 from ldm.models.layers import ResBlock
 from ldm.models.transformer import TransformerBlock
@@ -118,9 +118,10 @@ def test_whether_there_is_a_fused_kernel_is_pytorchs_own_answer(monkeypatch):
         ({"dtype": torch.float16}, "dtype float16 is up to 200 times slower"),
         ({"vae_dtype": torch.float16}, "vae_dtype float16 is up to 200 times slower"),
         ({"dtype": torch.float64}, "dtype must be one of float32, float16, bfloat16"),
-        ({"attention": "flash"}, "attention must be one of None, sdpa, sliced, math, got 'flash'"),
+        ({"attention": "flash"}, "attention must be one of sdpa, sliced, math, got 'flash'"),
         ({"guidance": "twice"}, "guidance must be one of batched, sequential, got 'twice'"),
-        ({"offload": "disk"}, "offload must be one of None, model, blocks, got 'disk'"),
+        ({"vae_memory": "little"}, "vae_memory must be one of whole, slabs, tiles, got 'little'"),
+        ({"offload": "disk"}, "offload must be one of model, blocks, got 'disk'"),
         ({"offload": "model"}, "offload 'model' keeps weights out of a CUDA device's memory, and"),
         ({"device": "toaster"}, "device must be cpu, cuda, cuda:N or mps, got 'toaster'"),
         ({"device": "meta"}, "device must be cpu, cuda, cuda:N or mps, got 'meta'"),
@@ -282,6 +283,17 @@ def test_sequential_guidance_makes_nearly_the_same_picture_in_calls_of_half_the_
     other, _ = pictures(Placement("cpu", FP32, FP32, "sdpa", "sequential"))
     assert batches[-8:] == [2, 2] * 4  # calls before them scaled the random weights
     assert abs(plain.astype(int) - other).max() <= 1  # a batch of two sums in another order
+
+
+def test_the_vae_decodes_as_it_is_told(monkeypatch):
+    plain, _ = pictures(None)
+    for way in ("slabs", "tiles"):
+        used, decode = [], DECODE[way]
+        monkeypatch.setitem(DECODE, way, lambda *args, d=decode, u=used: u.append(args) or d(*args))
+        other, _ = pictures(Placement("cpu", FP32, FP32, "sdpa", vae_memory=way))
+        assert [len(latents) for _, latents in used] == [1, 1]
+        # at this size one tile is the picture, and a slab may sum in another order
+        assert abs(plain.astype(int) - other).max() <= 1
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

@@ -15,7 +15,7 @@ import torch
 import ldm
 from ldm.config import Prediction, Spacing
 from ldm.diffusion.samplers import SAMPLERS
-from ldm.memory import ATTENTION, DTYPES, GUIDANCE, OFFLOAD
+from ldm.memory import ATTENTION, DECODE, DTYPES, GUIDANCE, OFFLOAD
 from ldm.pipeline import BUNDLED, locate
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -140,6 +140,11 @@ PLACEMENT_OPTIONS = (
         "guidance",
         "--guidance-passes",
         f"{' or '.join(GUIDANCE)}: the UNet with and without the prompt at once, or in less memory",
+    ),
+    (
+        "vae_memory",
+        "--vae-memory",
+        f"{', '.join(DECODE)}: decode at once, exactly in 1 GiB, or approximately in 0.4 GiB",
     ),
     (
         "offload",

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 import ldm
@@ -107,6 +108,8 @@ def _timed(part: str, seconds: dict[str, float]) -> Iterator[None]:
     """Note in `seconds` how long the block took."""
     start = time.perf_counter()
     yield
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()  # the steps are queued long before they are done
     seconds[part] = round(time.perf_counter() - start, 3)
 
 

@@ -310,8 +310,8 @@ FULL_SIZE = {  # the families that are compared at full size, and the picture th
 }
 
 
-def full_size(name: str) -> Task:
-    """One input of 256 pixels, and one picture of 128 pixels from 8 seeds, in 4 steps."""
+def full_size(name: str, images: int = 8) -> Task:
+    """One input and one picture of 128 pixels, the latter from 8 seeds and in 4 steps."""
     label = FULL_SIZE[name]
-    request = dataclasses.replace(requests(name, side=128, images=8)[label], steps=4)
-    return Task([draw(FAMILIES[name], 0, 256)], {label.replace("10", "4", 1): request})
+    request = dataclasses.replace(requests(name, side=128, images=images)[label], steps=4)
+    return Task([draw(FAMILIES[name], 0, 128)], {label.replace("10", "4", 1): request})

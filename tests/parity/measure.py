@@ -52,7 +52,7 @@ of diffusers has timesteps of its own, it was told to take the others'; combinat
 FULL_SIZE = """\
 ## At full size
 
-The official architectures, with one random input of 256 pixels, and one picture of 128 pixels from 8 seeds.
+The official architectures, with one random input and one picture from 8 seeds, of 128 pixels.
 """
 FILES = """\
 ## Files
