@@ -2,7 +2,7 @@
 
 python scripts/txt2img.py "a frog on the grass" --model weights/tiny --out frog.png
 
-The same numbers as `ldm txt2img` with --sampler dpmpp_2m, bit for bit.
+The same numbers as `ldm.Pipeline` with the sampler dpmpp_2m, bit for bit.
 """
 
 import argparse

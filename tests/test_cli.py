@@ -1,5 +1,6 @@
 """The `ldm` command: what it writes and prints, and one sentence with exit code 2 for every bad input."""
 
+import argparse
 import json
 import os
 import re
@@ -16,7 +17,9 @@ import ldm
 from ldm.checkpoint import files
 from ldm.checkpoint.known import digest
 from ldm.cli import main
+from ldm.cli.options import PLACEMENT_OPTIONS, add_options, given, read_placement
 from ldm.images import read_texts, save_png
+from ldm.models.packing import can_pack
 from ldm.training import evaluate, scenes
 from tests.tiny import TINY_SDXL, random_networks
 
@@ -106,10 +109,21 @@ def test_every_option_reaches_the_request_and_is_reported(txt2img):
         "guidance": "batched",
         "vae_memory": "whole",
         "compile": False,
-        "packed": False,
+        "packed": can_pack(),
     }
     assert settings["environment"]["torch"] == torch.__version__
     assert pixels("frog-00002.png").shape == (20, 36, 3)
+
+
+@pytest.mark.skipif(not can_pack(), reason="this torch is built without oneDNN")
+@pytest.mark.parametrize(
+    ("words", "packed"), [([], True), (["--no-packed"], False), (["--compile"], False)]
+)
+def test_the_command_packs_weights_on_a_cpu_unless_told_otherwise(words, packed):
+    command = argparse.ArgumentParser()
+    add_options(command, ldm.Placement, PLACEMENT_OPTIONS)
+    words = given(command.parse_args([*words, "--device", "cpu"]), PLACEMENT_OPTIONS)
+    assert read_placement(words).packed is packed
 
 
 def test_a_guidance_interval_is_two_numbers_and_remembered(txt2img):
@@ -209,6 +223,17 @@ def test_options_beside_from_change_that_picture(txt2img):
     _, out, _ = txt2img("a cat", "--from", "a-00002.png", "--dtype", "bfloat16", "--json")
     settings = json.loads(out)["settings"]
     assert (settings["request"]["prompt"], settings["placement"]["dtype"]) == ("a cat", "bfloat16")
+
+
+def test_weights_that_were_packed_on_a_cpu_are_not_on_another_device(txt2img, monkeypatch):
+    txt2img("a frog", "--out", "a.png")
+    seen = []
+    monkeypatch.setattr(
+        "ldm.cli.txt2img.read_placement", lambda names: seen.append(names) or ldm.Placement("cpu")
+    )
+    for words in (["--device", "cuda"], ["--device", "cpu"], []):
+        txt2img("--from", "a.png", "--overwrite", *words, model=False)
+    assert ["packed" in names for names in seen] == [False, True, True]
 
 
 @pytest.fixture

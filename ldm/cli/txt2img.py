@@ -147,7 +147,10 @@ def _plan_job(args: argparse.Namespace) -> Job:
     if asked and picture is not None:  # another picture, from the noise of this one
         request = dataclasses.replace(request, seed=request.seed + picture, images=1)
         picture = None
-    placement = read_placement(dataclasses.asdict(record.placement) | placed)
+    remembered = dataclasses.asdict(record.placement)
+    if "device" in placed and not placed["device"].startswith("cpu"):
+        del remembered["packed"]  # which only a CPU can
+    placement = read_placement(remembered | placed)
     _compare(record.environment, environment(find_device(placement.device)), args.source)
     choice, sha256 = _recalled(record.model)
     if "model" in model:  # another one, and none of what was said of that one

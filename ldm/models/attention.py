@@ -7,7 +7,6 @@ holds the function it uses as its attribute `attend`; `set_attention` changes it
 import math
 from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -15,12 +14,12 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def math_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attend by the formula, holding all b h n m scores, with the softmax in fp32.
+    """Attend by the formula, holding all b h n m scores; inside, a softmax computes in fp32 at least.
 
     q: b h n d. k, v: b h m d. Returns b h n d in q's dtype.
     """
     scores = (q * (1 / math.sqrt(q.shape[-1]))) @ k.transpose(-1, -2)  # b h n m
-    return scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype) @ v
+    return scores.softmax(dim=-1) @ v
 
 
 def sliced_attention(q: Tensor, k: Tensor, v: Tensor, *, budget: int = 2**24) -> Tensor:

@@ -1,4 +1,4 @@
-"""Packed convolutions compute what plain ones do, and can be copied, saved and undone."""
+"""Packed layers compute what plain ones do, and can be copied, saved and undone."""
 
 import copy
 
@@ -8,15 +8,22 @@ from torch import nn
 
 from ldm.config import UNetConfig, VAEConfig
 from ldm.models.packing import (
+    Packed,
     PackedConv2d,
+    PackedLinear,
+    PackedPixelwise,
     can_pack,
-    pack_convolutions,
-    unpack_convolutions,
+    pack,
+    unpack,
 )
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
 
 pytestmark = pytest.mark.skipif(not can_pack(), reason="this torch is built without oneDNN")
+ROUNDING = {  # sums in another order: a few units in the last place
+    torch.float32: {"rtol": 1e-5, "atol": 1e-5},
+    torch.bfloat16: {"rtol": 0.02, "atol": 0.02},
+}
 CONFIG = UNetConfig(
     channels=(32, 64), depth=(1, 1), heads=(2, 2), res_blocks=1, context_dim=16, norm_groups=8
 )
@@ -38,28 +45,60 @@ def call(unet: UNet) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "options",
-    [{"padding": 1}, {"padding": 1, "stride": 2}, {"stride": 2}, {"padding": 1, "bias": False}],
+    [
+        {"kernel_size": 3, "padding": 1},
+        {"kernel_size": 3, "padding": 1, "stride": 2},
+        {"kernel_size": 3, "stride": 2},
+        {"kernel_size": 3, "padding": 1, "bias": False},
+        {"kernel_size": 1, "stride": 2},
+        {"kernel_size": 1, "padding": 1},
+    ],
     ids=str,
 )
 def test_a_packed_convolution_is_the_plain_one_of_channels_last_bit_for_bit(options, dtype):
-    conv = nn.Conv2d(24, 40, 3, **options).to(dtype).requires_grad_(False)
+    conv = nn.Conv2d(24, 40, **options).to(dtype).requires_grad_(False)
     x = torch.randn(2, 24, 13, 8).to(dtype)
     expected = conv(x.to(memory_format=torch.channels_last))
     plain, weight = conv(x), conv.weight.clone()
-    pack_convolutions(conv)
-    for _ in range(2):  # packing, packed
+    pack(conv)
+    assert type(conv) is PackedConv2d
+    for _ in range(2):
         assert torch.equal(conv(x), expected)
         assert torch.equal(conv(x.to(memory_format=torch.channels_last)), expected)
-    # summed in another order: a few units in the last place of the dtype
-    torch.testing.assert_close(
-        expected, plain, rtol=0.02, atol=0.02 if dtype != torch.float32 else 1e-5
-    )
+    torch.testing.assert_close(expected, plain, **ROUNDING[dtype])
+    assert torch.equal(conv.state_dict()["weight"], weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [(1,), (2, 77), (3, 5, 7)], ids=str)
+def test_a_packed_linear_layer_is_the_plain_one_but_for_rounding(rows, bias, dtype):
+    linear = nn.Linear(24, 40, bias=bias).to(dtype).requires_grad_(False)
+    x = torch.randn(*rows, 24).to(dtype)
+    expected, weight = linear(x), linear.weight.clone()
+    pack(linear)
+    assert type(linear) is PackedLinear
+    torch.testing.assert_close(linear(x), expected, **ROUNDING[dtype])
+    assert torch.equal(linear.state_dict()["weight"], weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_convolution_of_one_pixel_becomes_a_linear_layer(layout, dtype):
+    conv = nn.Conv2d(24, 40, 1).to(dtype).requires_grad_(False)
+    x = torch.randn(2, 24, 13, 8).to(dtype, memory_format=layout)
+    expected, weight = conv(x), conv.weight.clone()
+    pack(conv)
+    assert type(conv) is PackedPixelwise
+    out = conv(x)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(out, expected, **ROUNDING[dtype])
     assert torch.equal(conv.state_dict()["weight"], weight)
 
 
 def test_a_network_of_packed_convolutions_computes_the_same_and_keeps_its_state(unet):
     expected, state = call(unet), {k: v.clone() for k, v in unet.state_dict().items()}
-    pack_convolutions(unet)
+    pack(unet)
     assert any(isinstance(part, PackedConv2d) for part in unet.modules())
     # summed in another order
     torch.testing.assert_close(call(unet), expected, rtol=1e-5, atol=1e-5)
@@ -70,33 +109,32 @@ def test_a_network_of_packed_convolutions_computes_the_same_and_keeps_its_state(
 def test_it_is_undone_whether_or_not_it_was_used(unet):
     expected = call(unet)
     for used in (False, True):
-        pack_convolutions(unet)
+        pack(unet)
         if used:
             call(unet)
-        unpack_convolutions(unet)
-        assert not any(isinstance(part, PackedConv2d) for part in unet.modules())
+        unpack(unet)
+        assert not any(isinstance(part, Packed) for part in unet.modules())
         assert torch.equal(call(unet), expected)
 
 
 def test_a_packed_network_can_be_copied_and_pickled(unet):
-    pack_convolutions(unet)
+    pack(unet)
     expected = call(unet)
     assert torch.equal(call(copy.deepcopy(unet)), expected)
     assert torch.equal(call(unet), expected)
 
 
 def test_the_plain_weights_are_let_go(unet):
-    pack_convolutions(unet)
-    call(unet)
-    convs = [part for part in unet.modules() if isinstance(part, PackedConv2d)]
-    assert all(conv.weight is None for conv in convs)
+    pack(unet)
+    layers = [part for part in unet.modules() if isinstance(part, nn.Conv2d | nn.Linear)]
+    assert all(isinstance(layer, Packed) and layer.weight is None for layer in layers)
 
 
 def test_gradients_to_the_input_are_those_of_the_plain_convolution():
     vae = VAE(VAEConfig(channels=(8, 8), res_blocks=1, norm_groups=4)).requires_grad_(False)
     latents = torch.randn(1, 4, 4, 4, requires_grad=True)
     (expected,) = torch.autograd.grad(vae.decode(latents).square().sum(), latents)
-    pack_convolutions(vae)
+    pack(vae)
     with torch.no_grad():
         vae.decode(latents)
     (found,) = torch.autograd.grad(vae.decode(latents).square().sum(), latents)

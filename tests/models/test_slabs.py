@@ -8,7 +8,7 @@ from torch import nn
 
 from ldm.config import SD15, VAEConfig
 from ldm.models.attention import math_attention, set_attention
-from ldm.models.packing import can_pack, pack_convolutions
+from ldm.models.packing import can_pack, pack
 from ldm.models.slabs import decode_slabs, encode_slabs
 from ldm.models.vae import VAE
 from tests.live_bytes import LiveBytes
@@ -135,7 +135,7 @@ def test_slabs_run_packed_convolutions():
     vae = random_vae(SMALL)
     latents, _ = pictures(SMALL, 9, 5)
     expected = vae.decode(latents)
-    pack_convolutions(vae)
+    pack(vae)
     assert difference(decode_slabs(vae, latents, budget=3000), expected) < 1e-5
 
 
