@@ -104,13 +104,18 @@ class Placement:
                 f"offload {self.offload!r} keeps weights out of a CUDA device's memory, and the device is {device}; "
                 "leave it out"
             )
-        if self.packed and (device.type != "cpu" or self.compile or not can_pack()):
+        if self.packed and not self.packable:
             raise ValueError(
                 f"packed weights are for a CPU, with oneDNN and without compile; the device is {device}: leave it out"
             )
         return dataclasses.replace(
             self, device=device, dtype=dtype, vae_dtype=vae_dtype, attention=attention
         )
+
+    @property
+    def packable(self) -> bool:
+        """Whether weights can be packed where all else is as it is here."""
+        return find_device(self.device).type == "cpu" and not self.compile and can_pack()
 
     def apply(self, unet: UNet, vae: VAE, text_encoder: TextEncoder) -> None:
         """Set up three networks as this resolved placement says, where they are; once."""

@@ -15,8 +15,7 @@ import torch
 import ldm
 from ldm.config import Prediction, Spacing
 from ldm.diffusion.samplers import SAMPLERS
-from ldm.memory import ATTENTION, DECODE, DTYPES, GUIDANCE, OFFLOAD, find_device
-from ldm.models.packing import can_pack
+from ldm.memory import ATTENTION, DECODE, DTYPES, GUIDANCE, OFFLOAD
 from ldm.pipeline import BUNDLED, locate
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -206,8 +205,7 @@ def read_placement(names: dict[str, Any]) -> ldm.Placement:
     }
     placement = ldm.Placement(**(names | dtypes))
     placement.resolve()
-    packs = find_device(placement.device).type == "cpu" and not placement.compile and can_pack()
-    return dataclasses.replace(placement, packed=names.get("packed", packs))
+    return dataclasses.replace(placement, packed=names.get("packed", placement.packable))
 
 
 def read_dtype(name: str, word: str) -> torch.dtype:
