@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +29,7 @@ ATTENTION: dict[str, Attend] = {
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 DECODE: dict[str, Callable[[VAE, Tensor], Tensor]] = {
     "whole": lambda vae, latents: vae.decode(latents),
-    "slabs": partial(decode_slabs, budget=2**30),
+    "slabs": lambda vae, latents: decode_slabs(vae, latents, budget=slab_budget(vae, latents)),
     "tiles": decode_tiles,
 }
 GUIDANCE = ("batched", "sequential")
@@ -53,8 +52,8 @@ class Placement:
       is faster, sliced.
     guidance: "batched" (one call of the UNet for both conditions) or "sequential" (two calls, slower, half of the
       activations), equal but for rounding.
-    vae_memory: how a picture is decoded: "whole", in "slabs" of rows (exact but for rounding, in 1 GiB whatever the
-      size, slower where the whole takes more), or in "tiles" (0.4 GiB in fp16, little slower, approximate).
+    vae_memory: how a picture is decoded: "whole", in "slabs" of rows (exact but for rounding, in the memory that
+      `slab_budget` gives, up to four times slower), or in "tiles" (0.4 GiB in fp16, little slower, approximate).
     offload: where weights wait while another network works. None: all stay on the device. "model": in host memory, a
       whole network at a time is on the device. "blocks": so, and of the UNet two stages at a time.
     cuda_graph: on CUDA and without offload, record the UNet's calls and replay them. It holds the activations of one
@@ -159,6 +158,18 @@ def compile_blocks(network: nn.Module, *, backend: str = "inductor") -> None:
     for part in network.modules():
         if isinstance(part, ResBlock | TransformerBlock):
             part.compile(fullgraph=True, backend=backend)
+
+
+def slab_budget(vae: VAE, latents: Tensor) -> int:
+    """Bytes for a picture in slabs: a quarter of what the whole takes, but 384 MiB if that is less, and 1 GiB at most.
+
+    latents: b c h w, of which one picture is meant.
+    """
+    pixels = latents[0, 0].numel() * vae.config.factor**2
+    whole = (
+        768 * latents.element_size() * pixels
+    )  # SD's decoder: 256 channels of full size three times
+    return min(max(whole // 4, 384 * 2**20), 2**30)
 
 
 def find_device(wanted: str | torch.device | None) -> torch.device:

@@ -1,7 +1,8 @@
 """Time this package against diffusers and write docs/performance.md and .json: `python scripts/benchmark.py --write`.
 
 For each row two processes load the same random weights and do the same work in turn, A B B A A B ..., so that whatever
-else the machine does meets both. A row that fails is told on stderr and left out; those of earlier runs stay.
+else the machine does meets both. A row that fails is told on stderr and left out; those of earlier runs stay. Of
+performance.md only what stands between its marks is replaced.
 """
 
 import argparse
@@ -32,11 +33,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from ldm.checkpoint import files
 from ldm.checkpoint.parts import Model
 from ldm.config import SD15, SD21, SDXL_BASE, TextConfig, UNetConfig, VAEConfig
+from ldm.memory import DECODE, slab_budget
 from ldm.models.attention import math_attention, set_attention, sliced_attention
-from ldm.models.slabs import decode_slabs, encode_slabs
+from ldm.models.slabs import encode_slabs
 from ldm.models.text import TextEncoder, Tokenizer
+from ldm.models.tiles import encode_tiles
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
+from ldm.offload import Streamed
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -53,6 +57,8 @@ CASES = {  # architecture and pixels
     "cut-down-64": (CUT_DOWN, 64),
     "sd15-256": (SD15, 256),
     "sd15-512": (SD15, 512),
+    "sd15-1024": (SD15, 1024),
+    "sd15-2048": (SD15, 2048),
     "sd21-768": (SD21, 768),
     "sdxl-1024": (SDXL_BASE, 1024),
 }
@@ -67,12 +73,15 @@ PARTS = ["memory", "import", *TIMED]
 SIDES = {  # what is not as in `DEFAULT`; the name begins with the library's
     "ldm": {},
     "ldm-library": {"command": False},
-    "ldm-packed": {"placement": {"packed": True}},
     "ldm-library-packed": {"command": False, "placement": {"packed": True}},
-    "ldm-channels-last": {"changes": ["channels last"]},
+    "ldm-not-packed": {"placement": {"packed": False}},
+    "ldm-channels-last": {"placement": {"packed": False}, "changes": ["channels last"]},
+    "ldm-sdpa": {"placement": {"attention": "sdpa"}},
     "ldm-sliced": {"placement": {"attention": "sliced"}},
     "ldm-math": {"placement": {"attention": "math"}},
     "ldm-sequential": {"placement": {"guidance": "sequential"}},
+    "ldm-slabs": {"placement": {"vae_memory": "slabs"}},
+    "ldm-tiles": {"placement": {"vae_memory": "tiles"}},
     "ldm-no-graph": {"placement": {"cuda_graph": False}},
     "ldm-compiled": {"placement": {"compile": True}},
     "ldm-offload-model": {"placement": {"offload": "model"}},
@@ -85,7 +94,7 @@ SIDES = {  # what is not as in `DEFAULT`; the name begins with the library's
 }
 DEFAULT = {
     "env": {},  # of the process
-    "command": True,  # what the `ldm` command does to its process
+    "command": True,  # what the `ldm` command does: it keeps freed memory, and packs weights on a CPU
     "placement": {},  # options of ldm.Placement beside device and dtype
     "changes": [],  # what `change` of benchmark_worker does to the loaded pipeline
 }
@@ -123,14 +132,25 @@ def calls(case):
     empty = partial(torch.empty, dtype=torch.float16, device="meta")
     latents, context = empty(2, 4, side, side), empty(2, tokens, config.unet.context_dim)
     image, vector = empty(1, 3, pixels, pixels), empty(2, config.unet.vector_dim or 0)
+
+    def streamed():
+        with Streamed(unet, "meta"):
+            unet(latents, empty(2), context, vector)
+
     return {
         "text": (text, lambda: text.encode(["", ""])),
         "step": (unet, lambda: unet(latents, empty(2), context, vector)),
-        "step alone": (unet, lambda: unet(latents[:1], empty(1), context[:1], vector[:1])),
+        "step sequential": (unet, lambda: unet(latents[:1], empty(1), context[:1], vector[:1])),
+        "step streamed": (unet, streamed),
         "decode": (vae.decoder, lambda: vae.decode(latents[:1])),
+        "decode slabs": (vae.decoder, lambda: DECODE["slabs"](vae, latents[:1])),
+        "decode tiles": (vae.decoder, lambda: DECODE["tiles"](vae, latents[:1])),
         "encode": (vae.encoder, lambda: vae.encode(image)),
-        "decode slabs": (vae.decoder, lambda: decode_slabs(vae, latents[:1], budget=SLABS)),
-        "encode slabs": (vae.encoder, lambda: encode_slabs(vae, image, budget=SLABS)),
+        "encode slabs": (
+            vae.encoder,
+            lambda: encode_slabs(vae, image, budget=slab_budget(vae, latents)),
+        ),
+        "encode tiles": (vae.encoder, lambda: encode_tiles(vae, image)),
     }
 
 
@@ -153,27 +173,54 @@ def fused(q, k, v):
     return torch.empty_like(q)
 
 
-SLABS = 256 * 2**20  # bytes
-COUNTED = {  # side: its attention, as far as memory is concerned, and its parts
-    "ldm": (fused, ["step", "decode", "encode"]),
-    "ldm-sliced": (sliced_attention, ["step", "decode", "encode"]),
-    "ldm-math": (math_attention, ["step", "decode", "encode"]),
-    "ldm-sequential": (fused, ["step alone"]),
-    "ldm-slabs": (sliced_attention, ["decode slabs", "encode slabs"]),
+ATTENTIONS = {"sdpa": fused, "sliced": sliced_attention, "math": math_attention}
+WAYS = {  # of a whole picture: side, its parts, and whether a network is on the device only while it works
+    "ldm": (["text", "step", "decode"], False),
+    "ldm-sequential": (["text", "step sequential", "decode"], False),
+    "ldm-slabs": (["text", "step", "decode slabs"], False),
+    "ldm-tiles": (["text", "step", "decode tiles"], False),
+    "ldm-offload-model": (["text", "step", "decode"], True),
+    "ldm-offload-blocks": (["text", "step streamed", "decode"], True),
+    "ldm-offload-blocks, slabs": (["text", "step streamed", "decode slabs"], True),
 }
 
 
+@cache
 @torch.no_grad()
+def peak(case, part, attention):
+    """The most bytes in tensors at a time during a part, beside the weights that were there before."""
+    network, call = calls(case)[part]
+    set_attention(network, ATTENTIONS[attention])
+    with LiveBytes() as live:
+        call()
+    return live.peak
+
+
 def counted(case):
-    """Rows of the most bytes in tensors at a time, beside the weights of the network, in fp16."""
-    for side, (attend, parts) in COUNTED.items():
-        for part in parts:
-            network, call = calls(case)[part]
-            set_attention(network, attend)
-            with LiveBytes() as live:
-                call()
-            key = {"case": case, "part": part.split()[0], "side": side}
-            yield key | {"weights, MiB": mib(2 * size(network)), "peak, MiB": mib(live.peak)}
+    """Rows of the most bytes in tensors, in fp16: of each part beside its weights, and of a picture with them."""
+    large = CASES[case][1] > CASES[case][0].image_size  # a case of the VAE alone
+    for part in ("decode", "encode") if large else ("step", "decode", "encode"):
+        for attention in ATTENTIONS:
+            yield memory_row(case, part, f"ldm-{attention}", peak(case, part, attention))
+    for part in ("decode", "encode"):
+        for way in ("slabs", "tiles"):
+            yield memory_row(case, part, f"ldm-{way}", peak(case, f"{part} {way}", "sdpa"))
+    if large:
+        return
+    yield memory_row(case, "step", "ldm-sequential", peak(case, "step sequential", "sdpa"))
+    unet, vae, text = (2 * size(network) for network in networks(CASES[case][0]))
+    for side, (parts, offload) in WAYS.items():
+        peaks = [peak(case, part, "sdpa") for part in parts]
+        if offload:  # a streamed UNet's weights come within the part
+            weights = [text, 0 if "streamed" in parts[1] else unet, vae]
+            most = max(w + p for w, p in zip(weights, peaks, strict=True))
+        else:
+            most = unet + vae + text + max(peaks)
+        yield memory_row(case, "picture", side, most)
+
+
+def memory_row(case, part, side, most):
+    return {"case": case, "part": part, "side": side, "peak, MiB": mib(most)}
 
 
 def mib(count):
@@ -343,34 +390,21 @@ def fill(row, models, steps, rounds, rates):
 
 # ------------------------------------------------------------------ told
 
-HEAD = """\
-# Performance
-
-Written by `scripts/benchmark.py`. Both sides have the same random weights of an official architecture ("cut-down" is a
-small one), and the same dtype, threads, prompts and DDIM steps. The number in a case is the picture's side in pixels.
-
-- step: of the UNet with guidance, a batch of two. load: from fp16 to the dtype, one file or a folder, in the system's
-  cache. ready: from a new process on until then.
-- s, its s: the median seconds of our side and of the other, run in turn: A B B A. ratio, least, most: the median of
-  the other's over ours pair by pair, and the range.
-- of floor: the part of our time that the operations take at the matrix rate, or the weights, read once (each step), at
-  the copy rate: the best of this machine in the same run at large products and convolutions, and at a large copy.
-- MiB: the most memory in use above what was before: the loaded model, and for load the process without one.
-"""
 MEMORY = """\
 ## Memory, counted
 
-Of one picture in fp16: the weights of the network at work, and the most that tensors take at a time beside them,
-counted without computing (`tests/live_bytes.py`); kernels may use more inside. "ldm" has fused attention; slabs have
-a budget of 256 MiB. What a GPU really used is above, in "device MiB" of the same side.
+Of one picture in fp16, by counting tensors without computing (`tests/live_bytes.py`); kernels may use more inside. Of
+a step, decode and encode: the most that tensors take at a time beside the weights. Of a picture: with all weights that
+are on the device then. sdpa is counted as a fused kernel, which holds no scores; slabs have the budget of the option.
 """
+MARKS = ("<!-- measured -->\n", "<!-- end -->")
 ABOUT = ("machine", "device", "date", "command", "threads", "versions", "rates")
 KEY = ("machine", "case", "part", "dtype", "side", "against")
 
 
 def document(results):
     """All results as Markdown."""
-    text = [HEAD]
+    text = []
     for machine in dict.fromkeys(row["machine"] for row in results["rows"]):
         rows = [row for row in results["rows"] if row["machine"] == machine]
         runs = dict.fromkeys("; ".join(row[name] for name in ABOUT[2:]) for row in rows)
@@ -397,7 +431,13 @@ def publish(folder, new):
         rows = {tuple(row.get(name) for name in KEY): row for row in old[kind] + new[kind]}
         merged[kind] = [rows[key] for key in sorted(rows)]
     file.write_text(json.dumps(merged, indent=1) + "\n")
-    file.with_suffix(".md").write_text(document(merged))
+    text, (begin, end) = file.with_suffix(".md"), MARKS
+    written = (
+        text.read_text(encoding="utf-8") if text.is_file() else f"# Performance\n\n{begin}{end}\n"
+    )
+    before, rest = written.split(begin)
+    after = rest.split(end)[1]
+    text.write_text(f"{before}{begin}\n{document(merged)}\n{end}{after}", encoding="utf-8")
 
 
 def arguments():

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -30,9 +31,11 @@ MARKS = []  # the ends of the steps
 
 
 def ours():
-    """This package as the `ldm` command uses it, but for the VAE, which computes in the dtype of the rest."""
+    """This package as the `ldm` command or a program uses it, but for the VAE, whose dtype is that of the rest."""
     import ldm
     from ldm.cli.allocator import keep_freed_memory
+    from ldm.cli.options import read_placement
+    from ldm.memory import DECODE
 
     if TASK["command"]:
         keep_freed_memory()
@@ -43,7 +46,10 @@ def ours():
         path = FILE if "file" in PART else FOLDER
         if not GPU and TASK["dtype"] == "float16":  # to be mapped, not to be computed in
             return ldm.checkpoint.files.load(path, dtype=DTYPE)
-        placement = ldm.Placement(DEVICE, DTYPE, vae_dtype=DTYPE, **TASK["placement"])
+        words = dict.fromkeys(["dtype", "vae_dtype"], TASK["dtype"]) | TASK["placement"]
+        placement = read_placement({"device": TASK["device"]} | words)
+        if not TASK["command"]:  # only the command packs unasked
+            placement = replace(placement, packed=TASK["placement"].get("packed", False))
         return ldm.load(path, placement)
 
     def steps(pipe):
@@ -55,7 +61,7 @@ def ours():
     return open, {
         "text": lambda pipe: pipe.text_encoder.encode([*PROMPTS.values()]).context,
         "step": steps,
-        "decode": lambda pipe: pipe.vae.decode(LATENTS),
+        "decode": lambda pipe: DECODE[pipe.placement.vae_memory](pipe.vae, LATENTS),
         "encode": lambda pipe: pipe.vae.encode(IMAGE).mean,
         "txt2img": lambda pipe: np.asarray(pipe.generate(request)[0]),
     }

@@ -68,7 +68,7 @@ def test_both_sides_do_the_same_step_in_turn_and_the_row_has_all_figures(
     if sys.platform == "linux":
         assert row["host MiB"] > 0
         assert row["its host MiB"] > 0
-    assert {memory["part"] for memory in results["memory"]} == {"step", "decode", "encode"}
+    assert {m["part"] for m in results["memory"]} == {"step", "decode", "encode", "picture"}
     text = (tmp_path / "performance.md").read_text()
     assert f"## {row['machine']}" in text
     assert "scripts/benchmark.py --cases cut-down-64" in text
@@ -133,6 +133,29 @@ def test_a_later_run_replaces_its_own_rows_and_keeps_the_others(benchmark, tmp_p
     text = (tmp_path / "performance.md").read_text()
     assert "3.75" in text
     assert "1.25" not in text
+
+
+def test_what_a_person_wrote_around_the_tables_stays(benchmark, tmp_path):
+    document, (begin, end) = tmp_path / "performance.md", benchmark.MARKS
+    document.write_text(f"What it means: é\n{begin}old\n{end}\nMore.\n", encoding="utf-8")
+    memory = [{"case": "a", "part": "step", "side": "ldm", "peak, MiB": 1.5}]
+    benchmark.publish(tmp_path, {"rows": [], "memory": memory})
+    text = document.read_text(encoding="utf-8")
+    assert text.startswith(f"What it means: é\n{begin}\n## Memory, counted\n")
+    assert text.endswith(f"| a | step | ldm | 1.5 |\n\n{end}\nMore.\n")
+
+
+def test_a_picture_is_counted_with_the_weights_that_are_on_the_device(benchmark):
+    rows = {(row["part"], row["side"]): row["peak, MiB"] for row in benchmark.counted("sd15-512")}
+    unet, vae, text = (2 * benchmark.size(n) / 2**20 for n in benchmark.networks(benchmark.SD15))
+    assert rows["picture", "ldm"] == pytest.approx(
+        unet + vae + text + rows["decode", "ldm-sdpa"], abs=0.1
+    )
+    moved = rows["picture", "ldm-offload-model"]
+    assert moved == pytest.approx(unet + rows["step", "ldm-sdpa"], abs=0.1)
+    assert moved < 2048
+    assert rows["picture", "ldm-offload-blocks"] < 600
+    assert rows["step", "ldm-sequential"] < 0.51 * rows["step", "ldm-sdpa"]
 
 
 def test_the_work_of_a_picture_is_that_of_its_parts(benchmark):

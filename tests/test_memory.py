@@ -13,11 +13,12 @@ from ldm.checkpoint import files
 from ldm.config import SD15, SD21, SDXL_BASE
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.graphs import Graphs
-from ldm.memory import ATTENTION, DECODE, Placement, compile_blocks, find_device
+from ldm.memory import ATTENTION, DECODE, Placement, compile_blocks, find_device, slab_budget
 from ldm.models.attention import math_attention, sdpa, sliced_attention
 from ldm.models.layers import ResBlock
 from ldm.models.transformer import TransformerBlock
 from ldm.models.unet import UNet
+from ldm.models.vae import VAE
 from ldm.offload import Moved, Streamed, tensors_of
 from ldm.pipeline import Pipeline
 from tests.recorded import record_on_the_cpu
@@ -299,6 +300,22 @@ def test_the_vae_decodes_as_it_is_told(monkeypatch):
         assert [len(latents) for _, latents in used] == [1, 1]
         # at this size one tile is the picture, and a slab may sum in another order
         assert abs(plain.astype(int) - other).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("pixels", "dtype", "mib"),
+    [
+        (512, FP16, 384),
+        (1024, FP16, 384),
+        (1024, FP32, 768),
+        (2048, FP16, 1024),
+        (4096, FP16, 1024),
+    ],
+)
+def test_slabs_take_a_quarter_of_the_whole_within_limits(pixels, dtype, mib):
+    with torch.device("meta"):
+        vae, latents = VAE(SD15.vae).to(dtype), torch.empty(3, 4, *2 * [pixels // 8], dtype=dtype)
+    assert slab_budget(vae, latents) == mib * 2**20
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

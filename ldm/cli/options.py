@@ -144,7 +144,7 @@ PLACEMENT_OPTIONS = (
     (
         "vae_memory",
         "--vae-memory",
-        f"{', '.join(DECODE)}: decode at once, exactly in 1 GiB, or approximately in 0.4 GiB",
+        f"{', '.join(DECODE)}: decode at once, exactly in a quarter of the memory, or nearly in 0.4 GiB",
     ),
     (
         "offload",
