@@ -11,6 +11,7 @@ from torch.backends.cuda import SDPAParams, can_use_efficient_attention, can_use
 
 from ldm.config import SDXL_BASE, ModelConfig, VAEConfig
 from ldm.models.attention import Attend, math_attention, sdpa, set_attention, sliced_attention
+from ldm.models.int8 import can_quantize, quantize
 from ldm.models.layers import ResBlock
 from ldm.models.packing import can_pack, pack
 from ldm.models.slabs import decode_slabs
@@ -61,6 +62,8 @@ class Placement:
     compile: compile the blocks of UNet and VAE at their first call (minutes). Rounds otherwise.
     packed: on a CPU, hold the weights of UNet and VAE in the order that oneDNN computes in, for inference: they are no
       parameters then, see `ldm.models.packing`. Faster by a quarter (SD 1.5 at 256 pixels). Rounds otherwise.
+    int8: hold the weights of the UNet's linear layers in eight bits, which are most of SDXL's; approximate. It needs
+      torchao, and such weights stay where they are: without offload.
     """
 
     device: str | torch.device | None = None
@@ -73,12 +76,14 @@ class Placement:
     cuda_graph: bool = True
     compile: bool = False
     packed: bool = False
+    int8: bool = False
 
     def resolve(self, config: ModelConfig | None = None) -> "Placement":
         """Fill in what is None, as far as it does not depend on the model or `config` is given, and check it.
 
         Raises ValueError for a device that is unknown or absent, a dtype that is no fp32, fp16 or bf16, fp16 on a CPU,
-        a word that is none of those above, offload without CUDA, and packed weights off a CPU or in compiled blocks.
+        a word that is none of those above, offload without CUDA, packed weights off a CPU or in compiled blocks, and
+        weights in int8 without torchao, or offloaded, or packed.
         """
         _check("attention", self.attention or "sdpa", tuple(ATTENTION))
         _check("guidance", self.guidance, GUIDANCE)
@@ -103,10 +108,15 @@ class Placement:
                 f"offload {self.offload!r} keeps weights out of a CUDA device's memory, and the device is {device}; "
                 "leave it out"
             )
-        if self.packed and not self.packable:
+        if self.packed and not self.int8 and not self.packable:
             raise ValueError(
                 f"packed weights are for a CPU, with oneDNN and without compile; the device is {device}: leave it out"
             )
+        if self.int8 and not can_quantize():
+            raise ValueError("weights in int8 need torchao: pip install torchao, or leave it out")
+        if self.int8 and (self.offload or self.packed):
+            other = f"offload {self.offload!r}" if self.offload else "packed weights"
+            raise ValueError(f"weights in int8 go with no {other}: leave one of them out")
         return dataclasses.replace(
             self, device=device, dtype=dtype, vae_dtype=vae_dtype, attention=attention
         )
@@ -114,7 +124,8 @@ class Placement:
     @property
     def packable(self) -> bool:
         """Whether weights can be packed where all else is as it is here."""
-        return find_device(self.device).type == "cpu" and not self.compile and can_pack()
+        cpu = find_device(self.device).type == "cpu"
+        return cpu and not self.compile and not self.int8 and can_pack()
 
     def apply(self, unet: UNet, vae: VAE, text_encoder: TextEncoder) -> None:
         """Set up three networks as this resolved placement says, where they are; once."""
@@ -127,6 +138,8 @@ class Placement:
             if cuda and next(network.parameters()).dtype != torch.float32:
                 # Tensor cores want the channels last; elsewhere cuDNN reorders around each convolution.
                 network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            if self.int8 and network is unet:
+                quantize(unet)
             if self.compile:
                 compile_blocks(network)
             if self.packed:

@@ -17,6 +17,7 @@ from ldm.diffusion.schedule import NoiseSchedule, to_vp
 from ldm.graphs import Graphs
 from ldm.images import to_pil
 from ldm.memory import DECODE, Placement, find_device
+from ldm.models.int8 import is_plain
 from ldm.models.layers import timestep_embedding
 from ldm.models.text import TextEncoder
 from ldm.models.unet import UNet
@@ -241,6 +242,8 @@ def _check_finite(tensor: Tensor, networks: dict[str, nn.Module], option: str) -
         return
     for part, network in networks.items():
         for name, weight in network.named_parameters():
+            if not is_plain(weight):
+                continue
             # Casting to fp16 makes Inf of large numbers, so there only NaN proves anything.
             damaged = weight.isnan() if weight.dtype == torch.float16 else ~weight.isfinite()
             if damaged.any():

@@ -53,6 +53,7 @@ class PlacementUsed:
     vae_memory: str = "whole"
     compile: bool = False
     packed: bool = False
+    int8: bool = False
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,7 @@ def remember(pipe: Pipeline, request: Request, model: ModelUsed) -> Record:
             vae_memory=placement.vae_memory,
             compile=placement.compile,
             packed=placement.packed,
+            int8=placement.int8,
         ),
         environment=environment(device),
     )

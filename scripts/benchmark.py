@@ -100,7 +100,9 @@ DEFAULT = {
 }
 QUIET = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONWARNINGS": "ignore"}
 QUIET |= {"DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}
-IMPORTS = {"diffusers": "from diffusers import StableDiffusionPipeline"}  # else the name
+IMPORTS = {  # else the name; torchao would be imported unasked, for seconds
+    "diffusers": "import sys; sys.modules['torchao'] = None; from diffusers import StableDiffusionPipeline"
+}
 
 
 class FailedError(Exception):

@@ -69,6 +69,7 @@ def ours():
 
 def theirs():
     """diffusers with the same list of steps, its VAE in the dtype of the rest."""
+    sys.modules["torchao"] = None  # which it would import unasked, for seconds
     import diffusers
 
     diffusers.logging.disable_progress_bar()

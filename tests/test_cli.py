@@ -110,6 +110,7 @@ def test_every_option_reaches_the_request_and_is_reported(txt2img):
         "vae_memory": "whole",
         "compile": False,
         "packed": can_pack(),
+        "int8": False,
     }
     assert settings["environment"]["torch"] == torch.__version__
     assert pixels("frog-00002.png").shape == (20, 36, 3)

@@ -296,11 +296,7 @@ def blank(config, placement):
 @pytest.mark.parametrize(
     ("config", "offload", "gib"),
     [
-        (
-            SD15,
-            None,
-            3.0,
-        ),  # 2.0 of weights, 0.4 to decode, 0.1 that a recording holds, room for kernels
+        (SD15, None, 3.0),  # 2.0 of weights, 0.4 to decode, 0.1 of a recording, room for kernels
         (SD15, "model", 2.0),
         (SD15, "blocks", 1.0),
         (SDXL_BASE, "blocks", 4.0),

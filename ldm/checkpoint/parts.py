@@ -26,6 +26,7 @@ from ldm.config import (
     UNetConfig,
     VAEConfig,
 )
+from ldm.models.int8 import is_plain
 from ldm.models.text import TextEncoder, Tokenizer
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
@@ -250,8 +251,16 @@ def fill(module: nn.Module, part: Part, *, dtype: torch.dtype | None, device: to
 def collect(
     module: nn.Module, rules: tuple[Rule, ...], prefix: str = "", dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """Return the module's tensors under their stored names and in their stored forms, in `dtype` if given."""
+    """Return the module's tensors under their stored names and in their stored forms, in `dtype` if given.
+
+    Raises ValueError for weights that are not held as they are, such as in int8.
+    """
     state = module.state_dict()
+    for name, value in state.items():
+        if not is_plain(value):
+            raise ValueError(
+                f"{name} is held as {type(value).__name__}, which no file can: load the model without int8 to save it"
+            )
     stored = key_map(state, rules, prefix)
 
     def held(key: str) -> Tensor:

@@ -158,6 +158,7 @@ PLACEMENT_OPTIONS = (
         "--packed",
         "hold weights in the order that a CPU computes in: faster (default: yes, on a CPU)",
     ),
+    ("int8", "--int8", "hold the UNet's linear layers in eight bits, approximately; needs torchao"),
 )
 
 
