@@ -144,7 +144,7 @@ def timed(work):
         first, last = MARKS[0], MARKS[-1]
         taken = first.elapsed_time(last) / 1000 if GPU else last - first
         seconds = taken / (len(MARKS) - 1)
-    out = out.unet.conv_out.weight if PART.startswith("load") else torch.as_tensor(out)
+    out = out.unet.conv_out.bias if PART.startswith("load") else torch.as_tensor(out)
     return {"seconds": seconds, "numbers": out.numel(), "std": float(out.float().std())}
 
 

@@ -239,7 +239,7 @@ def fill(module: nn.Module, part: Part, *, dtype: torch.dtype | None, device: to
     for mapped, names in ((True, as_it_is), (False, keys_of.keys() - as_it_is)):
         for name, value in part.tensors.read(names, mapped=mapped):
             if not mapped:
-                _check_values(f"{name} in {part.tensors}", value, dtype or value.dtype)
+                value = _checked(f"{name} in {part.tensors}", value, dtype or value.dtype)
             pieces = value.chunk(len(keys_of[name]))
             for key, piece in zip(keys_of[name], pieces, strict=True):
                 restored = stored[key].form.restore(piece, wanted[key].shape)
@@ -300,20 +300,30 @@ def _has_dtype(name: str, dtype: torch.dtype | None) -> bool:
     return dtype is None or DTYPES.get(name) == dtype
 
 
-def _check_values(what: str, value: Tensor, dtype: torch.dtype) -> None:
-    """Raise ValueError if `value` holds what `dtype` has no finite number for."""
-    if value.numel() == 0:
-        return
-    if value.element_size() == 1:  # fp8 has no arithmetic
-        value = value.float()
-    largest = torch.stack(value.aminmax()).abs().max().item()  # NaN spreads
-    if not math.isfinite(largest):
-        raise ValueError(
-            f"{what} holds NaN or infinity: the file is damaged (a merge gone wrong?), use another"
-        )
-    if largest > torch.finfo(dtype).max:
-        name = str(dtype).removeprefix("torch.")
-        raise ValueError(f"{what} holds {largest:.3g}, too large for {name}: take another dtype")
+def _checked(what: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a copy of `value` in `dtype`. Raises ValueError if it holds what `dtype` has no finite number for.
+
+    It goes a part at a time through fp32 (a cast to bf16 is faster so) and the processor's cache.
+    """
+    out = torch.empty(value.shape, dtype=dtype)
+    wide = torch.float64 if value.dtype == torch.float64 else torch.float32
+    buffer = torch.empty(2**20, dtype=wide)
+    for source, target in zip(value.flatten().split(2**20), out.view(-1).split(2**20), strict=True):
+        if not len(source):
+            continue
+        part = buffer[: len(source)].copy_(source)
+        largest = torch.stack(part.aminmax()).abs().max().item()  # NaN spreads
+        if not math.isfinite(largest):
+            raise ValueError(
+                f"{what} holds NaN or infinity: the file is damaged (a merge gone wrong?), use another"
+            )
+        if largest > torch.finfo(dtype).max:
+            name = str(dtype).removeprefix("torch.")
+            raise ValueError(
+                f"{what} holds {largest:.3g}, too large for {name}: take another dtype"
+            )
+        target.copy_(part)
+    return out
 
 
 def _fits(

@@ -10,8 +10,8 @@ _NEVER = 2**31 - 1  # bytes at the end of the heap that are worth giving back
 def keep_freed_memory() -> bool:
     """Keep large buffers that are freed, where glibc would hand them back and fault them in anew for each tensor.
 
-    That is for the whole process, so it is for a command that owns its process and for no library. It costs no memory
-    beyond the peak, and saves a tenth to a third of the time on a CPU.
+    That is for the whole process, so it is for a command that owns its process and for no library. docs/performance.md
+    has the time that it saves on a CPU, and the memory that it costs: what is kept does not fit whatever comes next.
     Returns whether this system's C library has the setting.
     """
     try:

@@ -68,6 +68,14 @@ def test_tiles_take_the_memory_of_one_tile():
     assert peaks[12] < peaks[36] / 4  # a ninth, and the image
 
 
+@pytest.mark.parametrize(("side", "count", "tile"), [(64, 1, 64), (128, 9, 48), (256, 25, 58)])
+def test_tiles_are_as_few_as_may_be_and_as_small_as_they_then_can_be(side, count, tile):
+    seen = []
+    spy = SimpleNamespace(config=LOCAL.config, decode=lambda x: seen.append(x) or LOCAL.decode(x))
+    decode_tiles(spy, torch.zeros(1, 1, side, side))
+    assert [tuple(x.shape[2:]) for x in seen] == [(tile, tile)] * count
+
+
 @pytest.mark.parametrize("overlap", [0, 5, -1])
 def test_an_overlap_that_leaves_seams_or_no_step_is_refused(overlap):
     with pytest.raises(ValueError, match=f"tiles of 8 must overlap by 1 to 4 .* got {overlap}"):
