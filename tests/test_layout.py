@@ -91,7 +91,7 @@ def test_diffusion_imports_torch_only():
 
 def test_the_library_needs_only_its_declared_packages():
     roots = {module.split(".")[0] for path in sources() for module in imports(path)}
-    assert roots - set(sys.stdlib_module_names) - {"ldm"} <= THIRD_PARTY
+    assert roots - set(sys.stdlib_module_names) - {"ldm"} <= THIRD_PARTY | {"torchao"}  # an extra
 
 
 def test_importing_ldm_does_not_import_transformers_or_start_anything():
@@ -163,7 +163,7 @@ def test_ci_runs_the_readmes_test_command_in_an_environment_of_its_own():
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert "python3 -m venv" in script
     tests = next(line for line in "\n".join(blocks("bash")).splitlines() if "pytest" in line)
-    for part in ('pip install -c constraints.txt -e ".[test]"', "python -m pytest"):
+    for part in ('pip install -c constraints.txt -e ".[test,int8]"', "python -m pytest"):
         assert part in tests
         assert part in script.replace("--quiet ", "")
 
