@@ -66,9 +66,30 @@ DEFAULTS = {  # cases, dtypes, and steps of a picture
     "cpu": (["sd15-256", "sd15-512"], ["float32", "bfloat16"], 4),
     "cuda": (["sd15-512", "sd21-768", "sdxl-1024"], ["float16", "bfloat16"], 20),
 }
+PLANS = {  # what is measured where no case, part or variant is chosen
+    "cpu": [
+        "--parts memory --cases sd15-512 sd15-1024 sd15-2048 sd21-768 sdxl-1024",
+        "--parts import text decode encode txt2img --cases sd15-256",
+        "--parts step --cases sd15-256 --variants ldm ldm-library ldm-not-packed ldm-library-packed",
+        "--parts step --cases sd15-256 --against diffusers-kept-memory",
+        "--parts step --cases sd15-256 --variants ldm-sequential --against ldm",
+        "--parts step decode txt2img --cases sd15-512",
+        "--parts decode --cases sd15-1024 --variants ldm-slabs ldm-tiles --against ldm --dtypes bfloat16",
+        "--parts load_file load_folder ready_file --cases sd15-256 --variants ldm ldm-library",
+    ],
+    "cuda": [
+        "--parts memory --cases sd15-512 sd15-1024 sd15-2048 sd21-768 sdxl-1024",
+        "--parts import text step decode encode txt2img",
+        "--parts step txt2img --variants ldm-no-graph ldm-compiled",
+        "--parts step txt2img --against diffusers-compiled",
+        "--parts step txt2img --variants ldm-sequential ldm-offload-model ldm-offload-blocks",
+        "--parts decode --cases sd15-1024 --variants ldm-slabs ldm-tiles --against ldm",
+        "--parts load_file load_folder ready_file --cases sd15-512",
+    ],
+}
 COMPUTING = ["text", "step", "decode", "encode", "txt2img"]
-STARTING = ["ready file", "ready folder"]
-TIMED = ["load file", "load folder", *STARTING, *COMPUTING]
+STARTING = ["ready_file", "ready_folder"]
+TIMED = ["load_file", "load_folder", *STARTING, *COMPUTING]
 PARTS = ["memory", "import", *TIMED]
 SIDES = {  # what is not as in `DEFAULT`; the name begins with the library's
     "ldm": {},
@@ -442,20 +463,22 @@ def publish(folder, new):
     text.write_text(f"{before}{begin}\n{document(merged)}\n{end}{after}", encoding="utf-8")
 
 
-def arguments():
+def arguments(words):
     parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
     parser.add_argument("--device", choices=DEFAULTS, default="cpu")
     parser.add_argument("--cases", nargs="+", choices=CASES)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--parts", nargs="+", choices=PARTS)
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "float16", "bfloat16"])
-    parser.add_argument("--variants", nargs="+", choices=SIDES, default=["ldm"], help="our side")
+    parser.add_argument("--variants", nargs="+", choices=SIDES, help="our side (default: ldm)")
     parser.add_argument("--against", choices=SIDES, default="diffusers")
     parser.add_argument("--steps", type=int, help="of a whole picture")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--write", nargs="?", type=Path, const=ROOT / "docs", metavar="FOLDER")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
+    args.chosen = args.cases or args.parts or args.variants
     cases, dtypes, steps = DEFAULTS[args.device]
     args.cases, args.dtypes = args.cases or cases, args.dtypes or dtypes
+    args.parts, args.variants = args.parts or PARTS, args.variants or ["ldm"]
     args.steps = args.steps or steps
     if args.device == "cpu" and "float16" in args.dtypes:
         parser.error("a CPU loads float16, which is timed in any case, and does not compute in it")
@@ -481,7 +504,10 @@ def machine(device):
 
 
 def main():
-    args = arguments()
+    args = arguments(sys.argv[1:])
+    plans = [args]
+    if not args.chosen:
+        plans = [arguments([*sys.argv[1:], *plan.split()]) for plan in PLANS[args.device]]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # gigabytes of models are deleted
     rates = {name: matrix_rate(args.device, getattr(torch, name)) for name in args.dtypes}
     rates["copy"] = copy_rate(args.device)
@@ -496,11 +522,12 @@ def main():
         "rates": ", ".join(f"{what} {rate / 1e9:.0f} G/s" for what, rate in rates.items()),
     }
     results, failed = {"rows": [], "memory": []}, False
-    if "memory" in args.parts:
-        results["memory"] = [row for case in args.cases for row in counted(case)]
+    counts = {case: None for plan in plans if "memory" in plan.parts for case in plan.cases}
+    if counts:
+        results["memory"] = [row for case in counts for row in counted(case)]
         publish(args.write, results)
     with tempfile.TemporaryDirectory() as models:
-        for job in jobs(args):
+        for job in (job for plan in plans for job in jobs(plan)):
             row = about | dict(zip(KEY[1:], job, strict=True))
             try:
                 fill(row, Path(models), args.steps, args.rounds, rates)

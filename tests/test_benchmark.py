@@ -75,6 +75,29 @@ def test_both_sides_do_the_same_step_in_turn_and_the_row_has_all_figures(
     assert f"| {row['s']:.4g} |" in text
 
 
+def test_without_a_choice_the_whole_plan_is_measured_each_row_once(benchmark, monkeypatch):
+    done, cases = [], []
+    monkeypatch.setattr(benchmark, "counted", lambda case: cases.append(case) or [])
+    monkeypatch.setattr(
+        benchmark,
+        "fill",
+        lambda row, *_: (
+            done.append(tuple(row[name] for name in benchmark.KEY[1:]))
+            or row.update(s=1.0, ratio=1.0)
+        ),
+    )
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT)])
+    with pytest.raises(SystemExit, match="False"):
+        benchmark.main()
+    assert len(done) == len(set(done))
+    assert ("sd15-512", "txt2img", "bfloat16", "ldm", "diffusers") in done
+    assert ("sd15-256", "step", "float32", "ldm-sequential", "ldm") in done
+    assert ("sd15-256", "load_file", "float16", "ldm-library", "diffusers") in done
+    assert {"sd15-512", "sdxl-1024"} <= set(cases)
+    for plan in benchmark.PLANS["cuda"]:
+        assert benchmark.arguments(["--device", "cuda", *plan.split()]).chosen
+
+
 def test_a_row_that_cannot_be_measured_is_told_and_left_out(
     benchmark, monkeypatch, capsys, tmp_path
 ):

@@ -308,7 +308,8 @@ def _checked(what: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     out = torch.empty(value.shape, dtype=dtype)
     wide = torch.float64 if value.dtype == torch.float64 else torch.float32
     buffer = torch.empty(2**20, dtype=wide)
-    for source, target in zip(value.flatten().split(2**20), out.view(-1).split(2**20), strict=True):
+    sources, targets = (torch.split(tensor.flatten(), 2**20) for tensor in (value, out))
+    for source, target in zip(sources, targets, strict=True):
         if not len(source):
             continue
         part = buffer[: len(source)].copy_(source)
