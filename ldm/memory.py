@@ -48,9 +48,8 @@ class Placement:
     vae_dtype: of the VAE; None takes `dtype`. But SDXL's VAE overflows in fp16: it takes bf16 then (a quarter of one of
       256 brightness levels on average, measured on the bundled VAE), and fp32 on a GPU without bf16.
     attention: "sdpa" (PyTorch's fused kernels), "sliced" (a part of the scores at a time, little memory) or "math" (the
-      formula), equal but for rounding. None takes sdpa where its kernels never hold all scores, which is in fp32 on a
-      CPU and, for the dtypes that a GPU knows, on any GPU of this decade; elsewhere, and in bf16 on a CPU, where that
-      is faster, sliced.
+      formula), equal but for rounding. None takes sdpa where its kernels never hold all scores, which is on any CPU
+      and, for the dtypes that a GPU knows, on any GPU of this decade; elsewhere sliced.
     guidance: "batched" (one call of the UNet for both conditions) or "sequential" (two calls, slower, half of the
       activations), equal but for rounding.
     vae_memory: how a picture is decoded: "whole", in "slabs" of rows (exact but for rounding, in the memory that
@@ -226,9 +225,7 @@ def _vae_dtype(config: VAEConfig, dtype: torch.dtype, device: torch.device) -> t
 def _attention(
     config: ModelConfig, dtype: torch.dtype, vae_dtype: torch.dtype, device: torch.device
 ) -> str:
-    """The attention that holds no full matrix of scores on this device, and the faster one of those."""
-    if device.type == "cpu":
-        return "sliced" if dtype == torch.bfloat16 else "sdpa"
+    """The attention that holds no full matrix of scores on this device."""
     unet, vae = config.unet, config.vae
     upcast = unet.upcast_attention and dtype == torch.float16
     widths = {
@@ -243,7 +240,7 @@ def _attention(
 def _is_fused(width: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether SDPA has a kernel for heads of that width, instead of the formula."""
     if device.type != "cuda":
-        return False
+        return device.type == "cpu"
     q = torch.empty(1, 1, 64, width, dtype=dtype, device=device)
     params = SDPAParams(q, q, q, None, 0.0, False, False)
     return can_use_flash_attention(params) or can_use_efficient_attention(params)

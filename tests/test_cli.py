@@ -226,6 +226,18 @@ def test_options_beside_from_change_that_picture(txt2img):
     assert (settings["request"]["prompt"], settings["placement"]["dtype"]) == ("a cat", "bfloat16")
 
 
+@pytest.mark.parametrize(
+    ("names", "attention"),
+    [
+        ({"dtype": "bfloat16"}, "sliced"),
+        ({"dtype": "bfloat16", "attention": "sdpa"}, "sdpa"),
+        ({"dtype": "float32"}, None),
+    ],
+)
+def test_in_bf16_the_command_attends_in_slices_on_a_cpu_which_is_faster_there(names, attention):
+    assert read_placement({"device": "cpu"} | names).attention == attention
+
+
 def test_weights_that_were_packed_on_a_cpu_are_not_on_another_device(txt2img, monkeypatch):
     txt2img("a frog", "--out", "a.png")
     seen = []

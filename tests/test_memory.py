@@ -47,12 +47,6 @@ def test_a_cpu_computes_in_fp32_with_fused_attention_by_default():
     assert placed.resolve(SDXL_BASE) == placed
 
 
-def test_in_bf16_a_cpu_attends_in_slices_which_is_faster_there():
-    placed = Placement("cpu", BF16).resolve(SD15)
-    assert (placed.dtype, placed.vae_dtype, placed.attention) == (BF16, BF16, "sliced")
-    assert Placement("cpu", FP32, BF16).resolve(SD15).attention == "sdpa"
-
-
 def test_what_depends_on_the_model_stays_open_without_one():
     placed = Placement(device="cpu").resolve()
     assert (placed.dtype, placed.vae_dtype, placed.attention) == (FP32, None, None)
@@ -109,6 +103,7 @@ def test_where_sdpa_would_hold_all_scores_attention_is_sliced(gpu, monkeypatch):
 
 def test_whether_there_is_a_fused_kernel_is_pytorchs_own_answer(monkeypatch):
     is_fused = memory._is_fused
+    assert is_fused(40, FP32, torch.device("cpu"))
     assert not is_fused(40, FP32, torch.device("mps"))
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *shape, device, **kw: empty(*shape, **kw))
@@ -212,7 +207,7 @@ def test_each_offload_has_its_way_of_bringing_weights(gpu, monkeypatch):
 def test_load_applies_a_placement_and_the_pipeline_remembers_it(model_folder, monkeypatch):
     pipe = ldm.load(model_folder, Placement(device="cpu", dtype=BF16, guidance="sequential"))
     assert {p.dtype for n in (pipe.unet, pipe.vae) for p in n.parameters()} == {BF16}
-    expected = Placement(torch.device("cpu"), BF16, BF16, "sliced", "sequential")
+    expected = Placement(torch.device("cpu"), BF16, BF16, "sdpa", "sequential")
     assert pipe.placement == expected
 
 

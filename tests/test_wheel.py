@@ -12,6 +12,7 @@ from PIL import Image, ImageChops
 
 import ldm
 from ldm import pipeline
+from ldm.cli.options import read_placement
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -90,14 +91,24 @@ def test_a_wheel_in_another_environment_and_folder_makes_the_same_picture(tmp_pa
     (site / "borrowed.pth").write_text(sysconfig.get_path("purelib"))  # torch and the others
 
     folder.mkdir()
-    words = ["txt2img", "a frog on the grass", "--steps", "3", "--out", "frog.png"]
+    words = [
+        "txt2img",
+        "a frog on the grass",
+        "--steps",
+        "3",
+        "--device",
+        "cpu",
+        "--out",
+        "frog.png",
+    ]
     code = f"import sys, ldm.cli; print(ldm.__file__); sys.exit(ldm.cli.main({words}))"
     result = subprocess.run(
         [python, "-c", "import torch; torch.set_num_threads(1);" + code],
         cwd=folder, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert str(site) in result.stdout  # not the repository's
-    (expected,) = ldm.load(ROOT / "weights" / "tiny", ldm.Placement("cpu")).generate(
+    placement = read_placement({"device": "cpu"})  # as the command's
+    (expected,) = ldm.load(ROOT / "weights" / "tiny", placement).generate(
         ldm.Request("a frog on the grass", steps=3)
     )
     with Image.open(folder / "frog.png") as picture:

@@ -252,8 +252,8 @@ class Row(NamedTuple):
 
 
 def run_ours(folder: Path, task: Task, device: str, dtype: torch.dtype) -> Run:
-    """Load the model in `folder` with us, all of it in `dtype` and attending as diffusers does, and do `task`."""
-    pipe = ldm.load(folder, ldm.Placement(device, dtype, dtype, attention="sdpa"))
+    """Load the model in `folder` with us, all of it in `dtype`, and do `task`."""
+    pipe = ldm.load(folder, ldm.Placement(device, dtype=dtype, vae_dtype=dtype))
     made = {label: pictures(pipe, request) for label, request in task.asked.items()}
     return _run([of_ours(pipe, given) for given in task.given], made)
 

@@ -28,7 +28,6 @@ HEAD = """\
 Written by `{command}` on {machine}.
 
 The weights are random. diffusers built, saved and ran the models; this package loaded the folders that it saved.
-Both attend with PyTorch's fused kernels.
 "Relative" is the largest difference in parts of the largest value, in fp32. The columns of a lower precision are errors
 of the run in that precision, ours and diffusers' own, against diffusers' fp32 run: root mean square, in parts of the
 run's own. Their ratio, with its standard error, is 1 where both round alike and below 1 where ours is the more exact.
