@@ -107,15 +107,15 @@ class Placement:
                 f"offload {self.offload!r} keeps weights out of a CUDA device's memory, and the device is {device}; "
                 "leave it out"
             )
-        if self.packed and not self.int8 and not self.packable:
-            raise ValueError(
-                f"packed weights are for a CPU, with oneDNN and without compile; the device is {device}: leave it out"
-            )
         if self.int8 and not can_quantize():
             raise ValueError("weights in int8 need torchao: pip install torchao, or leave it out")
         if self.int8 and (self.offload or self.packed):
             other = f"offload {self.offload!r}" if self.offload else "packed weights"
             raise ValueError(f"weights in int8 go with no {other}: leave one of them out")
+        if self.packed and not self.packable:
+            raise ValueError(
+                f"packed weights are for a CPU, with oneDNN and without compile; the device is {device}: leave it out"
+            )
         return dataclasses.replace(
             self, device=device, dtype=dtype, vae_dtype=vae_dtype, attention=attention
         )

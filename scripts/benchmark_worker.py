@@ -10,7 +10,6 @@ import json
 import os
 import sys
 import time
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -46,11 +45,10 @@ def ours():
         path = FILE if "file" in PART else FOLDER
         if not GPU and TASK["dtype"] == "float16":  # to be mapped, not to be computed in
             return ldm.checkpoint.files.load(path, dtype=DTYPE)
-        words = dict.fromkeys(["dtype", "vae_dtype"], TASK["dtype"]) | TASK["placement"]
-        placement = read_placement({"device": TASK["device"]} | words)
-        if not TASK["command"]:  # only the command packs unasked
-            placement = replace(placement, packed=TASK["placement"].get("packed", False))
-        return ldm.load(path, placement)
+        if not TASK["command"]:
+            return ldm.load(path, ldm.Placement(DEVICE, DTYPE, DTYPE, **TASK["placement"]))
+        words = {"device": TASK["device"], "dtype": TASK["dtype"], "vae_dtype": TASK["dtype"]}
+        return ldm.load(path, read_placement(words | TASK["placement"]))
 
     def steps(pipe):
         for step in pipe.stream(request):
