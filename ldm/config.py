@@ -16,7 +16,10 @@ from typing import Any, Literal, TypeVar
 T = TypeVar("T")
 Prediction = Literal["eps", "v", "x0"]
 BetaSchedule = Literal["scaled_linear", "linear"]
-Spacing = Literal["leading", "trailing", "linspace", "karras", "lcm"]
+Spacing = Literal[
+    "leading", "trailing", "linspace", "lcm", "karras", "leading_karras", "trailing_karras",
+    "exponential", "leading_exponential", "trailing_exponential",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,9 +68,8 @@ class VAEConfig:
     res_blocks: int = 2
     latent_channels: int = 4
     norm_groups: int = 32
-    scaling_factor: float = (
-        0.18215  # 1 / (standard deviation of the latents over the training data)
-    )
+    scaling_factor: float = 0.18215  # 1 / (standard deviation of the training data's latents)
+    overflows_fp16: bool = False  # SDXL's own VAE: its activations are too large for fp16
 
     @property
     def factor(self) -> int:
@@ -120,9 +122,23 @@ class ModelConfig:
     steps: int = 25
     sampler: str = "dpmpp_2m"
     zero_negative: bool = False  # no negative prompt is zeros (SDXL base), not the encoded ""
-    micro_conditioning: tuple[
-        str, ...
-    ] = ()  # SDXL: scalars embedded after the pooled text, in order
+
+    @property
+    def micro_conditioning(self) -> tuple[str, ...]:
+        """The scalars that the UNet's vector holds after the pooled text, 256 numbers each, in order; () for none.
+
+        Raises ValueError for a number of scalars that neither SDXL base (6) nor its refiner (5) has.
+        """
+        if self.unet.vector_dim is None:
+            return ()
+        pooled = next((t.projection for t in reversed(self.text) if t.projection), 0)
+        for scalars in (BASE_CONDITIONING, REFINER_CONDITIONING):
+            if self.unet.vector_dim == pooled + 256 * len(scalars):
+                return scalars
+        raise ValueError(
+            f"the UNet takes a vector of {self.unet.vector_dim} and the pooled text is {pooled} wide: SDXL base adds "
+            "256 for each of 6 scalars, its refiner for each of 5"
+        )
 
 
 BASE_CONDITIONING = (
@@ -187,12 +203,11 @@ SDXL_BASE = ModelConfig(
         vector_dim=2816,
         linear_projection=True,
     ),
-    vae=VAEConfig(scaling_factor=0.13025),
+    vae=VAEConfig(scaling_factor=0.13025, overflows_fp16=True),
     text=(_SDXL_CLIP_L, _SDXL_BIG_G),
     image_size=1024,
     guidance_scale=5.0,
     zero_negative=True,
-    micro_conditioning=BASE_CONDITIONING,
 )
 SDXL_TURBO = dataclasses.replace(
     SDXL_BASE,
@@ -214,11 +229,10 @@ SDXL_REFINER = ModelConfig(
         vector_dim=2560,
         linear_projection=True,
     ),
-    vae=VAEConfig(scaling_factor=0.13025),
+    vae=VAEConfig(scaling_factor=0.13025, overflows_fp16=True),
     text=(_SDXL_BIG_G,),
     image_size=1024,
     guidance_scale=5.0,
-    micro_conditioning=REFINER_CONDITIONING,
 )
 TINY = ModelConfig(  # weights/tiny, as configs/train_vae.toml and train_ldm.toml make it
     name="tiny",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.backends.cuda import SDPAParams, can_use_efficient_attention, can_use_flash_attention
 
-from ldm.config import SDXL_BASE, ModelConfig, VAEConfig
+from ldm.config import ModelConfig, VAEConfig
 from ldm.models.attention import Attend, math_attention, sdpa, set_attention, sliced_attention
 from ldm.models.int8 import can_quantize, quantize
 from ldm.models.layers import ResBlock
@@ -215,8 +215,7 @@ def find_device(wanted: str | torch.device | None) -> torch.device:
 
 def _vae_dtype(config: VAEConfig, dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """What the VAE computes in beside a UNet in `dtype`."""
-    # By this scale one knows SDXL's VAE, and versions of it that were made to fit fp16: bf16 holds those as well.
-    if dtype != torch.float16 or config.scaling_factor != SDXL_BASE.vae.scaling_factor:
+    if dtype != torch.float16 or not config.overflows_fp16:
         return dtype
     bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if bf16 else torch.float32

@@ -211,16 +211,15 @@ def load(
     """
     placement = (placement or Placement()).resolve()
     parts = {"vae": vae, "unet": unet, "text_encoder": text_encoder}
-    model = files.load(
-        locate(path),
+    replace = {name: locate(part) for name, part in parts.items() if part is not None}
+    found = files.identify(locate(path), prediction=prediction, ema=ema, replace=replace)
+    placement = placement.resolve(found.config)
+    model = files.read(
+        found,
         dtype=placement.dtype,
-        vae_dtype=placement.vae_dtype or torch.float32,  # until the model is known
+        vae_dtype=placement.vae_dtype,
         device="cpu" if placement.offload else find_device(placement.device),
-        prediction=prediction,
-        ema=ema,
-        replace={name: locate(part) for name, part in parts.items() if part is not None},
     )
-    placement = placement.resolve(model.config)
     networks = model.unet, model.vae, model.text_encoder
     placement.apply(*networks)
     return Pipeline(model.config, *networks, model.why, placement)

@@ -6,8 +6,6 @@ import torch
 from torch import nn
 
 from ldm.config import (
-    BASE_CONDITIONING,
-    REFINER_CONDITIONING,
     ModelConfig,
     TextConfig,
     UNetConfig,
@@ -45,7 +43,6 @@ TINY_SDXL = dataclasses.replace(
     unet=dataclasses.replace(TINY_RANDOM.unet, vector_dim=24 + 6 * 256, linear_projection=True),
     text=(_CLIP, _OPEN_CLIP),
     zero_negative=True,
-    micro_conditioning=BASE_CONDITIONING,
 )
 TINY_REFINER = dataclasses.replace(
     TINY_SDXL,
@@ -53,7 +50,6 @@ TINY_REFINER = dataclasses.replace(
     unet=dataclasses.replace(TINY_SDXL.unet, context_dim=16, vector_dim=24 + 5 * 256),
     text=(_OPEN_CLIP,),
     zero_negative=False,
-    micro_conditioning=REFINER_CONDITIONING,
 )
 
 

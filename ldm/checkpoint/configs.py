@@ -14,7 +14,7 @@ Json = dict[str, Any]
 _PROJECTED = "CLIPTextModelWithProjection"
 _PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 _EULER = {"euler": "EulerDiscreteScheduler", "euler_ancestral": "EulerAncestralDiscreteScheduler"}
-_LEADING_BY_DEFAULT = ("PNDM", "DDIM", "DDPM", "LCM", "TCD")
+_LEADING_BY_DEFAULT = ("PNDM", "DDIM", "DDPM", "TCD")
 
 # What each file may say about things that are fixed here. The first value is the default of the class.
 _UNET_FIXED: dict[str, tuple[Any, ...]] = {
@@ -62,7 +62,23 @@ _TEXT_FIXED: dict[str, tuple[Any, ...]] = {
     "architectures": (None, ["CLIPTextModel"], [_PROJECTED]),
     "layer_norm_eps": (1e-5,),
 }
-_SCHEDULER_FIXED: dict[str, tuple[Any, ...]] = {"trained_betas": (None,)}
+_SCHEDULER_FIXED: dict[str, tuple[Any, ...]] = {
+    "interpolation_type": ("linear",),
+    "sigma_max": (None,),
+    "sigma_min": (None,),
+    "thresholding": (False,),
+    "timestep_type": ("discrete",),
+    "trained_betas": (None,),
+    "use_beta_sigmas": (False,),
+    "use_flow_sigmas": (False,),
+    "use_lu_lambdas": (False,),
+}
+_SCHEDULER_USUAL = {  # options of single schedulers that samplers here do not have, as they usually are
+    "algorithm_type": ("dpmsolver++", "sde-dpmsolver++"),
+    "final_sigmas_type": ("zero",),
+    "set_alpha_to_one": (False,),
+    "solver_order": (2,),
+}
 
 
 def unet_from_json(json: Json, where: str) -> UNetConfig:
@@ -135,8 +151,11 @@ def unet_to_json(config: UNetConfig, sample_size: int) -> Json:
     return json
 
 
-def vae_from_json(json: Json, where: str) -> VAEConfig:
-    """Read vae/config.json. Raises ValueError naming `where` for what is malformed or not implemented."""
+def vae_from_json(json: Json, where: str, *, sdxl: bool) -> VAEConfig:
+    """Read vae/config.json. sdxl: whether it belongs to SDXL, whose VAE overflows in fp16 unless it says otherwise.
+
+    Raises ValueError naming `where` for what is malformed or not implemented.
+    """
     _check_fixed(json, _VAE_FIXED, where)
     channels = _list(json, "block_out_channels", [64], where)
     for key, name in (
@@ -151,6 +170,7 @@ def vae_from_json(json: Json, where: str) -> VAEConfig:
         "latent_channels": json.get("latent_channels", 4),
         "norm_groups": json.get("norm_num_groups", 32),
         "scaling_factor": json.get("scaling_factor", 0.18215),
+        "overflows_fp16": sdxl and json.get("force_upcast", True),
     }
     return from_dict(table, VAEConfig, where)
 
@@ -171,6 +191,7 @@ def vae_to_json(config: VAEConfig, image_size: int) -> Json:
         "latent_channels": config.latent_channels,
         "norm_num_groups": config.norm_groups,
         "scaling_factor": config.scaling_factor,
+        "force_upcast": config.overflows_fp16,
     }
 
 
@@ -226,13 +247,16 @@ def text_to_json(config: TextConfig, bos_id: int, eos_id: int, *, sdxl: bool) ->
     }
 
 
-def diffusion_from_json(json: Json, where: str) -> DiffusionConfig:
-    """Read scheduler/scheduler_config.json, whichever of diffusers' schedulers wrote it.
+def diffusion_from_json(
+    json: Json, where: str, *, sdxl: bool
+) -> tuple[DiffusionConfig, tuple[str, ...]]:
+    """Read scheduler_config.json, whichever of diffusers' schedulers it is for: the process, and notes.
 
-    Raises ValueError naming `where` for what is malformed or not implemented.
+    json: its "_class_name" is the one of model_index.json, which diffusers follows. The notes name options that have
+    no counterpart here. sdxl: diffusers' pipelines of SD 1 and 2 take offset 1 whatever the file says, SDXL's do not.
+    Raises ValueError naming `where` for what is malformed, or would give other pictures than diffusers.
     """
-    _check_fixed(json, _SCHEDULER_FIXED, where)
-    name = str(json.get("_class_name", "DDIMScheduler"))
+    name = str(json.get("_class_name") or "DDIMScheduler")
     predictions = {theirs: ours for ours, theirs in _PREDICTIONS.items()}
     prediction = json.get("prediction_type", "epsilon")
     if name.startswith(("EDM", "CosineDPM", "Flow")) or prediction not in list(predictions):
@@ -240,10 +264,15 @@ def diffusion_from_json(json: Json, where: str) -> DiffusionConfig:
             f"{where}: {name[:100]} with prediction_type {short(prediction)} is not supported; allowed are discrete "
             f"schedulers with one of {', '.join(predictions)}"
         )
+    _check_fixed(json, _SCHEDULER_FIXED, where)
     if missing := [key for key in ("beta_schedule", "beta_start", "beta_end") if key not in json]:
         raise ValueError(f"{where} lacks {', '.join(missing)}")  # each class has its own defaults
     default = "leading" if name.startswith(_LEADING_BY_DEFAULT) else "linspace"
-    spacing = json.get("timestep_spacing", default)
+    spacing = "lcm" if name == "LCMScheduler" else json.get("timestep_spacing", default)
+    curves = ("karras", "exponential")
+    if curve := next((curve for curve in curves if json.get(f"use_{curve}_sigmas")), None):
+        # Euler's schedulers bend the list of the spacing, DPM-Solver's that of all timesteps
+        spacing = f"{spacing}_{curve}" if "Euler" in name and spacing != "linspace" else curve
     table = {
         "prediction": predictions[prediction],
         "betas": json["beta_schedule"],
@@ -251,16 +280,22 @@ def diffusion_from_json(json: Json, where: str) -> DiffusionConfig:
         "beta_end": json["beta_end"],
         "timesteps": json.get("num_train_timesteps", 1000),
         "zero_terminal_snr": json.get("rescale_betas_zero_snr", False),
-        "spacing": "karras" if json.get("use_karras_sigmas") else spacing,
-        "offset": json.get("steps_offset", 0),
+        "spacing": spacing,
+        "offset": json.get("steps_offset", 0) if sdxl else 1,
     }
-    return from_dict(table, DiffusionConfig, where)
+    unusual = [
+        f"{k} {json[k]}"
+        for k, usual in _SCHEDULER_USUAL.items()
+        if json.get(k, usual[0]) not in usual
+    ]
+    notes = (f"its scheduler's {', '.join(unusual)} has no counterpart here",) if unusual else ()
+    return from_dict(table, DiffusionConfig, where), notes
 
 
 def diffusion_to_json(config: DiffusionConfig, sampler: str) -> Json:
-    """Write scheduler_config.json for the class of the model's `sampler` if that is Euler's, else for DDIM.
+    """Write scheduler_config.json for the class of the model's `sampler` if that is Euler's or LCM's, else for DDIM.
 
-    Where the steps are Karras', which DDIM has not, it is Euler's, too.
+    Where the levels follow a curve, which DDIM has not, it is Euler's, too.
     """
     json: Json = {
         "_class_name": "DDIMScheduler",
@@ -273,8 +308,12 @@ def diffusion_to_json(config: DiffusionConfig, sampler: str) -> Json:
         "steps_offset": config.offset,
         "trained_betas": None,
     }
-    if config.spacing == "karras":
-        return json | {"_class_name": _EULER["euler"], "use_karras_sigmas": True}
+    if config.spacing == "lcm":
+        return json | {"_class_name": "LCMScheduler"}
+    base, _, curve = config.spacing.rpartition("_")
+    if curve in ("karras", "exponential"):
+        spacing = {"timestep_spacing": base or "linspace", f"use_{curve}_sigmas": True}
+        return json | {"_class_name": _EULER["euler"]} | spacing
     if sampler in _EULER:
         return json | {"_class_name": _EULER[sampler], "timestep_spacing": config.spacing}
     ddim = {"clip_sample": False, "set_alpha_to_one": False, "timestep_spacing": config.spacing}

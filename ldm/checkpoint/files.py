@@ -1,4 +1,4 @@
-"""Models on disk: identify, load, save and convert. Strict: every tensor is used, known to be useless, or an error."""
+"""Models on disk: identify, inspect, load, save and convert them."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,54 +6,99 @@ from typing import NamedTuple
 
 import torch
 
-from ldm.checkpoint.contents import find
 from ldm.checkpoint.folder import write_folder, write_vae
-from ldm.checkpoint.kinds import kind_of
-from ldm.checkpoint.known import digest
-from ldm.checkpoint.limits import check_limits
-from ldm.checkpoint.parts import (
-    Layout,
-    Model,
-    ModelLike,
-    Source,
-    check,
-    fill,
-    modules,
-)
+from ldm.checkpoint.identify import find
+from ldm.checkpoint.known import kind_of
+from ldm.checkpoint.parts import Layout, Model, ModelLike, Source, check, fill, modules
 from ldm.checkpoint.pickles import PickledTensors, is_pickle
 from ldm.checkpoint.single import write_single
-from ldm.checkpoint.sources import check_complete, check_fits, left_out, merge, open_source
-from ldm.checkpoint.writing import beside, replace_folder, write_tensors
+from ldm.checkpoint.sources import (
+    Networks,
+    check_complete,
+    check_fits,
+    left_out,
+    merge,
+    open_source,
+)
+from ldm.checkpoint.tensors import beside, replace_folder, write_tensors
 from ldm.config import ModelConfig, Prediction
 from ldm.models.vae import VAE
 
 
 class Identity(NamedTuple):
-    """What a file or folder holds, and why that is known. preset: the name of the one it equals, or "custom"."""
+    """A model on disk that is understood and checked but not read. networks: on the meta device."""
 
-    preset: str
-    prediction_type: Prediction
-    why: str
-    layout: Layout
-    config: ModelConfig
+    source: Source
+    networks: Networks
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's configuration."""
+        return self.source.config
+
+    @property
+    def preset(self) -> str:
+        """The name of the preset that the model equals, or "custom"."""
+        return self.config.name
+
+    @property
+    def prediction(self) -> Prediction:
+        """What the UNet predicts."""
+        return self.config.diffusion.prediction
+
+    @property
+    def why(self) -> str:
+        """The reason for the architecture and the prediction, and notes for the user."""
+        return "; ".join([self.source.why, *self.source.notes])
 
 
 def identify(
-    path: str | Path, *, prediction: Prediction | None = None, check_sha256: bool = False
+    path: str | Path,
+    *,
+    prediction: Prediction | None = None,
+    ema: bool = False,
+    replace: Mapping[str, str | Path] = {},
+    pickles: bool = False,
 ) -> Identity:
-    """Tell what model is at `path` from configs and headers alone, reading no tensor.
+    """Tell what model is at `path`, and check that its tensors fit its networks, from headers and configs alone.
 
-    path: a folder of ours, a diffusers folder, or a single .safetensors file. The content decides, not the name.
-    prediction: what the user says that it predicts. check_sha256: look the file up among the known ones, which reads
-    all of it. (One tensor of a kilobyte is read of SD 2 files, whose names and shapes do not tell eps from v.)
-    Raises ValueError saying what is there instead, or what is wrong with it.
+    path: a folder of ours, a diffusers folder, or a single .safetensors file; its content counts, not its name.
+    prediction: what the user says that the UNet predicts. ema: take the averaged copy of the UNet that a full single
+    file holds. replace: "unet", "vae" or "text_encoder" -> a file or folder to take that part from; `path` may lack
+    those. pickles: whether a pickle may be opened. (Of SD 2 files one tensor of a kilobyte is read: names and shapes do
+    not tell eps from v.)
+    Raises ValueError saying what is there instead of a model, and for tensors that are missing or of another shape.
     """
-    sha256 = digest(path) if check_sha256 else None
-    source = open_source(path, prediction=prediction, sha256=sha256)
+    source = merge(open_source(path, prediction=prediction, ema=ema, pickles=pickles), replace)
     check_complete(source, path)
-    check_limits(source.config, path)
-    config = source.config
-    return Identity(config.name, config.diffusion.prediction, source.why, source.layout, config)
+    networks, source = check_fits(source, path)
+    return Identity(source, networks)
+
+
+def read(
+    model: Identity,
+    *,
+    dtype: torch.dtype | None = None,
+    vae_dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> Model:
+    """Read the tensors of an identified model, each straight to `device` and in `dtype` (None: as it is stored).
+
+    vae_dtype: of the VAE, if another. On the CPU, tensors that need no cast stay memory-mapped.
+    Raises ValueError for a tensor that is not finite in its new dtype.
+    """
+    source, networks = model
+    for name, module in modules(*networks).items():
+        wanted = (vae_dtype or dtype) if name == "vae" else dtype
+        fill(module, source.parts[name], dtype=wanted, device=torch.device(device))
+    networks[2].eval()  # its towers are, as they were filled
+    unused = {}
+    for name, part in source.parts.items():
+        for stored, value in part.tensors.read(part.unused):
+            unused[f"{name}.{stored.removeprefix(part.prefix)}"] = value
+    if source.kept is not None:
+        unused |= source.kept.read(source.kept.shapes)
+    return Model(model.config, *networks, unused, model.why)
 
 
 def load(
@@ -66,17 +111,9 @@ def load(
     ema: bool = False,
     replace: Mapping[str, str | Path] = {},
 ) -> Model:
-    """Load the model at `path`, each tensor going straight to `device` in `dtype` (the VAE's in `vae_dtype` if given).
-
-    Networks are built without memory and given the file's tensors; on the CPU, what needs no cast stays memory-mapped.
-    dtype: None keeps what each tensor is stored in. prediction: what the user says that the UNet predicts.
-    ema: take the averaged copy of the UNet that a full single file holds.
-    replace: "unet", "vae" or "text_encoder" -> a file or folder to take that from; what only `path` lacks may be there.
-    Raises ValueError as `identify` does, for tensors that are missing, unknown or of another shape, naming them, and
-    for those that are read and not finite.
-    """
-    source = open_source(path, prediction=prediction, ema=ema)
-    return _load(merge(source, replace), path, dtype, vae_dtype or dtype, torch.device(device))
+    """`identify` the model at `path` and `read` it. Raises ValueError as these do."""
+    model = identify(path, prediction=prediction, ema=ema, replace=replace)
+    return read(model, dtype=dtype, vae_dtype=vae_dtype, device=device)
 
 
 def load_vae(path: str | Path, *, device: torch.device | str = "cpu") -> VAE:
@@ -139,19 +176,19 @@ def convert(
     """Write the model at `path`, which may be a pickle, to `target` in another layout or dtype; else bit for bit.
 
     A pickle that holds something else, such as a VAE or a ControlNet, becomes a .safetensors file (layout "ldm") with
-    the same names. Returns the names of the tensors that are left out, being of no use: schedules, averaged copies.
+    the same names. Returns the names of the tensors that are left out, because no network uses them: schedules, averaged copies.
     Raises ValueError as `load` and `save` do, and for a pickle that holds anything but tensors and plain values.
     """
     _check_target(Path(target), layout, overwrite)
     if not replace and is_pickle(Path(path)):
         tensors = PickledTensors(Path(path))
-        if kind_of(tensors) or not find(tensors).whole:
+        if not find(tensors).whole:
             _rewrite(tensors, Path(target).resolve(), layout, dtype)
             return ()
-    source = merge(open_source(path, prediction=prediction, ema=ema, pickles=True), replace)
-    model = _load(source, path, dtype, dtype, torch.device("cpu"))
-    save(model, target, layout=layout, dtype=dtype, overwrite=overwrite)
-    return left_out(source)
+    model = identify(path, prediction=prediction, ema=ema, replace=replace, pickles=True)
+    left = left_out(*model)
+    save(read(model, dtype=dtype), target, layout=layout, dtype=dtype, overwrite=overwrite)
+    return left
 
 
 def save_vae(vae: VAE, path: str | Path, *, image_size: int) -> None:
@@ -177,34 +214,11 @@ def _rewrite(
             f"{tensors} is {what}, not a model: its tensors can be written into one file as they are, with layout 'ldm'"
         )
     held = {}
-    for name, value in tensors.read(tensors.shapes):
-        cast = dtype is not None and value.is_floating_point()
-        held[name] = (value.to(dtype) if cast else value).contiguous()
+    for name, value in tensors.read(tensors.shapes, mapped=False):  # names may share one memory
+        held[name] = value.to(dtype) if dtype and value.is_floating_point() else value
     with beside(target) as new:
         write_tensors(held, new)
         new.replace(target)
-
-
-def _load(
-    source: Source,
-    path: str | Path,
-    dtype: torch.dtype | None,
-    vae_dtype: torch.dtype | None,
-    device: torch.device,
-) -> Model:
-    check_complete(source, path)
-    networks = check_fits(source, path)
-    for name, module in modules(*networks).items():
-        wanted = vae_dtype if name == "vae" else dtype
-        fill(module, source.parts[name], dtype=wanted, device=device)
-    networks[2].eval()  # its towers are, as they were filled
-    unused = {}
-    for name, part in source.parts.items():
-        for stored, value in part.tensors.read(part.unused):
-            unused[f"{name}.{stored.removeprefix(part.prefix)}"] = value
-    if source.kept is not None:
-        unused |= source.kept.read(source.kept.shapes)
-    return Model(source.config, *networks, unused, "; ".join([source.why, *source.notes]))
 
 
 def _check_target(path: Path, layout: Layout, overwrite: bool) -> None:

@@ -7,28 +7,46 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from reprlib import repr as short
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ldm.checkpoint import configs, tables
 from ldm.checkpoint.configs import Json
-from ldm.checkpoint.contents import Place, vae_part
-from ldm.checkpoint.parts import TOWERS, Model, ModelLike, Part, Source, collect, recognise, some
+from ldm.checkpoint.identify import (
+    Place,
+    check_inputs,
+    padded_as_official,
+    recognize,
+    text_part,
+    vae_part,
+)
+from ldm.checkpoint.parts import TOWERS, Model, ModelLike, Part, Source, collect, some
 from ldm.checkpoint.pickles import PickledTensors
-from ldm.checkpoint.strict_json import MAX_BYTES, parse_json, printable
-from ldm.checkpoint.tensors import TensorFiles, Tensors
-from ldm.checkpoint.writing import write_tensors
-from ldm.config import SD15, ModelConfig, Prediction, VAEConfig, from_dict
+from ldm.checkpoint.tensors import TensorFiles, Tensors, check_file, write_tensors
+from ldm.config import SD15, ModelConfig, Prediction, TextConfig, VAEConfig, from_dict
 from ldm.models.text import EOS, Tokenizer
 from ldm.models.vae import VAE
 
 _NETWORK, _TOWER = "diffusion_pytorch_model", "model"  # stems of the files with the weights
 _COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 _SECOND = ("text_encoder_2", "tokenizer_2")  # of SDXL, whose refiner has these alone
-_UNUSED_COMPONENTS = ("safety_checker", "feature_extractor", "image_encoder")
+_REFUSED = (
+    "controlnet",
+    "adapter",
+    "motion_adapter",
+    "prior",
+    "prior_prior",
+    "transformer",
+    "low_res_scheduler",
+)
+_CLASSES = {  # of diffusers and transformers; another class computes something else
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL",),
+    "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
+    "text_encoder_2": ("CLIPTextModel", "CLIPTextModelWithProjection"),
+}
 _PIPELINES = {8: "StableDiffusionInstructPix2PixPipeline", 9: "StableDiffusionInpaintPipeline"}
 _SDXL_PIPELINES = {
     8: "StableDiffusionXLInstructPix2PixPipeline",
@@ -54,34 +72,42 @@ def open_folder(
     """Understand the model in `folder`, or the part of one, from its configs and headers.
 
     prediction: what the user says that its UNet predicts. pickles: whether weights that are pickles may be opened.
-    Raises ValueError for a folder that is no model, lacks a component, or holds one that is not implemented.
+    Raises ValueError for a folder that is no model, lacks a component, or holds one that changes the pictures in a way
+    that is not implemented. Components that are of no use here are named in a note.
     """
     if not (folder / "model_index.json").is_file() and (folder / "config.json").is_file():
         return _open_part(folder, pickles)
-    index = _read_index(folder)
+    index, towers, notes = _read_index(folder)
     unet_json, where = _config(folder, "unet")
     unet = configs.unet_from_json(unet_json, where)
-    vae = configs.vae_from_json(*_config(folder, "vae"))
-    tokenizers = [folder / name.replace("text_encoder", "tokenizer") for name in index.towers]
+    check_inputs(unet.in_channels, folder)
+    sdxl = unet.vector_dim is not None
+    vae_json, vae_where = _config(folder, "vae")
+    vae = configs.vae_from_json(vae_json, vae_where, sdxl=sdxl)
+    tokenizers = [_tokenizer(folder / name.replace("text_encoder", "tokenizer")) for name in towers]
     text = tuple(
-        configs.text_from_json(
-            *_config(folder, name), _pad_id(tokenizer), sdxl=unet.vector_dim is not None
-        )
-        for name, tokenizer in zip(index.towers, tokenizers, strict=True)
+        configs.text_from_json(*_config(folder, name), pad_id, sdxl=sdxl)
+        for name, (_, pad_id) in zip(towers, tokenizers, strict=True)
     )
+    ours = (folder / "ldm.json").is_file()
+    text, repadded = padded_as_official(text, ours=ours)
     scheduler, where = _config(folder, "scheduler", "scheduler_config.json")
-    diffusion = configs.diffusion_from_json(scheduler, where)
-    why = f"the configs of its {index.pipeline}; {where} says {diffusion.prediction}"
+    scheduler["_class_name"] = _class(index, "scheduler") or scheduler.get("_class_name")
+    diffusion, unfollowed = configs.diffusion_from_json(scheduler, where, sdxl=sdxl)
+    why = f"the configs of its {index.get('_class_name')}; {where} says {diffusion.prediction}"
     if prediction is not None:
         diffusion = dataclasses.replace(diffusion, prediction=prediction)
         why += f", you asked for {prediction}"
-    config = recognise(unet, vae, text, diffusion)
-    sample_size = unet_json.get("sample_size")
-    if isinstance(sample_size, int):
-        config = dataclasses.replace(config, image_size=sample_size * vae.factor)
-    if index.zero_negative is not None:
-        config = dataclasses.replace(config, zero_negative=index.zero_negative)
-    if (folder / "ldm.json").is_file():
+    size = unet_json.get("sample_size")
+    turbo = (
+        diffusion.spacing == "trailing" and not ours and _is_turbo(folder, size if sdxl else None)
+    )
+    config = recognize(unet, vae, text, diffusion, turbo=turbo)
+    if isinstance(size, int):
+        config = dataclasses.replace(config, image_size=size * vae.factor)
+    if isinstance(index.get("force_zeros_for_empty_prompt"), bool):
+        config = dataclasses.replace(config, zero_negative=index["force_zeros_for_empty_prompt"])
+    if ours:
         extras = from_dict(_read_json(folder / "ldm.json"), Extras, str(folder / "ldm.json"))
         config = dataclasses.replace(config, **dataclasses.asdict(extras))
 
@@ -89,16 +115,24 @@ def open_folder(
         "unet": Part(_tensors(folder / "unet", _NETWORK, pickles), tables.diffusers_unet(unet)),
         "vae": _vae_part(_tensors(folder / "vae", _NETWORK, pickles)),
     }
-    for name, component in zip(TOWERS, index.towers, strict=False):
-        parts[name] = _text_part(_tensors(folder / component, _TOWER, pickles))
+    for name, component, tower in zip(TOWERS, towers, text, strict=False):
+        parts[name] = _text_part(_tensors(folder / component, _TOWER, pickles), tower)
     return Source(
         config=config,
         layout="diffusers",
         why=why,
         parts=parts,
-        tokenizers=lambda: [_read_tokenizer(path) for path in tokenizers],
+        tokenizers=tuple(tokenizer for tokenizer, _ in tokenizers),
+        notes=(*notes, *repadded, *unfollowed),
         kept=TensorFiles([folder / _KEPT]) if (folder / _KEPT).is_file() else None,
     )
+
+
+def _is_turbo(folder: Path, sample_size: object) -> bool:
+    """Whether a folder with "trailing" steps is SDXL-Turbo (of 64 latent pixels), or SD-Turbo (by its name alone)."""
+    if sample_size is not None:
+        return sample_size == 64
+    return any("turbo" in part.lower() for part in folder.resolve().parts[-3:])
 
 
 def write_folder(folder: Path, model: ModelLike, dtype: torch.dtype | None) -> None:
@@ -114,7 +148,7 @@ def write_folder(folder: Path, model: ModelLike, dtype: torch.dtype | None) -> N
     # SDXL's refiner has the second text encoder alone
     names = TOWERS[1:] if sdxl and len(config.text) == 1 else TOWERS[: len(config.text)]
 
-    _write_json(folder / "model_index.json", _index(config, scheduler, names))
+    _write_json(folder / "model_index.json", _write_index(config, scheduler, names))
     _write_json(folder / "ldm.json", dataclasses.asdict(extras))
     _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     tensors = collect(model.unet, tables.diffusers_unet(config.unet), dtype=dtype)
@@ -152,7 +186,7 @@ def _write_json(path: Path, value: Json) -> None:
 
 def _open_part(folder: Path, pickles: bool) -> Source:
     """Understand a folder that holds one component: a UNet, a VAE or a text encoder."""
-    json, where = _config(folder, "")
+    json, where = _config(folder)
     config, parts = SD15, {}
     classes = json.get("_class_name") or json.get("architectures")
     if classes == "UNet2DConditionModel":
@@ -160,29 +194,25 @@ def _open_part(folder: Path, pickles: bool) -> Source:
         parts["unet"] = Part(_tensors(folder, _NETWORK, pickles), tables.diffusers_unet(unet))
         config = dataclasses.replace(config, unet=unet)
     elif classes == "AutoencoderKL":
-        config = dataclasses.replace(config, vae=configs.vae_from_json(json, where))
+        vae = configs.vae_from_json(json, where, sdxl=True)  # `merge` knows whether it is SDXL's
+        config = dataclasses.replace(config, vae=vae)
         parts["vae"] = _vae_part(_tensors(folder, _NETWORK, pickles))
     elif classes in (["CLIPTextModel"], ["CLIPTextModelWithProjection"]):
         projected = classes == ["CLIPTextModelWithProjection"]
         text = configs.text_from_json(json, where, SD15.text[0].pad_id, sdxl=projected)
         config = dataclasses.replace(config, text=(text,))
-        parts[TOWERS[0]] = _text_part(_tensors(folder, _TOWER, pickles))
+        parts[TOWERS[0]] = _text_part(_tensors(folder, _TOWER, pickles), text)
     else:
         raise ValueError(
-            f"{where} describes {printable(classes or 'nothing')}: allowed are UNet2DConditionModel, AutoencoderKL and "
+            f"{where} describes {classes or 'nothing'}: allowed are UNet2DConditionModel, AutoencoderKL and "
             "CLIPTextModel"
         )
-    return Source(
-        config=config,
-        layout="diffusers",
-        why=f"{where} says so",
-        parts=parts,
-        tokenizers=lambda: [Tokenizer.official()],
-    )
+    tokenizers = (Tokenizer.official(),) * len(config.text)
+    return Source(config, "diffusers", f"{where} says so", parts, tokenizers)
 
 
 def _tensors(folder: Path, stem: str, pickles: bool) -> Tensors:
-    """The tensors of a component; those of a pickle if they may be, and there is nothing better."""
+    """Return the tensors of a component; those of a pickle if they may be read, and there is nothing better."""
     if pickles and not any(folder.glob("*.safetensors")):
         name = "pytorch_model" if stem == _TOWER else stem
         for path in (folder / f"{name}.bin", folder / f"{name}.fp16.bin"):
@@ -195,23 +225,18 @@ def _vae_part(tensors: Tensors) -> Part:
     return vae_part(tensors, Place("", "diffusers"), VAEConfig())
 
 
-def _text_part(tensors: Tensors) -> Part:
-    level = "text_model" if any(n.startswith("text_model.") for n in tensors.shapes) else ""
-    return Part(tensors, tables.hf_text(level))
+def _text_part(tensors: Tensors, config: TextConfig) -> Part:
+    level = any(name.startswith("text_model.") for name in tensors.shapes)
+    return text_part(tensors, Place("", "hf" if level else "hf without text_model"), config)
 
 
-class _Index(NamedTuple):
-    """What model_index.json says. towers: the folders of the text encoders."""
-
-    pipeline: str
-    towers: tuple[str, ...]
-    zero_negative: bool | None
-
-
-def _index(config: ModelConfig, scheduler: Json, towers: tuple[str, ...]) -> Json:
+def _write_index(config: ModelConfig, scheduler: Json, towers: tuple[str, ...]) -> Json:
     inputs, sdxl = config.unet.in_channels, config.unet.vector_dim is not None
+    plain = (
+        "LatentConsistencyModelPipeline" if config.unet.guidance_dim else "StableDiffusionPipeline"
+    )
     index: Json = {
-        "_class_name": _PIPELINES.get(inputs, "StableDiffusionPipeline"),
+        "_class_name": _PIPELINES.get(inputs, plain),
         "_diffusers_version": "0.36.0",  # the oldest supported; some of its classes need one
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
@@ -239,49 +264,58 @@ def _index(config: ModelConfig, scheduler: Json, towers: tuple[str, ...]) -> Jso
     return index
 
 
-def _read_index(folder: Path) -> _Index:
-    """The contents of model_index.json, once its components are known and present."""
+def _read_index(folder: Path) -> tuple[Json, tuple[str, ...], tuple[str, ...]]:
+    """Read model_index.json: it, the folders of the text encoders, and notes, once its components are known and there."""
     if not (folder / "model_index.json").is_file():
+        snapshots = sorted(folder.glob("snapshots/*/model_index.json"))
         files = sorted(path.name for path in folder.glob("*.safetensors"))
         hint = "give the folder that holds model_index.json"
-        if files:
+        if snapshots:
+            hint = f"it is a cache of Hugging Face, give {snapshots[-1].parent}"
+        elif files:
             hint = f"give a file in it, such as {folder / files[0]}"
         raise ValueError(f"{folder} is not a model folder, it has no model_index.json: {hint}")
     index = _read_json(folder / "model_index.json")
-    pipeline = printable(index.get("_class_name"))
-    present = [name for name, value in index.items() if isinstance(value, list) and any(value)]
-    allowed = (*_COMPONENTS, *_SECOND, *_UNUSED_COMPONENTS)
-    if other := sorted(set(present) - {*allowed}):
-        found = some([printable(name) for name in other])
-        raise ValueError(
-            f"{folder} is a {pipeline} with {found}, which is not supported: the folder may have {', '.join(allowed)}"
-        )
+    pipeline = index.get("_class_name")
+    present = [name for name in index if _class(index, name)]
+    if refused := sorted(set(present) & set(_REFUSED)):
+        raise ValueError(f"{folder} is a {pipeline} with {some(refused)}, which is not supported")
     second = any(name in present for name in _SECOND)
     first = not second or "text_encoder" in present
     needed = [name for name in _COMPONENTS if first or name not in ("text_encoder", "tokenizer")]
     for name in [*needed, *(_SECOND if second else ())]:
         if name not in present or not (folder / name).is_dir():
             raise ValueError(f"{folder} lacks its {name}: fetch the whole folder again")
-    zeros = index.get("force_zeros_for_empty_prompt")
-    towers = tuple(name for name in TOWERS if name in present)
-    return _Index(pipeline, towers, zeros if isinstance(zeros, bool) else None)
+        if (kind := _class(index, name)) not in (allowed := _CLASSES.get(name, (kind,))):
+            raise ValueError(
+                f"the {name} of {folder} is {kind}, supported are {', '.join(allowed)}"
+            )
+    others = sorted(set(present) - {*_COMPONENTS, *_SECOND, "safety_checker", "feature_extractor"})
+    notes = (f"its {some(others)} is not used",) if others else ()
+    return index, tuple(name for name in TOWERS if name in present), notes
 
 
-def _config(folder: Path, part: str, name: str = "config.json") -> tuple[Json, str]:
+def _class(index: Json, name: str) -> str:
+    """The class of a component that model_index.json lists; "" for anything else."""
+    value = index.get(name)
+    return str(value[1]) if isinstance(value, list) and len(value) == 2 and value[1] else ""
+
+
+def _config(folder: Path, part: str = "", name: str = "config.json") -> tuple[Json, str]:
     path = folder / part / name
-    return _read_json(path), str(path)
+    config = _read_json(path)
+    kind = config.get("_class_name") if part in ("unet", "vae") else None
+    if kind not in (None, *_CLASSES.get(part, ())):
+        raise ValueError(f"{path} describes {kind}, supported are {', '.join(_CLASSES[part])}")
+    return config, str(path)
 
 
 def _read_json(path: Path) -> Json:
-    """The JSON object at `path`. Raises ValueError if there is none."""
+    """Read the JSON object at `path`. Raises ValueError if there is none."""
+    check_file(path, "fetch the folder again")
     try:
-        with path.open("rb") as file:
-            value = parse_json(file.read(MAX_BYTES + 1))
-    except OSError as error:
-        raise ValueError(
-            f"{path} cannot be read ({error.strerror}): fetch the folder again"
-        ) from error
-    except ValueError as error:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}): fetch it again") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
@@ -297,7 +331,7 @@ def _weight_files(folder: Path, stem: str) -> list[Path]:
     for variant in ("", ".fp16", *(f".{name}" for name in others)):
         file = folder / f"{stem}{variant}.safetensors"
         index = folder / f"{stem}.safetensors.index{variant}.json"
-        if file.is_file():
+        if file.is_file() or file.is_symlink():
             return [file]
         if index.is_file():
             return _shards(index)
@@ -315,55 +349,32 @@ def _shards(index: Path) -> list[Path]:
         raise ValueError(f"{index} must hold a weight_map of tensor names to file names")
     names = {str(name) for name in weight_map.values()}
     for name in sorted(names):
-        plain = Path(name).name == name and "\\" not in name and len(name) < 200
-        if not plain or not name.isprintable() or not name.endswith(".safetensors"):
+        if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
             raise ValueError(
-                f"{index} names {short(name)}, which is not a .safetensors file beside it"
+                f"{index} names {name[:100]!r}, which is not a .safetensors file beside it"
             )
-        if not (index.parent / name).is_file():
-            raise ValueError(f"{index} names {name}, which is missing: fetch the folder again")
+        check_file(index.parent / name, f"{index.name} names it; fetch the folder again")
     paths = [index.parent / name for name in sorted(names)]
     for path in paths:
         said = {key for key, name in weight_map.items() if name == path.name}
         if said != (held := set(TensorFiles([path]).shapes)):
-            raise ValueError(f"{index} and {path.name} disagree on {short(min(said ^ held))}")
+            raise ValueError(f"{index} and {path.name} disagree on {min(said ^ held)!r}")
     return paths
 
 
-def _read_tokenizer(folder: Path) -> Tokenizer:
-    try:
-        return Tokenizer.from_folder(folder)
-    except Exception as error:  # whatever transformers raises for lists that do not go together
-        reason = " ".join(repr(error).split())[:200]
-        raise ValueError(f"the tokenizer in {folder} cannot be read: {reason}") from error
+def _tokenizer(folder: Path) -> tuple[Tokenizer, int]:
+    """Read a tokenizer and the id that pads prompts.
 
-
-def _pad_id(folder: Path) -> int:
-    """The id that pads prompts: that of the tokenizer's pad token, by default its end token."""
-    token: object = None
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
-            token = _read_json(folder / name).get("pad_token") or token
-    token = token["content"] if isinstance(token, dict) and "content" in token else token or EOS
-    vocab = _vocabulary(folder)
-    if not isinstance(token, str) or type(vocab.get(token)) is not int:
-        raise ValueError(f"{folder} pads with {short(token)}, which is not in its vocabulary")
-    return int(vocab[token])
-
-
-def _vocabulary(folder: Path) -> Json:
-    """The ids by token, from the file that `Tokenizer` reads."""
-    merges = folder / "merges.txt"
-    if (folder / "vocab.json").is_file() and merges.is_file():
-        if merges.stat().st_size > MAX_BYTES:
-            raise ValueError(f"{merges} is too large: allowed are {MAX_BYTES:,} bytes")
-        return _read_json(folder / "vocab.json")
-    if not (folder / "tokenizer.json").is_file():
-        raise ValueError(
-            f"{folder} holds no tokenizer: need vocab.json and merges.txt, or tokenizer.json"
-        )
-    model = _read_json(folder / "tokenizer.json").get("model")
-    if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict):
-        raise ValueError(f"{folder / 'tokenizer.json'} has no vocabulary")
-    vocab: Json = model["vocab"]
-    return vocab
+    special_tokens_map.json decides only beside a tokenizer_config.json without "added_tokens_decoder", which
+    transformers writes since 4.34; otherwise tokenizer_config.json does. No pad token there means the end token.
+    """
+    tokenizer = Tokenizer.from_folder(folder)
+    said: dict[str, Any] = {}
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).is_file() and "added_tokens_decoder" not in said:
+            said |= _read_json(folder / name)
+    token = said.get("pad_token") or EOS
+    token = token.get("content") if isinstance(token, dict) else token
+    if token not in tokenizer.vocab:
+        raise ValueError(f"{folder} pads with {token!r}, which is not in its vocabulary")
+    return tokenizer, tokenizer.vocab[token]

@@ -84,8 +84,7 @@ def key_map(keys: Iterable[str], rules: tuple[Rule, ...], prefix: str = "") -> d
     """
     stored = {}
     for key in keys:
-        found = _translate(key, rules)
-        stored[key] = found._replace(name=prefix + found.name)
+        stored[key] = translate(key, rules, prefix)
     inverse(stored)
     return stored
 
@@ -106,7 +105,8 @@ def inverse(stored: Mapping[str, Stored]) -> dict[str, tuple[str, ...]]:
     return {name: tuple(found[p] for p in sorted(found)) for name, found in pieces.items()}
 
 
-def _translate(key: str, rules: tuple[Rule, ...]) -> Stored:
+def translate(key: str, rules: tuple[Rule, ...], prefix: str = "") -> Stored:
+    """Return where our `key` is stored, `prefix` before its name. Raises ValueError for a key that no rule covers."""
     parts = key.split(".")
     for rule in rules:
         pattern = rule.ours.split(".")
@@ -116,8 +116,8 @@ def _translate(key: str, rules: tuple[Rule, ...]) -> Stored:
         name = (rule.theirs.format if isinstance(rule.theirs, str) else rule.theirs)(**numbers)
         inner = Stored(".".join(parts[len(pattern) :]), rule.form, rule.piece)
         if rule.inside:
-            inner = _translate(inner.name, rule.inside)
-        return inner._replace(name=".".join(part for part in (name, inner.name) if part))
+            inner = translate(inner.name, rule.inside)
+        return inner._replace(name=prefix + ".".join(part for part in (name, inner.name) if part))
     raise ValueError(f"no rule covers {key}; rules: {', '.join(rule.ours for rule in rules)}")
 
 

@@ -1,8 +1,18 @@
-"""Digests of files, and what the files with the best known ones are."""
+"""What is known of files: published models by their digests, and files that are no models by the names in them."""
 
 import hashlib
+import re
 from pathlib import Path
 from typing import NamedTuple
+
+from ldm.checkpoint.tensors import Tensors
+
+NAMES = {  # of the families, by the width of the text that their UNet attends to
+    768: "Stable Diffusion 1.x",
+    1024: "Stable Diffusion 2.x",
+    2048: "Stable Diffusion XL",
+    1280: "the Stable Diffusion XL refiner",
+}
 
 
 class KnownFile(NamedTuple):
@@ -102,3 +112,50 @@ def digest(path: str | Path) -> str:
         if part.suffix in (".safetensors", ".json", ".txt") and part.is_file()
     )
     return hashlib.sha256("".join(f"{n} {d}\n" for n, d in parts).encode()).hexdigest()
+
+
+_KINDS = (  # what a file is, if one of its names matches
+    (r"quant_state\.bitsandbytes__|\.absmax$", "a model quantized by bitsandbytes (NF4 or int8)"),
+    (r"^lora_controlnet$", "a Control-LoRA"),
+    (r"^lllite_unet_", "a ControlNet-LLLite"),
+    (r"^(control_add_embedding|task_embedding)", "a ControlNet Union"),
+    (r"^(control_model\.|(.*\.)?input_hint_block\.|controlnet_cond_embedding\.)", "a ControlNet"),
+    (r"hada_|lokr_|oft_(blocks|diag)|\.on_input$", "a LyCORIS adapter, a kind of LoRA"),
+    (r"lora_|\.lora\.|\.lora_linear_layer\.|:0:(down|up)$", "a LoRA"),
+    (r"^(emb_params|string_to_param.*|clip_[lg]|<[^>]+>)$", "a textual-inversion embedding"),
+    (r"^(ip_adapter|image_proj)\.", "an IP-Adapter"),
+    (r"^(adapter\.)?body\.0\.", "a T2I-Adapter"),
+    (r"motion_modules\.", "an AnimateDiff motion module"),
+    (r"double_blocks\.\d", "a Flux transformer"),
+    (r"joint_blocks\.\d", "a Stable Diffusion 3 transformer"),
+    (r"^(model\.diffusion_model\.)?transformer_blocks\.\d", "a diffusion transformer"),
+    (r"^prior\.|^prior_", "a prior of unCLIP or Stable Cascade"),
+    (
+        r"^((taesd_)?(decoder|encoder)\.)?(layers\.)?\d+\.(conv\.)?\d*\.?weight$",
+        "a TAESD, a tiny autoencoder",
+    ),
+    (r"^(vision_model|visual_projection|concept_embeds)", "a safety checker or an image encoder"),
+    (r"^(params_ema|RRDB_trunk|model\.\d+\.sub)", "an upscaler such as ESRGAN"),
+)
+_TO_TEXT = re.compile(r"attn2[._]to_k(\.weight|\.lora_down\.weight|.*\.lora_A\.(.*\.)?weight)$")
+
+
+def kind_of(tensors: Tensors) -> str | None:
+    """Return what a file is that is no model, such as "a LoRA for Stable Diffusion XL"; None if that is not known."""
+    for pattern, kind in _KINDS:
+        if any(re.search(pattern, name) for name in tensors.shapes):
+            return kind + _for_family(tensors, kind)
+    return None
+
+
+def _for_family(tensors: Tensors, kind: str) -> str:
+    """Say for which models an adapter is made, told from how wide a text it attends to or holds."""
+    if "clip_l" in tensors.shapes and "clip_g" in tensors.shapes:
+        return f" for {NAMES[2048]}"
+    embedding = kind.startswith("a textual")
+    widths = [
+        shape[-1 if embedding else 1]
+        for name, shape in tensors.shapes.items()
+        if (embedding and shape) or (len(shape) >= 2 and _TO_TEXT.search(name))
+    ]
+    return f" for {NAMES[widths[0]]}" if widths and widths[0] in NAMES else ""

@@ -1,31 +1,16 @@
-"""The parts of a model on disk: where each network's tensors are, and how modules are strictly filled with them."""
+"""The parts of a model on disk: where each network's tensors are, and how modules are filled with them, strictly."""
 
-import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Size, Tensor, nn
 
 from ldm.checkpoint.keymap import Form, Rule, Stored, inverse, key_map
-from ldm.checkpoint.tables import diffusers_unet, ldm_unet
 from ldm.checkpoint.tensors import DTYPES, FLOATS, Tensors
-from ldm.config import (
-    BASE_CONDITIONING,
-    PRESETS,
-    REFINER_CONDITIONING,
-    SD15,
-    SDXL_BASE,
-    SDXL_REFINER,
-    DiffusionConfig,
-    ModelConfig,
-    TextConfig,
-    UNetConfig,
-    VAEConfig,
-)
+from ldm.config import ModelConfig
 from ldm.models.int8 import is_plain
 from ldm.models.text import TextEncoder, Tokenizer
 from ldm.models.unet import UNet
@@ -34,14 +19,13 @@ from ldm.models.vae import VAE
 Layout = Literal["ldm", "diffusers"]
 TOWERS = ("text_encoder", "text_encoder_2")  # names of the parts that hold the text towers
 SHOWN = 3  # names of each kind that an error lists
-_VARIANTS = {4: "", 8: "-instruct-pix2pix", 9: "-inpainting"}  # by the UNet's in_channels
 
 
 class Model(NamedTuple):
     """A model in memory. What `load` returns is in evaluation mode, without gradients.
 
-    unused: tensors of its files that no network here computes with, though the official lists have them, such as the
-    last block of SD 2's text encoder; by part and name. They are saved again, so that nothing is lost.
+    unused: tensors that the official lists have and no network here computes with, such as the last block of SD 2's
+    text encoder; by part and name. They are saved again, so that nothing is lost.
     """
 
     config: ModelConfig
@@ -49,7 +33,7 @@ class Model(NamedTuple):
     vae: VAE
     text_encoder: TextEncoder
     unused: Mapping[str, Tensor] = {}
-    why: str = ""  # the reason for the architecture and the prediction type, and what else a user should know
+    why: str = ""  # the reason for the architecture and the prediction type, and notes for the user
 
 
 class ModelLike(Protocol):
@@ -65,23 +49,17 @@ class ModelLike(Protocol):
     def text_encoder(self) -> TextEncoder: ...  # noqa: D102
 
 
-def is_constant(name: str) -> bool:
-    """Whether a tensor holds nothing learnt, and is not read."""
-    return name.endswith("position_ids")
-
-
 @dataclass(frozen=True)
 class Part:
     """One network's tensors: in which files, by which rules, behind which prefix.
 
-    ignored: whether a name may be in the files without being used. ema: read the averaged copy that training kept
-    beside a UNet. unused: names behind the prefix that the network has no use for, though official files have them.
+    ema: read the averaged copy that training kept beside a UNet. unused: names that the network has no use for, though
+    official files have them: they are kept for saving.
     """
 
     tensors: Tensors
     rules: tuple[Rule, ...]
     prefix: str = ""
-    ignored: Callable[[str], bool] = is_constant
     ema: bool = False
     unused: tuple[str, ...] = ()
 
@@ -95,14 +73,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Source:
-    """A model on disk, or some parts of one, understood from headers and configs but not read."""
+    """A model on disk, or some parts of one, understood from headers and configurations but not read."""
 
-    config: ModelConfig  # of parts that are absent it says what the family has
+    config: ModelConfig  # for parts that are absent, it says what the family has
     layout: Layout
     why: str  # the reason for the architecture and the prediction type
     parts: Mapping[str, Part]  # unet, vae, and those of TOWERS that there are
-    tokenizers: Callable[[], list[Tokenizer]]  # builds one per tower, which imports transformers
-    notes: tuple[str, ...] = ()  # what a user should know, a sentence each
+    tokenizers: tuple[Tokenizer, ...]  # one per tower
+    notes: tuple[str, ...] = ()  # what a user should know, a clause each
     kept: Tensors | None = None  # what `Model.unused` is, in a file of its own
     dropped: tuple[Part, ...] = ()  # parts in the same files that others replace
 
@@ -114,104 +92,80 @@ def modules(unet: UNet, vae: VAE, text_encoder: TextEncoder) -> dict[str, nn.Mod
 
 
 def ema_name(name: str) -> str:
-    """Return where LDM keeps the average of a UNet's tensor: its dots are lost, so this has no inverse."""
+    """Return where LDM keeps the average of a UNet's tensor. The dots are lost, so this has no inverse."""
     return "model_ema." + name.removeprefix("model.").replace(".", "")
 
 
-def recognise(
-    unet: UNetConfig, vae: VAEConfig, text: tuple[TextConfig, ...], diffusion: DiffusionConfig
-) -> ModelConfig:
-    """Complete an architecture with the name, image size, guidance and steps of the preset it equals, if any.
-
-    Raises ValueError for a UNet that wants scalars beside the pooled text that no SDXL model has.
-    """
-
-    def plain(config: UNetConfig) -> UNetConfig:
-        return dataclasses.replace(config, in_channels=4, upcast_attention=False)
-
-    own = {"unet": unet, "vae": vae, "text": text, "diffusion": diffusion}
-    same = [
-        p for p in PRESETS.values() if (plain(p.unet), p.vae, p.text) == (plain(unet), vae, text)
-    ]
-    same.sort(
-        key=lambda preset: (
-            preset.diffusion.prediction != diffusion.prediction,
-            preset.diffusion != diffusion,
-        )
-    )
-    if same and unet.in_channels in _VARIANTS:
-        name = same[0].name + _VARIANTS[unet.in_channels]
-        return dataclasses.replace(same[0], name=name, **own)  # type: ignore[arg-type]
-    return dataclasses.replace(_relative(unet, text), name="custom", **own)  # type: ignore[arg-type]
-
-
 class Mismatch(NamedTuple):
-    """How the tensors of one part differ from what its network wants; part: "" for tensors that are of no part."""
+    """How the tensors of one part differ from what its network wants.
+
+    misshapen: names with both shapes. unexpected: tensors of layers that the network does not have.
+    """
 
     part: str
     tensors: Tensors
-    missing: tuple[str, ...] = ()
-    unknown: tuple[str, ...] = ()
-    misshapen: tuple[str, ...] = ()  # with both shapes
+    missing: tuple[str, ...]
+    misshapen: tuple[str, ...]
+    unexpected: tuple[str, ...]
 
 
 def compare(
     networks: Mapping[str, nn.Module], parts: Mapping[str, Part], dropped: Sequence[Part] = ()
-) -> list[Mismatch]:
+) -> tuple[list[Mismatch], tuple[str, ...]]:
     """Compare names and shapes of `networks`, on the meta device, with the files of their `parts`, reading no data.
 
-    dropped: parts that may be in the same files without being used. Returns what differs, nothing where all fits.
+    dropped: parts in the same files that are not wanted. Returns the parts that do not fit, and the names of the
+    tensors that nothing uses. A tensor that nothing uses is harmless, unless it looks like another layer of a part's
+    network: such a network would compute something else.
     """
-    unused = {part.tensors: set(part.tensors.shapes) for part in parts.values()}
+    stored = {name: part.stored(list(networks[name].state_dict())) for name, part in parts.items()}
+    wanted = {name: inverse(at) for name, at in stored.items()}
+    left: set[str] = set()
     for part in parts.values():
-        unused[part.tensors] -= {n for n in unused[part.tensors] if part.ignored(n)}
-        unused[part.tensors] -= set(part.unused)
-    for part in dropped:
-        if part.tensors in unused:
-            unused[part.tensors] -= {n for n in unused[part.tensors] if n.startswith(part.prefix)}
+        gone = [other.prefix for other in dropped if other.tensors is part.tensors]
+        left |= {n for n in part.tensors.shapes if not any(n.startswith(prefix) for prefix in gone)}
+    left = left.difference(*wanted.values(), *(part.unused for part in parts.values()))
     found = []
     for name, part in parts.items():
         shapes, state = part.tensors.shapes, networks[name].state_dict()
-        stored = part.stored(list(state))
-        wanted = inverse(stored)
-        unused[part.tensors] -= wanted.keys()
-        unknown = sorted(
-            n for n in unused[part.tensors] if part.prefix and n.startswith(part.prefix)
-        )
-        unused[part.tensors] -= set(unknown)
+        missing = [n for n in wanted[name] if n not in shapes]
         misshapen = [
-            f"{n} {list(shapes[n])} instead of {_shape(keys, stored, state)}"
-            for n, keys in wanted.items()
-            if n in shapes and not _fits(shapes[n], keys, stored, state)
+            f"{n} {list(shapes[n])} instead of {_shape(keys, stored[name], state)}"
+            for n, keys in wanted[name].items()
+            if n in shapes and not _fits(shapes[n], keys, stored[name], state)
         ]
-        missing = [n for n in wanted if n not in shapes]
-        found.append(Mismatch(name, part.tensors, tuple(missing), tuple(unknown), tuple(misshapen)))
-    for tensors, names in unused.items():
-        of = [name for name, part in parts.items() if part.tensors is tensors]
-        if len(of) == 1:  # it is alone in its file, so they are its own
-            own = next(m for m in found if m.part == of[0])
-            found[found.index(own)] = own._replace(unknown=(*own.unknown, *sorted(names)))
-        else:
-            found.append(Mismatch("", tensors, unknown=tuple(sorted(names))))
-    return [m for m in found if m.missing or m.unknown or m.misshapen]
+        kinds = {_kind(n.removeprefix(part.prefix)) for n in wanted[name]}
+        behind = [n for n in left & shapes.keys() if n.startswith(part.prefix)]
+        unexpected = sorted(n for n in behind if _kind(n.removeprefix(part.prefix)) in kinds)
+        if missing or misshapen or unexpected:
+            found.append(
+                Mismatch(name, part.tensors, tuple(missing), tuple(misshapen), tuple(unexpected))
+            )
+    return found, tuple(sorted(left))
 
 
 def check(
     networks: Mapping[str, nn.Module], parts: Mapping[str, Part], dropped: Sequence[Part] = ()
-) -> None:
-    """Raise ValueError for the first part that `compare` finds to differ, with names, and the preset that would fit."""
-    for part, tensors, missing, unknown, misshapen in compare(networks, parts, dropped):
-        if not part:
-            raise ValueError(
-                f"{tensors} holds {len(unknown)} tensors that this model has no use for: {some(unknown)}"
-            )
-        kinds = (("missing", missing), ("unknown", unknown), ("of another shape", misshapen))
+) -> tuple[str, ...]:
+    """Return the names that nothing uses. Raises ValueError for the first part that does not fit, with names."""
+    mismatches, left = compare(networks, parts, dropped)
+    for part, tensors, missing, misshapen, unexpected in mismatches:
+        kinds = (
+            ("missing", missing),
+            ("of another shape", misshapen),
+            ("of layers that it does not have", unexpected),
+        )
         found = [f"{len(names)} {what}: {some(names)}" for what, names in kinds if names]
-        preset = _fitting_unet(parts[part]) if part == "unet" else None
         raise ValueError(
             f"the {part} in {tensors} does not match its configuration ({'; '.join(found)})"
-            + (f"; they fit the preset {preset}" if preset else "")
         )
+    return left
+
+
+def _kind(name: str) -> tuple[str, str]:
+    """The first and the last two words of a tensor's name: those of another layer of the same network are alike."""
+    words = name.split(".")
+    return words[0], ".".join(words[-2:])
 
 
 def fill(module: nn.Module, part: Part, *, dtype: torch.dtype | None, device: torch.device) -> None:
@@ -272,29 +226,6 @@ def collect(
     }
 
 
-def micro_conditioning(unet: UNetConfig, text: Sequence[TextConfig]) -> tuple[str, ...]:
-    """Return the scalars that make up the UNet's vector beside the pooled text, 256 numbers each.
-
-    Raises ValueError for a number of them that no SDXL model has.
-    """
-    if unet.vector_dim is None:
-        return ()
-    pooled = next((t.projection for t in reversed(text) if t.projection), 0)
-    for scalars in (BASE_CONDITIONING, REFINER_CONDITIONING):
-        if unet.vector_dim == pooled + 256 * len(scalars):
-            return scalars
-    raise ValueError(
-        f"the unet wants a vector of {unet.vector_dim} beside a pooled text of {pooled}; known are pooled text and 256 "
-        "for each of 6 scalars (SDXL base) or 5 (refiner)"
-    )
-
-
-def _relative(unet: UNetConfig, text: Sequence[TextConfig]) -> ModelConfig:
-    """The preset whose image size and habits suit a UNet that no preset has."""
-    scalars = micro_conditioning(unet, text)
-    return next((p for p in (SDXL_BASE, SDXL_REFINER) if p.micro_conditioning == scalars), SD15)
-
-
 def _has_dtype(name: str, dtype: torch.dtype | None) -> bool:
     """Whether a tensor that a file calls `name` needs no cast to `dtype`."""
     return dtype is None or DTYPES.get(name) == dtype
@@ -350,25 +281,6 @@ def _shape(
     """The shape in which our `keys` are stored together."""
     first = stored[keys[0]].form.store(torch.empty(state[keys[0]].shape, device="meta")).shape
     return [first[0] * len(keys), *first[1:]] if first else []
-
-
-def _fitting_unet(part: Part) -> str | None:
-    """The first preset whose UNet has exactly the names and shapes behind the part's prefix."""
-    found = part.tensors.shapes.items()
-    shapes = {n.removeprefix(part.prefix): s for n, s in found if n.startswith(part.prefix)}
-    names_of = ldm_unet if "out.2.weight" in shapes else diffusers_unet
-    return next((name for name in PRESETS if _shapes_of(name, names_of) == shapes), None)
-
-
-@cache
-def _shapes_of(
-    preset: str, names_of: Callable[[UNetConfig], tuple[Rule, ...]]
-) -> dict[str, tuple[int, ...]]:
-    """The names and shapes of a preset's UNet."""
-    config = PRESETS[preset].unet
-    with torch.device("meta"):
-        stored = collect(UNet(config), names_of(config))
-    return {name: tuple(value.shape) for name, value in stored.items()}
 
 
 def some(names: Sequence[str]) -> str:

@@ -1,9 +1,9 @@
-"""Models, or parts of them, in one file: what they are, told from names, shapes and metadata, and writing them."""
+"""Models, or parts of them, in one file: understanding what it holds, and writing it."""
 
 import dataclasses
 import json
 import re
-from collections.abc import Callable
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -11,57 +11,45 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoint import tables
-from ldm.checkpoint.contents import (
+from ldm.checkpoint.identify import (
     ENOUGH_EMA,
+    FAMILIES,
     Contents,
-    Place,
+    Decision,
+    Tower,
+    check_stored_plainly,
     count_ema,
+    decide,
     find,
-    fitting_preset,
+    padded_as_official,
+    recognize,
     text_part,
+    unet_of,
     unet_part,
     vae_part,
 )
-from ldm.checkpoint.kinds import kind_of
-from ldm.checkpoint.known import KnownFile
-from ldm.checkpoint.parts import TOWERS, Model, ModelLike, Source, collect, recognise, some
-from ldm.checkpoint.prediction import MARKERS, Decision, decide
-from ldm.checkpoint.shapes import (
-    PRESETS_OF,
-    Family,
-    Shapes,
-    clip_from_shapes,
-    family_of,
-    openclip_from_shapes,
-    unet_from_shapes,
-    vae_from_shapes,
-)
-from ldm.checkpoint.strict_json import parse_json
-from ldm.checkpoint.tensors import Tensors
-from ldm.checkpoint.writing import write_tensors
+from ldm.checkpoint.known import KnownFile, kind_of
+from ldm.checkpoint.parts import TOWERS, Model, ModelLike, Source, collect
+from ldm.checkpoint.tensors import Tensors, write_tensors
 from ldm.config import (
-    PRESETS,
+    SD21_BASE,
     SD_TURBO,
+    SDXL_BASE,
     DiffusionConfig,
     ModelConfig,
     Prediction,
     TextConfig,
-    UNetConfig,
     from_dict,
 )
 from ldm.models.text import Tokenizer, official_vocabulary
 
 METADATA_KEY = "ldm.config"  # a file that this package wrote carries its ModelConfig there, as JSON
-
-# What may be in a file beside the model: the schedule (recomputed: halved files lose its low end), averaged copies,
-# leftovers of training, and constants.
-_IGNORED = re.compile(
-    r"betas|alphas_cumprod(_prev)?|(sqrt|log)_one_minus_alphas_cumprod|sqrt_(recip_|recipm1_)?alphas_cumprod"
-    r"|posterior_(variance|log_variance_clipped|mean_coef[12])|logvar|scale_factor|denoiser\.(log_)?sigmas"
-    r"|(model_ema|loss|first_stage_model\.loss|embedding_manager|cond_stage_model\.(.*\.)?vision_model)\..*"
-    r"|.*\.(position_ids|attn_mask|logit_scale)|cond_stage_key"
-)
-_SCALED = re.compile(r"scaled_fp8|.*\.(scale_weight|scale_input|weight_scale|input_scale)")
+_NEW_FIELDS = {
+    "overflows_fp16",
+    "up_depth",
+    "mid",
+    "guidance_dim",
+}  # files of version 0.1 lack them
 
 
 def open_single(
@@ -73,38 +61,49 @@ def open_single(
 ) -> Source:
     """Understand what a file holds, a whole model or parts of one, from names, shapes and metadata.
 
-    prediction: what the user says that it predicts. ema: whether the averaged copy of the UNet is wanted.
-    known: what the file's sha256 says. Raises ValueError for a file that holds neither, and for an unknown family.
+    prediction: what the user says that its UNet predicts. ema: whether the averaged copy of the UNet is wanted.
+    known: what the file's digest or size says. Raises ValueError for a file that holds neither, and for a family that
+    is not supported.
     """
     contents = find(tensors)
     if contents == Contents(None, None, ()):
         _refuse(tensors)
-    if scaled := next((name for name in tensors.shapes if _SCALED.fullmatch(name)), None):
-        raise ValueError(
-            f"{tensors} is quantised, its numbers have scales beside them ({scaled}): give one in fp32, fp16 or bf16"
-        )
+    check_stored_plainly(tensors)
     if METADATA_KEY in tensors.metadata:
-        config, why = _from_metadata(tensors, prediction)
+        config, why, notes = _from_metadata(tensors, prediction)
     else:
-        config, why = _from_shapes(tensors, contents, prediction, known)
+        config, why, notes = _from_shapes(tensors, contents, prediction, known)
 
-    parts, ignored = {}, _ignored(contents, ema=ema)
+    parts = {}
     if contents.unet is not None:
         parts["unet"] = unet_part(tensors, contents.unet, config.unet, ema=ema)
+        if not ema and (count := count_ema(tensors)) >= ENOUGH_EMA:
+            notes += (
+                f"it also holds an averaged copy of the UNet ({count} tensors), used with ema only",
+            )
     elif ema:
         raise ValueError(f"{tensors} holds no UNet, so it has no averaged copy of one")
     if contents.vae is not None:
         parts["vae"] = vae_part(tensors, contents.vae, config.vae)
-    for name, place, text in zip(TOWERS, contents.towers, config.text, strict=False):
-        parts[name] = text_part(tensors, place, text)
-    return Source(
-        config=config,
-        layout="ldm",
-        why=why,
-        parts={name: dataclasses.replace(part, ignored=ignored) for name, part in parts.items()},
-        tokenizers=lambda: [Tokenizer.official()] * len(config.text),
-        notes=_notes(tensors, ema=ema),
-    )
+    for name, tower, text in zip(TOWERS, _towers(contents, config.text), config.text, strict=False):
+        if tower is not None:
+            parts[name] = text_part(tensors, tower.place, text)
+    if contents.towers and not set(parts) & set(TOWERS):
+        raise ValueError(
+            f"{tensors} holds a text encoder {contents.towers[0].width} wide, and {config.name} takes "
+            f"{' and '.join(str(text.width) for text in config.text)}"
+        )
+    tokenizers = (Tokenizer.official(),) * len(config.text)
+    return Source(config, "ldm", why, parts, tokenizers, notes)
+
+
+def _towers(contents: Contents, text: tuple[TextConfig, ...]) -> list[Tower | None]:
+    """Return the tower of a file for each of a model's, told by its width; None where there is none."""
+    found: list[Tower | None] = []
+    for config in text:
+        fitting = (t for t in contents.towers if t.width == config.width and t not in found)
+        found.append(next(fitting, None))
+    return found
 
 
 def write_single(path: Path, model: ModelLike, dtype: torch.dtype | None) -> None:
@@ -116,8 +115,7 @@ def write_single(path: Path, model: ModelLike, dtype: torch.dtype | None) -> Non
                 f"a single file has no place for a tokenizer, and that of {model.config.name} is not CLIP's own: "
                 "save in the diffusers layout"
             )
-    # one entry: safetensors would write several in random order
-    metadata = {METADATA_KEY: json.dumps(_without_none(dataclasses.asdict(model.config)))}
+    metadata = {METADATA_KEY: json.dumps(dataclasses.asdict(model.config))}
     write_tensors(ldm_tensors(model, dtype), path, metadata=metadata)
 
 
@@ -177,138 +175,90 @@ def _stand_ins(text: TextConfig, like: Tensor) -> dict[str, Tensor]:
     return neutral
 
 
-def _from_metadata(tensors: Tensors, prediction: Prediction | None) -> tuple[ModelConfig, str]:
+def _from_metadata(
+    tensors: Tensors, prediction: Prediction | None
+) -> tuple[ModelConfig, str, tuple[str, ...]]:
+    """Read the configuration that this package wrote into a file: it, why, and notes."""
     where = f"{tensors}, metadata {METADATA_KEY}"
     try:
-        table = parse_json(tensors.metadata[METADATA_KEY].encode())
-    except ValueError as error:
+        table = json.loads(tensors.metadata[METADATA_KEY])
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not valid JSON: {error}") from error
     if not isinstance(table, dict):
         raise ValueError(f"{where} must be a JSON object, got {type(table).__name__}")
+    table.pop("micro_conditioning", None)  # in files of version 0.1; it follows from the rest
     config = from_dict(table, ModelConfig, where)
+    if lacking := sorted(_lacking(table, ModelConfig)):
+        raise ValueError(
+            f"{where} lacks {', '.join(lacking)}: it was edited; convert the original file again"
+        )
+    if "overflows_fp16" not in table["vae"]:
+        vae = dataclasses.replace(config.vae, overflows_fp16=config.unet.vector_dim is not None)
+        config = dataclasses.replace(config, vae=vae)
+    text, notes = padded_as_official(config.text, ours=True)
+    config = dataclasses.replace(config, text=text)
     why = "it carries its configuration in its metadata"
     if prediction is None:
-        return config, f"{why}, which says {config.diffusion.prediction}"
-    return with_prediction(config, prediction), f"{why}; you asked for {prediction}"
-
-
-def with_prediction(config: ModelConfig, prediction: Prediction) -> ModelConfig:
-    """Return `config` with what the user says that its UNet predicts."""
+        return config, f"{why}, which says {config.diffusion.prediction}", notes
     diffusion = dataclasses.replace(config.diffusion, prediction=prediction)
-    return dataclasses.replace(config, diffusion=diffusion)
+    config = dataclasses.replace(config, diffusion=diffusion)
+    return config, f"{why}; you asked for {prediction}", notes
+
+
+def _lacking(table: Any, kind: Any) -> set[str]:
+    """Return the fields of the dataclass `kind` that `table` lacks, at every depth. A field that may be None may lack."""
+    if typing.get_origin(kind) is tuple:
+        return set().union(*(_lacking(item, typing.get_args(kind)[0]) for item in table))
+    if not dataclasses.is_dataclass(kind):
+        return set()
+    hints = typing.get_type_hints(kind)
+    optional = {name for name, hint in hints.items() if type(None) in typing.get_args(hint)}
+    lacking = set(hints) - set(table) - optional - _NEW_FIELDS
+    return lacking.union(*(_lacking(value, hints[name]) for name, value in table.items()))
 
 
 def _from_shapes(
     tensors: Tensors, contents: Contents, prediction: Prediction | None, known: KnownFile | None
-) -> tuple[ModelConfig, str]:
-    """The configuration of a file whose shapes alone tell what it is, and why. Raises ValueError for other families."""
+) -> tuple[ModelConfig, str, tuple[str, ...]]:
+    """Tell the configuration of a file from the tensors alone: it, why, and notes."""
     if contents.unet is None:
-        family, why = _family_of_parts(tensors, contents), "it holds a part of a model"
-        unet, decision = PRESETS_OF[family].unet, None
-    elif contents.unet.style == "diffusers":
-        preset = fitting_preset(tensors, contents.unet)
-        family = next(f for f, p in PRESETS_OF.items() if p.unet.context_dim == preset.context_dim)
-        why, unet = "its unet has the names and shapes of that preset", preset
-        decision = _decide(tensors, family, contents.unet, unet, prediction, known)
-    else:
-        shapes = Shapes(tensors, contents.unet.prefix)
-        family, why = family_of(shapes)
-        unet = unet_from_shapes(shapes, family)
-        decision = _decide(tensors, family, contents.unet, unet, prediction, known)
+        widths = sorted(tower.width for tower in contents.towers)
+        fitting = (f for f in FAMILIES if [text.width for text in f.text] == widths)
+        like = next(fitting, FAMILIES[0])
+        if not widths and re.search(r"xl(?![a-z])", tensors.paths[0].stem.lower()):
+            like = SDXL_BASE  # a VAE has the same names and shapes in all families
+        text = _text(contents, like)
+        return dataclasses.replace(like, text=text), "it holds a part of a model", ()
 
-    like = PRESETS_OF[family]
-    text = _text(tensors, contents.towers, like)
-    vae = like.vae
-    if contents.vae is not None and contents.vae.style == "ldm":
-        vae = vae_from_shapes(Shapes(tensors, contents.vae.prefix), like.vae.scaling_factor)
-    diffusion = like.diffusion
-    if decision is not None:
-        diffusion = _diffusion(tensors, family, decision, known)
-        unet = dataclasses.replace(
-            unet, upcast_attention=family == "sd2" and decision.prediction == "v"
-        )
-        why = f"{why}; it predicts {decision.prediction}: {decision.why}"
-    return recognise(unet, vae, text, diffusion), why
-
-
-def _decide(
-    tensors: Tensors,
-    family: Family,
-    place: Place,
-    unet: UNetConfig,
-    prediction: Prediction | None,
-    known: KnownFile | None,
-) -> Decision:
-    return decide(
-        tensors,
-        family=family,
-        unet_prefix=place.prefix,
-        in_channels=unet.in_channels,
-        asked=prediction,
-        known=known,
-    )
+    unet, like, why = unet_of(tensors, contents.unet)
+    decision = decide(tensors, contents.unet, like, prediction, known)
+    diffusion, turbo = _diffusion(tensors, like, decision, known)
+    upcast = like is SD21_BASE and decision.prediction == "v"
+    unet = dataclasses.replace(unet, upcast_attention=upcast)
+    config = recognize(unet, like.vae, _text(contents, like), diffusion, turbo=turbo)
+    return config, f"{why}; it predicts {decision.prediction}: {decision.why}", decision.notes
 
 
 def _diffusion(
-    tensors: Tensors, family: Family, decision: Decision, known: KnownFile | None
-) -> DiffusionConfig:
-    """The process of a family, as what was decided changes it."""
-    diffusion = PRESETS_OF[family].diffusion
-    if known is not None and known.preset in PRESETS:
-        diffusion = PRESETS[known.preset].diffusion
-    elif family == "sd2" and any(name.startswith("conditioner.") for name in tensors.shapes):
-        diffusion = SD_TURBO.diffusion  # of all SD 2 files only this one has sgm's names
+    tensors: Tensors, like: ModelConfig, decision: Decision, known: KnownFile | None
+) -> tuple[DiffusionConfig, bool]:
+    """Return the diffusion process of a family, as what was decided changes it, and whether it is a Turbo model."""
+    turbo = known is not None and known.preset in ("sd-turbo", "sdxl-turbo")
+    if like is SD21_BASE and decision.prediction == "eps":  # SD-Turbo alone has the names of sgm
+        turbo = turbo or any(name.startswith("conditioner.") for name in tensors.shapes)
+    diffusion = SD_TURBO.diffusion if turbo else like.diffusion
     diffusion = dataclasses.replace(diffusion, prediction=decision.prediction)
     if decision.zero_terminal_snr:  # sampled from the very last timestep, or it means nothing
         diffusion = dataclasses.replace(diffusion, zero_terminal_snr=True, spacing="trailing")
-    return diffusion
+    return diffusion, turbo
 
 
-def _text(tensors: Tensors, towers: tuple[Place, ...], like: ModelConfig) -> tuple[TextConfig, ...]:
-    """The towers of a file, or those of the family where it has none."""
-    if not towers:
-        return like.text
-    if len(towers) != len(like.text):
-        raise ValueError(
-            f"{tensors} holds {len(towers)} text encoders ({some([p.prefix or 'at the root' for p in towers])}), "
-            f"{like.name} has {len(like.text)}"
-        )
-    found = []
-    for place, config in zip(towers, like.text, strict=True):
-        level = "text_model." if place.style == "hf" else ""
-        infer = openclip_from_shapes if place.style == "openclip" else clip_from_shapes
-        found.append(infer(Shapes(tensors, place.prefix + level), config))
-    return tuple(found)
-
-
-def _family_of_parts(tensors: Tensors, contents: Contents) -> Family:
-    """The family whose towers those of a file without a UNet are; SD 1's where there are none."""
-    widths = []
-    for place in contents.towers:
-        name = {"hf": "text_model.embeddings.", "openclip": ""}.get(place.style, "embeddings.")
-        widths.append(tensors.shapes[f"{place.prefix}{name}token_embedding.weight"][1])
-    for family, preset in PRESETS_OF.items():
-        if [t.width for t in preset.text] == widths:
-            return family
-    return "sd1"
-
-
-def _ignored(contents: Contents, *, ema: bool) -> Callable[[str], bool]:
-    """Whether a name may be in the file without being used."""
-    plain = contents.unet.prefix if ema and contents.unet is not None else None
-
-    def ignored(name: str) -> bool:
-        replaced = plain is not None and name.startswith(plain)
-        return replaced or name in MARKERS or _IGNORED.fullmatch(name) is not None
-
-    return ignored
-
-
-def _notes(tensors: Tensors, *, ema: bool) -> tuple[str, ...]:
-    count = count_ema(tensors)
-    if count < ENOUGH_EMA or ema:
-        return ()
-    return (f"it also holds an averaged copy of the UNet ({count} tensors), used with ema only",)
+def _text(contents: Contents, like: ModelConfig) -> tuple[TextConfig, ...]:
+    """Return the family's towers, with as many tokens as those of the file know."""
+    return tuple(
+        text if tower is None else dataclasses.replace(text, vocab_size=tower.vocab_size)
+        for tower, text in zip(_towers(contents, like.text), like.text, strict=True)
+    )
 
 
 def _refuse(tensors: Tensors) -> None:
@@ -322,16 +272,3 @@ def _refuse(tensors: Tensors) -> None:
     raise ValueError(
         f"{tensors} is no Stable Diffusion checkpoint, it lacks {tables.UNET_PREFIX}*; it has {names}"
     )
-
-
-def _without_none(table: dict[str, Any]) -> dict[str, Any]:
-    """`table` as `from_dict` reads it back: what is None is left out, at every depth."""
-    return {
-        key: _without_none(value)
-        if isinstance(value, dict)
-        else [_without_none(v) if isinstance(v, dict) else v for v in value]
-        if isinstance(value, tuple)
-        else value
-        for key, value in table.items()
-        if value is not None
-    }

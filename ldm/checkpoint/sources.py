@@ -3,23 +3,23 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from reprlib import repr as short
 from typing import get_args
 
 import torch
 
 from ldm.checkpoint.folder import open_folder
+from ldm.checkpoint.identify import IGNORED, recognize
 from ldm.checkpoint.known import KNOWN, KNOWN_SIZES
-from ldm.checkpoint.limits import check_limits
-from ldm.checkpoint.parts import TOWERS, Source, check, modules, recognise
+from ldm.checkpoint.parts import TOWERS, Source, check, modules, some
 from ldm.checkpoint.pickles import PickledTensors, is_pickle
 from ldm.checkpoint.single import open_single
 from ldm.checkpoint.tensors import TensorFiles, Tensors
-from ldm.config import Prediction
+from ldm.config import SD15, Prediction
 from ldm.models.text import TextEncoder
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
 
+Networks = tuple[UNet, VAE, TextEncoder]
 REPLACEABLE = ("unet", "vae", "text_encoder")
 
 
@@ -39,22 +39,18 @@ def open_source(
     if prediction not in (None, *get_args(Prediction)):
         choices = ", ".join(get_args(Prediction))
         raise ValueError(f"prediction must be one of {choices}, got {prediction!r}")
+    if not isinstance(path, str | Path):
+        raise ValueError(f"a model is named by its path, a str or a Path, got {path!r}")
     path = Path(path)
-    try:
-        if path.is_dir():
-            if ema:
-                raise ValueError(
-                    f"{path} is a folder, which holds one set of weights: leave out ema, or give the single file"
-                )
-            return open_folder(path, prediction=prediction, pickles=pickles)
-        pickled = pickles and is_pickle(path)
-        tensors: Tensors = PickledTensors(path) if pickled else TensorFiles([path])
-        known = KNOWN.get(sha256 or "") or KNOWN_SIZES.get(path.stat().st_size)
-        return open_single(tensors, prediction=prediction, ema=ema, known=known)
-    except ValueError as error:
-        if str(path) in str(error):
-            raise
-        raise ValueError(f"{path}: {error}") from error  # of numbers that do not go together
+    if path.is_dir():
+        if ema:
+            raise ValueError(
+                f"{path} is a folder, which holds one set of weights: leave out ema, or give the single file"
+            )
+        return open_folder(path, prediction=prediction, pickles=pickles)
+    tensors: Tensors = PickledTensors(path) if pickles and is_pickle(path) else TensorFiles([path])
+    known = KNOWN.get(sha256 or "") or KNOWN_SIZES.get(path.stat().st_size)
+    return open_single(tensors, prediction=prediction, ema=ema, known=known)
 
 
 def merge(source: Source, replace: Mapping[str, str | Path]) -> Source:
@@ -75,44 +71,24 @@ def merge(source: Source, replace: Mapping[str, str | Path]) -> Source:
     return source
 
 
-def check_complete(source: Source, path: str | Path) -> None:
-    """Raise ValueError if a part that the model needs is absent."""
-    for name in ("unet", "vae", *TOWERS[: len(source.config.text)]):
-        if name not in source.parts:
-            option = name.removesuffix("_2")
-            hint = f"give a full checkpoint, or another file's with {option}= (--{option.replace('_', '-')})"
-            for folder in Path(path).resolve().parents[:2]:
-                if (folder / "model_index.json").is_file():
-                    hint = f"it is a part of the model in {folder}: give that"
-            raise ValueError(f"{path} has no {name}, only {', '.join(source.parts)}: {hint}")
-
-
-def left_out(source: Source) -> tuple[str, ...]:
-    """Return the names of the tensors in a source's files that are known to be of no use, sorted."""
-    parts = source.parts.values()
-    names = {n for part in parts for n in part.tensors.shapes if part.ignored(n)}
-    return tuple(sorted(names.difference(*(part.unused for part in parts))))
-
-
-def check_fits(source: Source, path: str | Path) -> tuple[UNet, VAE, TextEncoder]:
-    """Return the networks on the meta device, compared with the files but not read.
-
-    Raises ValueError for a configuration that describes no model, and for tensors that do not fit it.
-    """
-    networks = build(source, path)
-    check(modules(*networks), source.parts, source.dropped)
-    return networks
-
-
 def _replaced(source: Source, other: Source, name: str, path: str | Path) -> Source:
-    """`source` with its part `name` from `other`, which was opened from `path`."""
-    config, parts = source.config, dict(source.parts)
-    taken = {name: name}  # of ours by which of theirs
+    """Return `source` with its part `name` from `other`, which was opened from `path`."""
+    config, parts, notes = source.config, dict(source.parts), list(source.notes)
+    taken = {name: name}  # which of theirs becomes which of ours
     why = f"{source.why}; its {name} is from {path}"
     if name == "vae":
-        vae = other.config.vae
-        if other.layout == "ldm":
-            vae = dataclasses.replace(vae, scaling_factor=config.vae.scaling_factor)
+        vae, scale = other.config.vae, config.vae.scaling_factor
+        sdxl = config.unet.vector_dim is not None
+        alone = other.layout == "ldm" and len(other.parts) == 1  # then nothing says its scale
+        if vae.scaling_factor != scale and not (alone and vae == SD15.vae):
+            notes.append(
+                f"the VAE from {path} is made for latents scaled by {vae.scaling_factor:g}, the model's are scaled by "
+                f"{scale:g}: it may belong to another family"
+            )
+        overflows = config.vae.overflows_fp16 if alone else vae.overflows_fp16 and sdxl
+        vae = dataclasses.replace(
+            vae, scaling_factor=scale if alone else vae.scaling_factor, overflows_fp16=overflows
+        )
         config = dataclasses.replace(config, vae=vae)
     elif name == "unet":
         diffusion = config.diffusion
@@ -133,31 +109,78 @@ def _replaced(source: Source, other: Source, name: str, path: str | Path) -> Sou
     dropped = [part for n, part in source.parts.items() if n in taken]
     dropped += [part for n, part in other.parts.items() if n not in taken.values()]
     parts |= {ours: other.parts[tower] for ours, tower in taken.items()}
-    if config != source.config:  # another model, perhaps one that has a name
-        known = recognise(config.unet, config.vae, config.text, config.diffusion)
+    if config.unet != source.config.unet:  # another model, perhaps one that has a name
+        known = recognize(config.unet, config.vae, config.text, config.diffusion)
         config = dataclasses.replace(known, image_size=config.image_size)
     return dataclasses.replace(
-        source, config=config, parts=parts, why=why, dropped=(*source.dropped, *dropped)
+        source,
+        config=config,
+        parts=parts,
+        why=why,
+        notes=tuple(notes),
+        dropped=(*source.dropped, *dropped),
     )
 
 
-def build(source: Source, path: str | Path) -> tuple[UNet, VAE, TextEncoder]:
+def check_complete(source: Source, path: str | Path) -> None:
+    """Raise ValueError if a part that the model needs is absent."""
+    for name in ("unet", "vae", *TOWERS[: len(source.config.text)]):
+        if name not in source.parts:
+            option = name.removesuffix("_2")
+            hint = f"give a full checkpoint, or another file's with {option}= (--{option.replace('_', '-')})"
+            for folder in Path(path).resolve().parents[:2]:
+                if (folder / "model_index.json").is_file():
+                    hint = f"it is a part of the model in {folder}: give that"
+            raise ValueError(f"{path} has no {name}, only {', '.join(source.parts)}: {hint}")
+
+
+def check_fits(source: Source, path: str | Path) -> tuple[Networks, Source]:
+    """Return the networks on the meta device, and the source with a note about the tensors that none of them uses.
+
+    Raises ValueError for a configuration that describes no model, and for tensors that do not fit it.
+    """
+    networks = build(source, path)
+    left = [name for name in left_out(source, networks) if not is_known(name)]
+    if left:
+        what = f"left out {len(left)} tensors that no network here uses: {some(left)}"
+        source = dataclasses.replace(source, notes=(*source.notes, what))
+    return networks, source
+
+
+def left_out(source: Source, networks: Networks) -> tuple[str, ...]:
+    """Return the names of the tensors in a source's files that none of its networks uses."""
+    return check(modules(*networks), source.parts, source.dropped)
+
+
+def is_known(name: str) -> bool:
+    """Whether a tensor that no network uses is one of those that are known to stand beside models."""
+    return IGNORED.fullmatch(name) is not None
+
+
+def build(source: Source, path: str | Path) -> Networks:
     """Return the source's networks on the meta device. Raises ValueError if its configuration describes none."""
     config = source.config
-    tokenizers = source.tokenizers()
-    for tokenizer, text in zip(tokenizers, config.text, strict=True):
+    width = sum(text.width for text in config.text)
+    if width != config.unet.context_dim:
+        raise ValueError(
+            f"the text encoder of {path} is {width} wide, its unet attends to {config.unet.context_dim}: "
+            "they are of different families"
+        )
+    for tokenizer, text in zip(source.tokenizers, config.text, strict=True):
         if (tokens := max(tokenizer.vocab.values()) + 1) > text.vocab_size:
             raise ValueError(
-                f"the tokenizer of {path} has {tokens} tokens, its text encoder knows "
-                f"{short(text.vocab_size)}"
+                f"the tokenizer of {path} has {tokens} tokens, its text encoder knows {text.vocab_size}"
             )
-    check_limits(config, path)
     try:
+        config.micro_conditioning  # noqa: B018  # raises for a vector that no model has
         with torch.device("meta"):
-            text_encoder = TextEncoder(config.text, tokenizers)
+            text_encoder = TextEncoder(config.text, source.tokenizers)
             return UNet(config.unet), VAE(config.vae), text_encoder
     except (
-        Exception
-    ) as error:  # whatever torch and transformers raise for numbers that do not go together
+        ArithmeticError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:  # numbers that do not go together
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"the configuration of {path} describes no model: {reason}") from error

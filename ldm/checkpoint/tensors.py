@@ -1,21 +1,18 @@
-"""Tensors in safetensors files: what a file is, told from its first bytes, and its tensors read one at a time."""
+"""Safetensors files: what a file is, its tensors read one at a time, and files and folders written whole or not at all."""
 
-import math
+import json
+import os
+import re
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from reprlib import repr as short
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
-
-from ldm.checkpoint.strict_json import MAX_BYTES, parse_json
-
-MAX_HEADER = MAX_BYTES  # safetensors' own limit is ten times as much
-MAX_NAME = 300  # characters; those of models have up to 130
-MAX_RANK = 8
-MAX_NUMBERS = 2**40  # of one tensor, also of an empty one whose other sizes are not 0
 
 DTYPES = {  # by safetensors' names
     "F64": torch.float64,
@@ -32,32 +29,28 @@ DTYPES = {  # by safetensors' names
     "BOOL": torch.bool,
 }
 FLOATS = tuple(name for name, dtype in DTYPES.items() if dtype.is_floating_point)
+PICKLE_STARTS = (b"PK\x03\x04", *(b"\x80" + bytes([protocol]) for protocol in range(2, 6)))
 
 _PICKLE = (
-    "is a PyTorch pickle, which can run code when it is opened, so it is not read: give the model's "
-    ".safetensors file"
+    "is a PyTorch pickle, which can run code when it is opened, so it is not read: `ldm convert` reads it safely and "
+    "writes a .safetensors file"
 )
+_WEB_PAGE = "is a web page, so the download went wrong (a login may be needed): fetch it again"
 _SIGNATURES = (  # in lower case
-    (b"pk\x03\x04", _PICKLE),
-    *((b"\x80" + bytes([protocol]), _PICKLE) for protocol in range(2, 6)),
+    *((start.lower(), _PICKLE) for start in PICKLE_STARTS),
     (
         b"version https://git-lfs",
         "is a Git LFS pointer and not the file itself: run `git lfs pull`",
     ),
-    (
-        b"<!doctype",
-        "is a web page, so the download went wrong (a login may be needed): fetch it again",
-    ),
-    (b"<html", "is a web page, so the download went wrong (a login may be needed): fetch it again"),
+    (b"<!doctype", _WEB_PAGE),
+    (b"<html", _WEB_PAGE),
     (b"{", "is a JSON file and holds no tensors: give a .safetensors file or a model folder"),
     (b"gguf", "is a GGUF file, which is not supported: give a .safetensors file"),
     (b"\x89png", "is a picture and not a model"),
     (b"\xff\xd8\xff", "is a picture and not a model"),
     (b"riff", "is a picture or sound and not a model"),
 )
-
-
-_SHRUNK = "{} became shorter while it was read: fetch it again"
+_ERRNO = re.compile(r"os error (\d+)")  # at the end of safetensors' messages
 
 
 class Tensors(Protocol):
@@ -85,10 +78,10 @@ class _Place(NamedTuple):
 
 
 class TensorFiles:
-    """The tensors of one safetensors file, or of the shards of one; opening reads only the headers.
+    """The tensors of one safetensors file, or of the shards of one. Opening reads only the headers.
 
-    shapes, dtypes: of each tensor, the dtype as safetensors calls it. metadata: the strings that the (first) file has.
-    Raises ValueError for anything that is not a whole safetensors file, and for a name found twice.
+    shapes, dtypes: of each tensor; the dtype as safetensors names it. metadata: the strings of the first file.
+    Raises ValueError for anything that is not a whole safetensors file, and for a name in two files.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
@@ -98,14 +91,15 @@ class TensorFiles:
         self.dtypes: dict[str, str] = {}
         self._places: dict[str, _Place] = {}
         for path in paths:
-            header = read_header(path)
-            self.metadata = self.metadata or header.metadata
-            for name, entry in header.entries.items():
+            size, header = read_header(path)
+            self.metadata = self.metadata or header.pop("__metadata__", None) or {}
+            header.pop("__metadata__", None)
+            for name, entry in header.items():
                 if name in self._places:
                     raise ValueError(f"{name!r} is in both {self._places[name].path} and {path}")
-                size = entry.end - entry.start
-                self._places[name] = _Place(path, header.size + entry.start, size)
-                self.shapes[name], self.dtypes[name] = entry.shape, entry.dtype
+                start, end = entry["data_offsets"]
+                self._places[name] = _Place(path, size + start, end - start)
+                self.shapes[name], self.dtypes[name] = tuple(entry["shape"]), entry["dtype"]
 
     def __str__(self) -> str:
         return str(self.paths[0]) if len(self.paths) == 1 else f"{self.paths[0].parent} (shards)"
@@ -113,150 +107,144 @@ class TensorFiles:
     def read(self, names: Iterable[str], *, mapped: bool = True) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, tensor on the CPU) for each of `names`, file by file.
 
-        mapped: whether the tensors are memory-mapped. Else each is read into the memory of the one before, so it must
-        be done with by then: for what is cast or moved at once. Pages of a map would stay resident beside what is made
-        of them, and buffers of their own would leave holes between.
+        mapped: memory-map the tensors. Otherwise each tensor is read into the memory of the one before, so the caller
+        must be done with the one before: use this for tensors that are cast or moved at once. It keeps the peak low.
         Raises ValueError for a dtype that torch does not have.
         """
-        for path, found in self._by_file(names):
-            for name in found:
-                if self.dtypes[name] not in DTYPES:
-                    raise ValueError(
-                        f"{name} in {path} is stored as {self.dtypes[name]}, allowed are {', '.join(DTYPES)}"
-                    )
-            if mapped:
-                yield from self._mapped(path, found)
-            else:
-                yield from self._copied(path, found)
+        wanted = sorted(set(names), key=lambda name: self._places[name])
+        for name in wanted:
+            if self.dtypes[name] not in DTYPES:
+                raise ValueError(
+                    f"{name} in {self} is stored as {self.dtypes[name]}, allowed are {', '.join(DTYPES)}"
+                )
+        for path in self.paths:
+            if found := [name for name in wanted if self._places[name].path == path]:
+                yield from (self._mapped if mapped else self._copied)(path, found)
 
     def _mapped(self, path: Path, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-        """Tensors that share a private mapping of the file; unlike safetensors', making them reads nothing of it."""
-        places = [self._places[name] for name in names]
-        end = max(place.start + place.size for place in places)
+        """Yield tensors that share a private mapping of the file. Making them reads none of the data."""
+        end = max(self._places[name].start + self._places[name].size for name in names)
         if path.stat().st_size < end:
-            raise ValueError(_SHRUNK.format(path))
+            raise ValueError(f"{path} became shorter while it was read: fetch it again")
         whole = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=end)
-        for name, place in zip(names, places, strict=True):
+        for name in names:
+            _, start, size = self._places[name]
             value = torch.empty(0, dtype=DTYPES[self.dtypes[name]])
-            value.set_(whole[place.start : place.start + place.size])
+            value.set_(whole[start : start + size])
             yield name, value.reshape(self.shapes[name])
 
     def _copied(self, path: Path, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-        """Tensors that share the memory into which they are read, one after the other."""
+        """Yield tensors that share one buffer, into which they are read one after the other."""
         buffer = torch.empty(max(self._places[name].size for name in names), dtype=torch.uint8)
-        with path.open("rb", buffering=0) as file:
+        with path.open("rb") as file:
             for name in names:
-                data = buffer[: self._places[name].size]
-                left = memoryview(data.numpy())  # type: ignore[arg-type]  # numpy arrays are buffers
-                file.seek(self._places[name].start)
-                while left:
-                    got = file.readinto(left)
-                    if not got:
-                        raise ValueError(_SHRUNK.format(path))
-                    left = left[got:]
+                _, start, size = self._places[name]
+                data = buffer[:size]
+                file.seek(start)
+                if file.readinto(data.numpy()) < size:  # type: ignore[arg-type]  # numpy arrays are buffers
+                    raise ValueError(f"{path} became shorter while it was read: fetch it again")
                 yield name, data.view(DTYPES[self.dtypes[name]]).reshape(self.shapes[name])
 
-    def _by_file(self, names: Iterable[str]) -> Iterator[tuple[Path, list[str]]]:
-        """Each file that holds some of `names`, with these in the order in which they lie there."""
-        wanted = sorted(set(names), key=lambda name: self._places[name])
-        for path in self.paths:
-            if found := [name for name in wanted if self._places[name].path == path]:
-                yield path, found
 
-
-class Entry(NamedTuple):
-    """What a header says of one tensor: its bytes are those from start to end, counted from the header's end."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
-
-
-class Header(NamedTuple):
-    """The beginning of a safetensors file. size: its bytes."""
-
-    size: int
-    metadata: dict[str, str]
-    entries: dict[str, Entry]
-
-
-def read_header(path: Path) -> Header:
-    """Read the header of the safetensors file at `path`.
+def read_header(path: Path) -> tuple[int, dict[str, Any]]:
+    """Read the header of the safetensors file at `path`: its size in bytes, and its entries by name.
 
     Raises ValueError with what the file is instead, or what is wrong with it.
     """
-    if not path.exists():
-        raise ValueError(f"{path} does not exist: give a model folder or a .safetensors file")
-    if not path.is_file():
-        raise ValueError(f"{path} is not a file")
+    check_file(path, "give a model folder or a .safetensors file")
     size = path.stat().st_size
-    if size == 0:
-        raise ValueError(f"{path} is empty: fetch it again")
     with path.open("rb") as file:
         start = file.read(64)
         length = int.from_bytes(start[:8], "little")
-        if start[8:9] != b"{" or length > max(size, MAX_HEADER):
+        if start[8:9] != b"{" or length > max(size, 10**8):
             raise ValueError(f"{path} {_what_else(start)}")
-        if length > MAX_HEADER:
-            raise ValueError(
-                f"{path} has a header of {length:,} bytes, allowed are {MAX_HEADER:,}: it is damaged or no model"
-            )
         file.seek(8)
         text = file.read(length)
-    if len(text) < length:
-        raise ValueError(_truncated(path, 8 + length, size))
     try:
-        header = parse_json(text)
-        metadata = _metadata(header.pop("__metadata__", None))
-        entries = {name: _entry(name, value) for name, value in header.items()}
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: its header does not parse ({error})") from error
-    promised = 8 + length + max((entry.end for entry in entries.values()), default=0)
-    if size < promised:
-        raise ValueError(_truncated(path, promised, size))
-    try:
-        with safe_open(path, framework="np"):
-            pass  # checks that offsets, shapes and dtypes agree and cover the file
+        with safe_open(path, framework="np"):  # it validates the header
+            pass
     except SafetensorError as error:
+        promised = 8 + length
+        if len(text) == length and "incomplete" in str(error):
+            entries = [entry for name, entry in json.loads(text).items() if name != "__metadata__"]
+            promised += max((entry["data_offsets"][1] for entry in entries), default=0)
+        if size < promised:
+            raise ValueError(
+                f"{path} is truncated: its header promises {promised:,} bytes, it has {size:,}; fetch it again"
+            ) from error
         raise ValueError(f"{path} is damaged: {error}") from error
-    return Header(8 + length, metadata, entries)
+    return 8 + length, json.loads(text)
+
+
+def check_file(path: Path, advice: str) -> None:
+    """Raise ValueError, with advice, unless `path` is a regular file that is not empty."""
+    if path.is_symlink() and not path.exists():
+        raise ValueError(
+            f"{path} is a broken link, its target {os.readlink(path)} is missing: fetch it again"
+        )
+    if not path.exists():
+        raise ValueError(f"{path} does not exist: {advice}")
+    if not path.is_file():
+        raise ValueError(f"{path} is not a regular file: {advice}")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty: fetch it again")
 
 
 def _what_else(start: bytes) -> str:
-    """What a file is that begins with `start` and not as safetensors do."""
+    """Say what a file is that begins with `start`, which is not the beginning of a safetensors file."""
     for signature, what in _SIGNATURES:
         if start.lstrip().lower().startswith(signature):
             return what
     return f"is not a safetensors file: it starts with {start[:16]!r}"
 
 
-def _metadata(value: object) -> dict[str, str]:
-    """The strings that a header holds beside its entries, if any. Raises ValueError for anything else."""
-    value = value or {}
-    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
-        raise ValueError(f"its metadata must be strings by name, got {short(value)}")
-    return value
+def write_tensors(
+    tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """Write the safetensors file `path`, and return once the disk has it.
+
+    Raises OSError if the file cannot be written, for example on a full disk.
+    """
+    try:
+        save_file(dict(tensors), path, metadata)
+    except SafetensorError as error:
+        if (code := _ERRNO.search(str(error))) is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())  # some file systems notice only here that they are full
 
 
-def _entry(name: str, value: object) -> Entry:
-    """What a header says of the tensor `name`. Raises ValueError for a name or sizes that no tensor has."""
-    if not name.isprintable() or len(name) > MAX_NAME:
-        raise ValueError(
-            f"{short(name)} is no name of a tensor: allowed are {MAX_NAME} printable characters"
-        )
-    match value:
-        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [start, end], **rest} if (
-            not rest
-            and dtype.isidentifier()
-            and len(dtype) < 20
-            and len(shape) <= MAX_RANK
-            and all(type(n) is int and 0 <= n <= MAX_NUMBERS for n in (*shape, start, end))
-            and math.prod(max(n, 1) for n in shape) <= MAX_NUMBERS
-        ):
-            return Entry(dtype, tuple(shape), start, end)
-    raise ValueError(f"{name!r} has a bad dtype, shape or offset: {short(value)}")
+@contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """Give a temporary path in the folder of `path`, to write to and then rename. Nothing of it stays behind."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.{os.getpid()}.new")
+    _remove(new)  # left by a process that had this number and was killed
+    try:
+        yield new
+    finally:
+        _remove(new)
 
 
-def _truncated(path: Path, promised: int, size: int) -> str:
-    return f"{path} is truncated: its header promises {promised:,} bytes, it has {size:,}; fetch it again"
+def replace_folder(path: Path, new: Path) -> None:
+    """Put the folder `new` at `path`. Entries of the old folder that `new` does not have are kept."""
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    if path.exists():
+        path.rename(old)
+    try:
+        new.rename(path)
+    except OSError:
+        if old.exists():
+            old.rename(path)
+        raise
+    if old.exists():
+        for entry in old.iterdir():
+            if not (path / entry.name).exists():
+                entry.rename(path / entry.name)
+        _remove(old)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    path.unlink(missing_ok=True)

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import get_args
 
 from ldm.checkpoint import files
-from ldm.checkpoint.inspection import inspect
 from ldm.checkpoint.parts import Layout
+from ldm.cli.inspect import inspect
 from ldm.cli.options import MODEL_OPTIONS, Commands, ModelChoice, add_options, given, read_dtype
 from ldm.pipeline import locate
 

@@ -201,7 +201,7 @@ def start(noise: Tensor, sigma: float | Tensor, *, sampler: str, spacing: str) -
     samplers from there, but for "leading" steps, which begin lower. A seed means one picture here
     and there, so this follows.
     """
-    if sampler in K_DIFFUSION and spacing != "leading":
+    if sampler in K_DIFFUSION and not spacing.startswith("leading"):
         return noise * float(sigma)
     return to_ve(noise, sigma)
 

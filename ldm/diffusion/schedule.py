@@ -157,8 +157,11 @@ class NoiseSchedule:
                       models and zero terminal SNR
           "linspace"  999 888 .. 111 0, both ends; fractional where n - 1 does not divide
           "karras"    999 916.3 .. 6.7 0, evenly in sigma^(1/7) (Karras et al. 2022, eq. 5)
+          "exponential"  999 882.3 .. 5.1 0, evenly in log sigma
           "lcm"       999 899 .. 199 99, picked from the 50 that latent consistency models know
                       (Luo et al. 2023, section 4.3); 999 759 499 259 to 4 steps
+          "leading_karras" and the like: that curve from the first to the last level of the list that
+                      the first word names, as diffusers' Euler samplers combine the two
         offset: timesteps added in "leading"; the other spacings have no use for it.
         final: where the last step arrives. "zero": at a clean latent. "first": at the level of
           timestep 0, the habit of CompVis and of diffusers' `set_alpha_to_one=False`; a list whose
@@ -182,15 +185,18 @@ class NoiseSchedule:
         end = self.sigmas[0] if final == "first" and sigmas[-1] > self.sigmas[0] else 0.0
         return torch.cat([sigmas, sigmas.new_tensor([end])])
 
-    def _levels(self, n: int, spacing: Spacing, offset: int) -> Tensor:
+    def _levels(self, n: int, spacing: str, offset: int) -> Tensor:
         """Where each of `n` steps starts, falling."""
         total = len(self)
         if n == 1:
             return self.sigmas[-1:]  # "leading" and "linspace" would start at the clean end
-        if spacing == "karras":
-            high, low = (self.sigmas[[-1, 0]] ** (1 / 7)).tolist()
-            inner = torch.linspace(high, low, n, dtype=torch.float64)[1:-1] ** 7
-            return torch.cat([self.sigmas[-1:], inner, self.sigmas[:1]])
+        base, _, curve = spacing.rpartition("_")
+        if curve in ("karras", "exponential"):
+            ends = self._levels(n, base or "linspace", offset)[[0, -1]]
+            high, low = (ends ** (1 / 7) if curve == "karras" else ends.log()).tolist()
+            inner = torch.linspace(high, low, n, dtype=torch.float64)[1:-1]
+            inner = inner**7 if curve == "karras" else inner.exp()
+            return torch.cat([ends[:1], inner, ends[1:]])
         i = torch.arange(n, dtype=torch.float64)
         if spacing == "leading":
             start = (n - 1) * (total // n)

@@ -3,19 +3,17 @@
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ldm.checkpoint import sources
-from ldm.checkpoint.contents import count_ema
+from ldm.checkpoint.identify import count_ema
 from ldm.checkpoint.keymap import inverse
-from ldm.checkpoint.kinds import kind_of
-from ldm.checkpoint.known import KNOWN, digest
-from ldm.checkpoint.parts import Mismatch, Source, compare, modules
-from ldm.checkpoint.strict_json import printable
-from ldm.checkpoint.tensors import TensorFiles
+from ldm.checkpoint.known import KNOWN, digest, kind_of
+from ldm.checkpoint.parts import compare, modules
+from ldm.checkpoint.sources import build, check_complete, is_known, open_source
+from ldm.checkpoint.tensors import TensorFiles, Tensors
 from ldm.config import Prediction
 
 SHOWN = 10  # names of a list that the text shows; `as_dict` has all
@@ -30,30 +28,31 @@ class Component:
     tensors: int
     parameters: int
     dtypes: dict[str, int]
-    prefix: str
+    prefix: str = ""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What is at a path. problem: why it cannot be loaded as it is, None if it can.
+    """What is at a path, for `ldm inspect`. problem: why it cannot be loaded as it is, None if it can.
 
     prediction, why: what its UNet predicts, and what says so; None where there is none.
-    missing, unknown, misshapen: names of tensors that do not fit the model. left_out: names that are known to be of no
-    use, such as schedules. ema: tensors of an averaged copy of the UNet.
+    missing, misshapen: names of tensors that do not fit the model. unknown: tensors that no network uses. left_out: those
+    of them that are known to stand beside models. ema: how many tensors an averaged copy of the UNet has.
     """
 
     path: str
-    kind: str
+    kind: str = "tensors"
     problem: str | None = None
     layout: str | None = None
     preset: str | None = None
     prediction: str | None = None
     why: str | None = None
+    notes: tuple[str, ...] = ()
     components: tuple[Component, ...] = ()
     ema: int = 0
     missing: tuple[str, ...] = ()
-    unknown: tuple[str, ...] = ()
     misshapen: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     metadata: dict[str, str] = dataclasses.field(default_factory=dict)
     sha256: str | None = None
@@ -76,10 +75,11 @@ class Report:
             lines.append(f"  {c.name:12} {c.parameters:,} parameters in {held}{where}")
         if self.ema:
             lines.append(f"  ema          {self.ema} tensors, an averaged copy of the UNet")
+        lines += [f"  note         {note}" for note in self.notes]
         for title, names in (
             ("missing", self.missing),
-            ("unknown", self.unknown),
             ("misshapen", self.misshapen),
+            ("unused", _grouped(self.unknown)),
             ("left out", _grouped(self.left_out)),
         ):
             if names:
@@ -104,63 +104,62 @@ def inspect(
     Raises ValueError for what is no file of tensors and no model folder, saying what it is instead.
     """
     path = Path(path)
-    report, sha256 = Report(str(path), ""), None
-    if check_sha256 and path.exists():
-        sha256 = digest(path)
-        known = KNOWN.get(sha256)
-        report = dataclasses.replace(report, sha256=sha256, known_as=known.name if known else None)
-    if not path.is_dir():
-        tensors = TensorFiles([path])
-        metadata = {_short(k): _short(v) for k, v in tensors.metadata.items()}
-        report = dataclasses.replace(report, metadata=metadata, ema=count_ema(tensors))
-        if kind := kind_of(tensors):
-            dtypes = dict(Counter(tensors.dtypes.values()))
-            whole = Component("tensors", len(tensors.shapes), _count(tensors.shapes), dtypes, "")
-            return dataclasses.replace(
-                report, kind=kind, components=(whole,), problem=f"it is {kind}, not a model"
-            )
+    sha256 = digest(path) if check_sha256 and path.exists() else None
+    known = KNOWN.get(sha256 or "")
+    report = Report(str(path), sha256=sha256, known_as=known.name if known else None)
+    tensors = None if path.is_dir() else TensorFiles([path])
+    if tensors is not None:
+        report = dataclasses.replace(
+            report,
+            metadata={_short(k): _short(v) for k, v in tensors.metadata.items()},
+            ema=count_ema(tensors),
+        )
     try:
-        source = sources.open_source(path, prediction=prediction, sha256=sha256)
+        source = open_source(path, prediction=prediction, sha256=sha256)
     except ValueError as error:
-        if path.is_dir():
+        if tensors is None:
             raise
-        return dataclasses.replace(report, kind="tensors", problem=str(error))
-    return _of_source(report, source)
-
-
-def _of_source(report: Report, source: Source) -> Report:
-    """The report of a model, or of parts of one."""
-    path, config = report.path, source.config
+        whole = _component("tensors", tensors, tensors.shapes, "")
+        kind = kind_of(tensors) or report.kind
+        return dataclasses.replace(report, kind=kind, components=(whole,), problem=str(error))
     problem, kind = None, "a model"
     try:
-        sources.check_complete(source, path)
+        check_complete(source, path)
     except ValueError as error:
-        problem = str(error)
-        kind = f"a part of a model: {', '.join(source.parts)}"
-    networks = modules(*sources.build(source, path))
-    mismatches = compare(networks, source.parts)
+        problem, kind = str(error), f"a part of a model: {', '.join(source.parts)}"
+    networks = modules(*build(source, path))
+    mismatches, left = compare(networks, source.parts, source.dropped)
     if mismatches and problem is None:
         problem = "names or shapes of its tensors do not match its configuration"
     components = []
     for name, part in source.parts.items():
         stored = inverse(part.stored(list(networks[name].state_dict())))
-        shapes = {n: part.tensors.shapes[n] for n in stored if n in part.tensors.shapes}
-        dtypes = dict(Counter(part.tensors.dtypes[n] for n in shapes))
-        components.append(Component(name, len(shapes), _count(shapes), dtypes, part.prefix))
-    has_unet = "unet" in source.parts
+        held = [n for n in stored if n in part.tensors.shapes]
+        components.append(_component(name, part.tensors, held, part.prefix))
+    config = source.config if "unet" in source.parts else None
     return dataclasses.replace(
         report,
         kind=kind,
         problem=problem,
         layout=source.layout,
-        preset=config.name if has_unet else None,
-        prediction=config.diffusion.prediction if has_unet else None,
+        preset=config and config.name,
+        prediction=config and config.diffusion.prediction,
         why=source.why,
+        notes=source.notes,
         components=tuple(components),
-        missing=_names(mismatches, "missing"),
-        unknown=_names(mismatches, "unknown"),
-        misshapen=_names(mismatches, "misshapen"),
-        left_out=sources.left_out(source),
+        missing=tuple(name for m in mismatches for name in m.missing),
+        misshapen=tuple(name for m in mismatches for name in m.misshapen),
+        unknown=tuple(name for name in left if not is_known(name)),
+        left_out=tuple(name for name in left if is_known(name)),
+    )
+
+
+def _component(name: str, tensors: Tensors, names: Iterable[str], prefix: str) -> Component:
+    """Count the tensors of those names."""
+    shapes = {n: tensors.shapes[n] for n in names}
+    numbers = sum(math.prod(shape) for shape in shapes.values())
+    return Component(
+        name, len(shapes), numbers, dict(Counter(tensors.dtypes[n] for n in shapes)), prefix
     )
 
 
@@ -172,14 +171,7 @@ def _grouped(names: Sequence[str]) -> list[str]:
     return [f"{w}.* ({len(g)})" if len(g) > 1 else g[0] for w, g in groups.items()]
 
 
-def _names(mismatches: list[Mismatch], which: str) -> tuple[str, ...]:
-    return tuple(name for m in mismatches for name in getattr(m, which))
-
-
-def _count(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    return sum(math.prod(shape) for shape in shapes.values())
-
-
 def _short(text: str) -> str:
-    shown = printable(text, _LONGEST)
-    return shown if len(text) <= _LONGEST else f"{shown} ({len(text):,} characters)"
+    """Return the beginning of a text from a file, without line breaks and terminal commands."""
+    shown = "".join(c if c.isprintable() else " " for c in text[:_LONGEST])
+    return shown if len(text) <= _LONGEST else f"{shown}... ({len(text):,} characters)"

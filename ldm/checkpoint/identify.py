@@ -1,0 +1,433 @@
+"""What a file of tensors holds: a model, parts of one, or something else, told from names, shapes and metadata."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from ldm.checkpoint import tables
+from ldm.checkpoint.keymap import Rule, translate
+from ldm.checkpoint.known import NAMES, KnownFile
+from ldm.checkpoint.parts import Part
+from ldm.checkpoint.tensors import Tensors
+from ldm.config import (
+    PRESETS,
+    SD15,
+    SD21,
+    SD21_BASE,
+    SD_TURBO,
+    SDXL_BASE,
+    SDXL_REFINER,
+    SDXL_TURBO,
+    DiffusionConfig,
+    ModelConfig,
+    Prediction,
+    TextConfig,
+    UNetConfig,
+    VAEConfig,
+)
+
+ENOUGH_EMA = 100  # tensors that make an averaged copy; pruned files keep two counters of it
+FAMILIES = (SD15, SD21_BASE, SDXL_BASE, SDXL_REFINER)  # each with the architecture of a family
+OTHER_INPUTS = {  # UNets that take more than a prompt can give, by their input channels
+    5: "Stable Diffusion 2 depth-to-image, which needs a depth map",
+    7: "the Stable Diffusion x4 upscaler, which needs a small picture",
+    13: "a virtual try-on model, which needs pictures of a person and of clothes",
+}
+_VARIANTS = {4: "", 8: "-instruct-pix2pix", 9: "-inpainting"}  # by the UNet's input channels
+
+# Tensors that stand beside a model and are of no use to it: the noise schedule (computed anew, because files in fp16
+# lose its low end), averaged copies, leftovers of training, and constants.
+IGNORED = re.compile(
+    r"betas|alphas_cumprod(_prev)?|(sqrt|log)_one_minus_alphas_cumprod|sqrt_(recip_|recipm1_)?alphas_cumprod"
+    r"|posterior_(variance|log_variance_clipped|mean_coef[12])|logvar|scale_factor|denoiser\.(log_)?sigmas"
+    r"|(model_ema|loss|first_stage_model\.loss|embedding_manager|cond_stage_model\.(.*\.)?vision_model)\..*"
+    r"|(.*\.)?(position_ids|attn_mask|logit_scale)|cond_stage_key|v_pred|ztsnr"
+)
+_SCALED = re.compile(
+    r"scaled_fp8|.*\.(scale_weight|scale_input|weight_scale|input_scale|absmax|quant_map)"
+)
+_EDM_MARKERS = {
+    "edm_mean": "Playground v2.5",
+    "edm_std": "Playground v2.5",
+    "edm_vpred.sigma_max": "CosXL",
+    "edm_vpred.sigma_min": "CosXL",
+}
+_TEXT_PREFIX = re.compile(
+    r"((cond_stage_model|conditioner\.embedders\.\d+|text_encoders?(_2)?(\.clip_[lg])?|clip_[lg]|te[12]?)\.)?"
+    r"((model|transformer)\.)?"
+)
+
+
+class Place(NamedTuple):
+    """Where a network stands in a file: behind which prefix, and under whose names."""
+
+    prefix: str
+    style: str  # "ldm", "diffusers"; for text towers "hf", "hf without text_model", "openclip"
+
+
+class Tower(NamedTuple):
+    """A text tower in a file: where it stands, how wide it is, and how many tokens it knows."""
+
+    place: Place
+    width: int
+    vocab_size: int
+
+
+class Contents(NamedTuple):
+    """The networks that a file holds. towers: candidates, likely ones first."""
+
+    unet: Place | None
+    vae: Place | None
+    towers: tuple[Tower, ...]
+
+    @property
+    def whole(self) -> bool:
+        """Whether the file may be a model, and not parts of one."""
+        return bool(self.unet and self.vae and self.towers)
+
+
+def find(tensors: Tensors) -> Contents:
+    """Look for networks under each of the prefixes and names that files in use have."""
+    names = {name for name in tensors.shapes if not IGNORED.fullmatch(name)}
+    unet = vae = None
+    for prefix in (tables.UNET_PREFIX, "unet.", "diffusion_model.", ""):
+        for style, marks in (  # a ControlNet has the first of each pair, too
+            ("ldm", ("input_blocks.0.0.weight", "out.2.weight")),
+            (
+                "diffusers",
+                ("conv_in.weight", "conv_norm_out.weight", "time_embedding.linear_1.weight"),
+            ),
+        ):
+            if all(prefix + mark in names for mark in marks):
+                unet = unet or Place(prefix, style)
+    for prefix in (tables.VAE_PREFIX, "vae.", ""):
+        for style, mark in (
+            ("ldm", "encoder.down.0.block.0.conv1.weight"),
+            ("diffusers", "encoder.down_blocks.0.resnets.0.conv1.weight"),
+        ):
+            if prefix + mark in names:
+                vae = vae or Place(prefix, style)
+    towers = []
+    for name in names:
+        for ending, style in (
+            ("text_model.embeddings.token_embedding.weight", "hf"),
+            ("embeddings.token_embedding.weight", "hf without text_model"),
+            ("token_embedding.weight", "openclip"),
+        ):
+            prefix, shape = name.removesuffix(ending), tensors.shapes[name]
+            if prefix != name and _TEXT_PREFIX.fullmatch(prefix) and len(shape) == 2:
+                towers.append(Tower(Place(prefix, style), shape[1], shape[0]))
+                break
+    return Contents(unet, vae, tuple(sorted(towers, key=lambda t: (len(t.place.prefix), t.place))))
+
+
+def check_stored_plainly(tensors: Tensors) -> None:
+    """Raise ValueError for numbers that need a scale, and for the noise levels of EDM, which are not supported."""
+    if scaled := next((name for name in tensors.shapes if _SCALED.fullmatch(name)), None):
+        raise ValueError(
+            f"{tensors} is quantized, its numbers have scales beside them ({scaled}): give one in fp32, fp16 or bf16"
+        )
+    for name, model in _EDM_MARKERS.items():
+        if name in tensors.shapes:
+            raise ValueError(
+                f"{tensors} is an EDM model as {model} is (it holds {name}); its noise levels are not supported"
+            )
+
+
+def unet_part(tensors: Tensors, place: Place, config: UNetConfig, *, ema: bool = False) -> Part:
+    """Return where a UNet's tensors are. Raises ValueError if `ema` is asked for and there is no averaged copy."""
+    if ema and count_ema(tensors) < ENOUGH_EMA:
+        raise ValueError(
+            f"{tensors} has no averaged copy (model_ema.*); its weights may be the averaged ones already: leave out ema"
+        )
+    return Part(tensors, _unet_rules(place)(config), place.prefix, ema=ema)
+
+
+def vae_part(tensors: Tensors, place: Place, config: VAEConfig) -> Part:
+    """Return where a VAE's tensors are, under today's or the old names of its attention."""
+    if place.style == "ldm":
+        return Part(tensors, tables.ldm_vae(config), place.prefix)
+    old = any(name.endswith("attentions.0.query.weight") for name in tensors.shapes)
+    attention = tables.OLD_DIFFUSERS_VAE_ATTENTION if old else tables.DIFFUSERS_VAE_ATTENTION
+    return Part(tensors, tables.diffusers_vae(attention), place.prefix)
+
+
+def text_part(tensors: Tensors, place: Place, config: TextConfig) -> Part:
+    """Return where a tower's tensors are, and which of the official ones `config` has no use for."""
+    prefix, shapes = place.prefix, tensors.shapes
+    if place.style != "openclip":
+        return Part(tensors, tables.hf_text("text_model" if place.style == "hf" else ""), prefix)
+    rules = tables.OPENCLIP_TEXT
+    if f"{prefix}text_projection" not in shapes:  # Playground v2 holds it as a Linear's weight
+        rules = (Rule("projection.weight", "text_projection.weight"), *rules)
+    last = f"{prefix}transformer.resblocks.{config.layers}."  # of SD 2, which takes the one before
+    unused = [
+        n
+        for n in shapes
+        if n == f"{prefix}logit_scale"
+        or (config.projection is None and (n == f"{prefix}text_projection" or n.startswith(last)))
+    ]
+    return Part(tensors, rules, prefix, unused=tuple(sorted(unused)))
+
+
+def count_ema(tensors: Tensors) -> int:
+    """Count the tensors of an averaged copy of the UNet."""
+    return sum(name.startswith("model_ema.diffusion_model") for name in tensors.shapes)
+
+
+def _unet_rules(place: Place) -> Callable[[UNetConfig], tuple[Rule, ...]]:
+    return tables.ldm_unet if place.style == "ldm" else tables.diffusers_unet
+
+
+class _Shapes:
+    """The tensors behind a UNet's prefix by our own names, whichever names the file has."""
+
+    def __init__(self, tensors: Tensors, place: Place) -> None:
+        self.tensors, self.place = tensors, place
+        self.names = [n for n in tensors.shapes if n.startswith(place.prefix)]
+        self.res_blocks = 8  # per level: more than there are, until they are counted
+
+    def name(self, key: str) -> str:
+        """Return where our parameter `key` is held, if the file has it."""
+        config = dataclasses.replace(SD15.unet, res_blocks=self.res_blocks)
+        return translate(key, _unet_rules(self.place)(config), self.place.prefix).name
+
+    def __contains__(self, key: str) -> bool:
+        return self.name(key) in self.tensors.shapes
+
+    def size(self, key: str, dim: int) -> int:
+        """Return one of a tensor's sizes. Raises ValueError if there is none."""
+        shape = self.tensors.shapes.get(self.name(key), ())
+        if dim >= len(shape):
+            raise ValueError(
+                f"{self.tensors} lacks {self.name(key)}, or its shape is wrong: {list(shape)}"
+            )
+        return shape[dim]
+
+    def depth(self, stage: str) -> int:
+        """Count the transformer blocks of a stage, such as "down.1" or "mid"."""
+        start = self.name(f"{stage}.transformer.blocks.0.norm1").removesuffix("0.norm1")
+        numbers = (n.removeprefix(start).split(".")[0] for n in self.names if n.startswith(start))
+        return max((int(number) + 1 for number in numbers if number.isdigit()), default=0)
+
+
+def unet_of(tensors: Tensors, place: Place) -> tuple[UNetConfig, ModelConfig, str]:
+    """Tell a UNet from the names and shapes of its tensors: its architecture, its family's preset, and by what.
+
+    Everything is counted, but for the numbers of heads, which are the family's. Raises ValueError for a family that is
+    not supported, by its name where it has one.
+    """
+    shapes = _Shapes(tensors, place)
+    counts = range(1, 9)
+    shapes.res_blocks = next(
+        (i for i in counts if f"down.{i + 1}.res.norm1.weight" not in shapes), 8
+    )
+    per_level = shapes.res_blocks + 1
+    levels = next(i for i in counts if f"down.{i * per_level + 1}.res.norm1.weight" not in shapes)
+    channels = tuple(
+        shapes.size(f"down.{i * per_level + 1}.res.conv1.weight", 0) for i in range(levels)
+    )
+    inputs, has_vector = shapes.size("down.0.conv.weight", 1), "vector_embed.0.weight" in shapes
+    vector = shapes.size("vector_embed.0.weight", 1) if has_vector else None
+    text = next((tensors.shapes[n] for n in shapes.names if n.endswith("attn2.to_k.weight")), ())
+    context = text[1] if len(text) == 2 else 0
+
+    seen = f"{channels[0]} model channels and text of width {context}"
+    check_inputs(inputs, tensors)
+    family = [p for p in FAMILIES if _tells(p.unet) == (channels[0], context, vector)]
+    if not family:
+        name = "Stable unCLIP" if vector and context == 1024 else "no family known here"
+        raise ValueError(
+            f"{tensors} is {name} ({seen}, {f'a vector of {vector}' if vector else 'no vector'}): supported are "
+            + ", ".join(NAMES.values())
+        )
+    down = [shapes.depth(f"down.{i}") for i in range(levels * per_level)]
+    up = [shapes.depth(f"up.{i}") for i in range(levels * per_level)]
+    guided = "guidance_embed.weight" in shapes
+    config = dataclasses.replace(
+        family[0].unet,
+        in_channels=inputs,
+        out_channels=shapes.size("conv_out.weight", 0),
+        channels=channels,
+        res_blocks=shapes.res_blocks,
+        depth=tuple(
+            _one_if_equal(down[i + 1 : i + per_level]) for i in range(0, len(down), per_level)
+        ),
+        up_depth=tuple(_one_if_equal(up[i : i + per_level]) for i in range(0, len(up), per_level)),
+        mid="full"
+        if shapes.depth("mid")
+        else "residual"
+        if "mid.res_in.norm1.weight" in shapes
+        else "none",
+        mid_depth=shapes.depth("mid"),
+        heads=(8,) * levels if family[0] is SD15 else tuple(max(c // 64, 1) for c in channels),
+        guidance_dim=shapes.size("guidance_embed.weight", 1) if guided else None,
+    )
+    return config, family[0], f"{seen} are {NAMES[context]}"
+
+
+def check_inputs(channels: int, where: object) -> None:
+    """Raise ValueError for a UNet whose input is more than a prompt, a picture or a mask can give."""
+    if channels not in _VARIANTS:
+        name = OTHER_INPUTS.get(channels, "no model that is known here")
+        raise ValueError(f"{where} is {name} ({channels} input channels): it is not supported")
+
+
+def recognize(
+    unet: UNetConfig,
+    vae: VAEConfig,
+    text: tuple[TextConfig, ...],
+    diffusion: DiffusionConfig,
+    *,
+    turbo: bool = False,
+) -> ModelConfig:
+    """Complete an architecture with its name, and with the image size, guidance and steps that suit it.
+
+    turbo: whether something says that it is SD-Turbo or SDXL-Turbo, whose networks are those of SD 2 and SDXL.
+    """
+    family = next((p for p in FAMILIES if _tells(p.unet) == _tells(unet)), None)
+    like = family or (SD15 if unet.vector_dim is None else SDXL_BASE)
+    if like is SD21_BASE:
+        like = SD_TURBO if turbo else SD21 if diffusion.prediction == "v" else SD21_BASE
+    elif like is SDXL_BASE and turbo:
+        like = SDXL_TURBO
+    own = dataclasses.replace(like, unet=unet, vae=vae, text=text, diffusion=diffusion)
+    if unet.guidance_dim is not None:
+        own = dataclasses.replace(own, sampler="lcm", steps=4, guidance_scale=8.5)
+    plain = dataclasses.replace(
+        unet,
+        in_channels=4,
+        upcast_attention=like.unet.upcast_attention,
+        linear_projection=like.unet.linear_projection,
+    )
+    same = (plain, [t.width for t in text]) == (like.unet, [t.width for t in like.text])
+    name = (
+        like.name + _VARIANTS[unet.in_channels]
+        if same and unet.in_channels in _VARIANTS
+        else "custom"
+    )
+    return dataclasses.replace(own, name=name)
+
+
+def padded_as_official(
+    text: tuple[TextConfig, ...], *, ours: bool
+) -> tuple[tuple[TextConfig, ...], tuple[str, ...]]:
+    """Return `text` with the padding of OpenCLIP's towers mended where this package wrote it wrongly, and notes.
+
+    ours: whether this package wrote the file. Its version 0.1 read SD 2 folders with the wrong padding token.
+    """
+    found, notes = [], []
+    for config in text:
+        if (config.activation, config.pad_id, config.vocab_size) == ("gelu", 49407, 49408):
+            note = 'its text encoder pads with <|endoftext|>, and all official ones of that kind with "!"'
+            if ours:
+                config = dataclasses.replace(config, pad_id=0)
+                note = (
+                    'an earlier version of ldm wrote the wrong padding token into it; "!" is taken'
+                )
+            notes.append(note)
+        found.append(config)
+    return tuple(found), tuple(notes)
+
+
+def _tells(unet: UNetConfig) -> tuple[int, int, int | None]:
+    """What tells the UNets of the families apart."""
+    return unet.channels[0], unet.context_dim, unet.vector_dim
+
+
+def _one_if_equal(depths: list[int]) -> int | tuple[int, ...]:
+    return depths[0] if len(set(depths)) == 1 else tuple(depths)
+
+
+# What the UNet predicts.
+
+_WORDS: dict[str, Prediction] = {
+    **dict.fromkeys(("eps", "epsilon", "eps_prediction", "epsilon_prediction"), "eps"),
+    **dict.fromkeys(("v", "v_pred", "vpred", "v_prediction", "velocity"), "v"),
+    **dict.fromkeys(("x0", "sample"), "x0"),
+}
+_METADATA: dict[str, dict[str, Prediction]] = {
+    "modelspec.prediction_type": _WORDS,  # "v-zsnr" and the like add the schedule to it
+    "modelspec.predict_key": _WORDS,  # of ComfyUI
+    "ss_v_parameterization": {"true": "v", "false": "eps"},  # of kohya's trainer
+}
+_SD2_METADATA: dict[str, dict[str, Prediction]] = {
+    "modelspec.architecture": {"stable_diffusion_v2_512": "eps", "stable_diffusion_v2_768_v": "v"},
+    "global_step": {"875000": "eps", "220000": "eps", "110000": "v"},  # 2.0 base, 2.1 base, 2.1
+}
+# ComfyUI's rule: the standard deviation of this tensor is larger in SD 2 models that predict v, smaller in the others.
+_PROBED, _PROBED_STD = "up.11.transformer.blocks.0.norm1.bias", 0.09
+
+
+class Decision(NamedTuple):
+    """What the network predicts, whether its schedule ends in pure noise, and what says so."""
+
+    prediction: Prediction
+    zero_terminal_snr: bool
+    why: str
+    notes: tuple[str, ...]
+
+
+def decide(
+    tensors: Tensors,
+    place: Place,
+    family: ModelConfig,
+    asked: Prediction | None,
+    known: KnownFile | None,
+) -> Decision:
+    """Decide what the UNet at `place` predicts: the first of these that speaks decides, the notes name the others.
+
+    The user (`asked`), a known file (`known`), marker tensors, metadata, the statistics of one small tensor of SD 2.
+    If none speaks, the UNet predicts eps.
+    """
+    said, notes = [], []  # said: prediction and the clause that says so
+    zero_snr = "it holds the marker tensor ztsnr" if "ztsnr" in tensors.shapes else ""
+    if asked:
+        said.append((asked, f"you asked for {asked}"))
+    if known and known.preset:
+        prediction = PRESETS[known.preset.removesuffix("-inpainting")].diffusion.prediction
+        said.append(
+            (prediction, f"by its {known.told_by} it is {known.name}, which predicts {prediction}")
+        )
+    if "v_pred" in tensors.shapes:
+        said.append(("v", "it holds the marker tensor v_pred"))
+    for key, meanings in (_METADATA | (_SD2_METADATA if family is SD21_BASE else {})).items():
+        value = tensors.metadata.get(key, "").strip()
+        word = re.sub(r"[-\s]+", "_", value.lower())
+        plain = re.sub(r"_?zt?snr_?", "", word)
+        clause = f"its metadata {key} says {value[:40]!r}"
+        if plain != word:
+            zero_snr = zero_snr or clause
+        if plain in meanings:
+            said.append((meanings[plain], clause))
+        elif meanings is _WORDS and plain not in ("", "none"):
+            notes.append(f"{clause}, which says nothing known about what it predicts")
+    if tensors.metadata.get("ss_zero_terminal_snr", "").lower() == "true":
+        zero_snr = zero_snr or "its metadata ss_zero_terminal_snr says so"
+    if family is SD21_BASE:
+        said += _probe(tensors, _Shapes(tensors, place))
+    said.append(("eps", "its family does and nothing in it says otherwise"))
+
+    prediction, why = said[0]
+    notes += [
+        f"{clause}, which is not followed" for other, clause in said[1:-1] if other != prediction
+    ]
+    if zero_snr:
+        why += f"; its schedule ends in zero SNR: {zero_snr}"
+    return Decision(prediction, bool(zero_snr), why, tuple(notes))
+
+
+def _probe(tensors: Tensors, shapes: _Shapes) -> Iterator[tuple[Prediction, str]]:
+    """Tell the plain SD 2 models apart, which agree in every name and shape."""
+    shapes.res_blocks = SD21.unet.res_blocks
+    name = shapes.name(_PROBED)
+    if name in tensors.shapes and shapes.size("down.0.conv.weight", 1) == 4:
+        ((_, value),) = tensors.read([name])
+        std = value.float().std(unbiased=False).item()
+        side, prediction = ("above", "v") if std > _PROBED_STD else ("not above", "eps")
+        yield (
+            prediction,  # type: ignore[misc]  # mypy widens the literals
+            f"the standard deviation of {name}, {std:.3f}, is {side} {_PROBED_STD}, as in SD 2 models that predict "
+            f"{prediction}",
+        )
