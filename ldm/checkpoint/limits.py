@@ -1,5 +1,6 @@
 """What the numbers of a configuration may be: a file that says anything else is damaged, or made to waste memory."""
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from reprlib import repr as short
@@ -65,13 +66,14 @@ def _limits(config: ModelConfig) -> Iterator[_Limit]:
 
 def _of_unet(config: UNetConfig) -> Iterator[_Limit]:
     yield "the number of the unet's levels", len(config.channels), 1, MAX_LEVELS
-    for channels, depth in zip(config.channels, config.depth, strict=True):
+    for channels in config.channels:
         yield "the unet's width", channels, 1, MAX_WIDTH
-        yield "the unet's depth", depth, 0, MAX_BLOCKS
-    yield "the unet's depth", config.mid_depth, 1, MAX_BLOCKS
+    yield "the unet's depth", config.mid_depth, 0, MAX_BLOCKS
     yield "the unet's residual blocks per level", config.res_blocks, 1, MAX_BLOCKS
-    per_level = 2 * config.res_blocks + 1
-    blocks = (sum(config.depth) + len(config.depth)) * per_level + config.mid_depth
+    down, up = config.depths()
+    for depth in itertools.chain(*down, *up):
+        yield "the unet's depth", depth, 0, MAX_BLOCKS
+    blocks = config.mid_depth + sum(1 + depth for depth in itertools.chain(*down, *up))
     yield "the number of the unet's blocks", blocks, 1, MAX_BLOCKS
     for what, width in (
         ("input channels", config.in_channels),
