@@ -21,6 +21,8 @@ Spacing = Literal[
     "exponential", "leading_exponential", "trailing_exponential",
 ]  # fmt: skip
 
+Depths = tuple[int | tuple[int, ...], ...]  # per level, as one number or as one per residual block
+
 
 @dataclass(frozen=True)
 class UNetConfig:
@@ -30,16 +32,14 @@ class UNetConfig:
     out_channels: int = 4
     channels: tuple[int, ...] = (320, 640, 1280, 1280)  # one entry per level, full resolution first
     res_blocks: int = 2  # per level going down; one more per level going up
-    depth: tuple[int, ...] = (
-        1,
-        1,
-        1,
-        0,
-    )  # transformer blocks per spatial transformer; 0: no attention
-    mid_depth: int = 1
+    depth: Depths = (1, 1, 1, 0)  # transformer blocks after a residual block; 0: no attention
+    up_depth: Depths | None = None  # the same going up, deepest level first; None: mirrored
+    mid: Literal["full", "residual", "none"] = "full"  # residual: the first residual block alone
+    mid_depth: int = 1  # transformer blocks; 0 unless the middle is full
     heads: tuple[int, ...] = (8, 8, 8, 8)  # the number of heads, not their width
     context_dim: int = 768
     vector_dim: int | None = None  # pooled text and sizes (SDXL); None: timestep conditioning only
+    guidance_dim: int | None = None  # width that the guidance scale is embedded in (LCM: 256)
     linear_projection: bool = (
         False  # linear instead of 1x1-convolution projections around transformers
     )
@@ -47,10 +47,23 @@ class UNetConfig:
     upcast_attention: bool = False  # queries and keys in fp32 where fp16 overflows (SD 2.1 at 768)
 
     def __post_init__(self) -> None:
-        if not len(self.channels) == len(self.depth) == len(self.heads):
+        """Check the numbers, and write equal architectures alike, so that they are equal as values."""
+        up_depth = self.depth[::-1] if self.up_depth is None else self.up_depth
+        if not len(self.channels) == len(self.depth) == len(up_depth) == len(self.heads):
             raise ValueError(
-                "channels, depth and heads need one entry per level, got "
-                f"{short(self.channels)}, {short(self.depth)} and {short(self.heads)}"
+                "channels, depth, up_depth and heads need one entry per level, got "
+                f"{short(self.channels)}, {short(self.depth)}, {short(self.up_depth)} and {short(self.heads)}"
+            )
+        depth = _shortest("depth", self.depth, self.res_blocks)
+        up_depth = _shortest("up_depth", up_depth, self.res_blocks + 1)
+        object.__setattr__(self, "depth", depth)
+        object.__setattr__(self, "up_depth", None if up_depth == depth[::-1] else up_depth)
+        if self.mid != "full":
+            object.__setattr__(self, "mid_depth", 0)
+        elif self.mid_depth < 1:
+            raise ValueError(
+                f"mid_depth must be 1 or more in a full middle, got {short(self.mid_depth)}; "
+                "without transformer the middle is 'residual' or 'none'"
             )
         for channels, heads in zip(self.channels, self.heads, strict=True):
             for divisor, what in ((self.norm_groups, "norm_groups"), (heads, "heads")):
@@ -58,6 +71,36 @@ class UNetConfig:
                     raise ValueError(
                         f"{short(channels)} channels are not divisible by {short(divisor)} {what}"
                     )
+        if self.guidance_dim is not None and (self.guidance_dim < 4 or self.guidance_dim % 2):
+            raise ValueError(
+                f"guidance_dim must be even and 4 or more, got {short(self.guidance_dim)}"
+            )
+
+    def depths(self) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+        """Return the transformer blocks after each residual block, per level as the data flow: going down, going up."""
+        up_depth = self.depth[::-1] if self.up_depth is None else self.up_depth
+        return (
+            [_per_block(level, self.res_blocks) for level in self.depth],
+            [_per_block(level, self.res_blocks + 1) for level in up_depth],
+        )
+
+
+def _per_block(level: int | tuple[int, ...], blocks: int) -> tuple[int, ...]:
+    return level if isinstance(level, tuple) else (level,) * blocks
+
+
+def _shortest(name: str, depths: Depths, blocks: int) -> Depths:
+    """`depths`, checked, with one number for each level whose blocks are alike."""
+    for level in depths:
+        numbers = level if isinstance(level, tuple) else (level,)
+        if min(numbers, default=-1) < 0 or (isinstance(level, tuple) and len(level) != blocks):
+            raise ValueError(
+                f"{name} needs a number from 0 per level, or one for each of its {blocks} residual blocks, got "
+                f"{short(level)}"
+            )
+    return tuple(
+        level[0] if isinstance(level, tuple) and len(set(level)) == 1 else level for level in depths
+    )
 
 
 @dataclass(frozen=True)
@@ -264,6 +307,26 @@ PRESETS: dict[str, ModelConfig] = {
     )
 }
 
+# UNets distilled from those of a preset, by the names of their authors. All else is as in that preset.
+_KOALA = dataclasses.replace(SDXL_BASE.unet, res_blocks=1, depth=(0, 2, 5), mid="none")
+_BK_SDM = dataclasses.replace(SD15.unet, res_blocks=1)
+RELATIVES: dict[str, UNetConfig] = {
+    "SSD-1B": dataclasses.replace(
+        SDXL_BASE.unet,
+        depth=(0, 2, 4),
+        up_depth=((4, 4, 10), (2, 1, 1), 0),
+        mid="residual",
+    ),
+    "Segmind-Vega": dataclasses.replace(SDXL_BASE.unet, depth=(0, 1, 2), mid="residual"),
+    "KOALA-700M": _KOALA,
+    "KOALA-1B": dataclasses.replace(_KOALA, depth=(0, 2, 6), mid="full", mid_depth=6),
+    "BK-SDM-Base": _BK_SDM,  # and Segmind's small-sd
+    "BK-SDM-Small": dataclasses.replace(_BK_SDM, mid="none"),
+    "BK-SDM-Tiny": dataclasses.replace(  # and Segmind's tiny-sd
+        _BK_SDM, channels=(320, 640, 1280), depth=(1, 1, 1), heads=(8, 8, 8), mid="none"
+    ),
+}
+
 
 def from_toml(path: str | Path, kind: type[T]) -> T:
     """Read the TOML file at `path` into the dataclass `kind`, tables into nested dataclasses.
@@ -312,8 +375,11 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
         raise ValueError(f"{where} must be one of {', '.join(map(repr, args))}, got {short(value)}")
     if origin is tuple and isinstance(value, list | tuple):
         return tuple(_convert(v, args[0], where) for v in value)
-    if origin in (typing.Union, types.UnionType):
-        return _convert(value, args[0], where)  # "X | None": TOML has no null
+    if origin in (typing.Union, types.UnionType):  # X | None, where TOML has no null, or X | tuple
+        if value is None and type(None) in args:
+            return None
+        listed = isinstance(value, list | tuple) and typing.get_origin(args[1]) is tuple
+        return _convert(value, args[1 if listed else 0], where)
     if kind is float:
         if type(value) in (int, float) and abs(value) <= sys.float_info.max:  # false for NaN
             return float(value)

@@ -227,9 +227,10 @@ def _attention(
     """The attention that holds no full matrix of scores on this device."""
     unet, vae = config.unet, config.vae
     upcast = unet.upcast_attention and dtype == torch.float16
-    widths = {
-        c // h for c, h, depth in zip(unet.channels, unet.heads, unet.depth, strict=True) if depth
-    }
+    attends = [
+        any((*down, *up)) for down, up in zip(unet.depths()[0], unet.depths()[1][::-1], strict=True)
+    ]
+    widths = {c // h for c, h, some in zip(unet.channels, unet.heads, attends, strict=True) if some}
     widths.add(unet.channels[-1] // unet.heads[-1])  # of the middle
     heads = [(width, torch.float32 if upcast else dtype) for width in widths]
     heads.append((vae.channels[-1], vae_dtype))

@@ -7,7 +7,16 @@ from typing import Literal
 
 import pytest
 
-from ldm.config import PRESETS, SD15, SD21, SDXL_BASE, SDXL_REFINER, UNetConfig, from_toml
+from ldm.config import (
+    PRESETS,
+    RELATIVES,
+    SD15,
+    SD21,
+    SDXL_BASE,
+    SDXL_REFINER,
+    UNetConfig,
+    from_toml,
+)
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,60 @@ def test_channels_that_groups_or_heads_do_not_divide_are_refused():
         UNetConfig(channels=(16,), depth=(1,), heads=(3,), norm_groups=8)
     with pytest.raises(ValueError, match="one entry per level"):
         UNetConfig(channels=(16, 32), depth=(1,), heads=(2,), norm_groups=8)
+
+
+def test_one_architecture_is_one_value_however_it_is_written():
+    written = UNetConfig(depth=((1, 1), 1, (1, 1), 0), up_depth=(0, (1, 1, 1), 1, 1))
+    assert written == UNetConfig()
+    assert hash(written) == hash(UNetConfig())
+    assert UNetConfig(mid="none", mid_depth=3) == UNetConfig(mid="none")
+    assert UNetConfig(mid="residual") != UNetConfig(mid="none") != UNetConfig()
+    assert UNetConfig(up_depth=(0, 1, 1, (1, 1, 2))) != UNetConfig()
+
+
+def test_the_depths_of_all_residual_blocks_are_those_of_their_levels_or_their_own():
+    assert UNetConfig(res_blocks=1).depths() == (
+        [(1,), (1,), (1,), (0,)],
+        [(0, 0), (1, 1), (1, 1), (1, 1)],
+    )
+    assert RELATIVES["SSD-1B"].depths() == (
+        [(0, 0), (2, 2), (4, 4)],
+        [(4, 4, 10), (2, 1, 1), (0, 0, 0)],
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"depth": (1, (1, 2, 1), 1, 0)}, r"depth needs .* 2 residual blocks, got \(1, 2, 1\)"),
+        ({"depth": (1, (), 1, 0)}, r"depth needs .*, got \(\)"),
+        ({"depth": (1, (1, 2), 1, 0)}, r"up_depth needs .* 3 residual blocks, got \(1, 2\)"),
+        ({"up_depth": (1, (1, 2), 1, 0)}, r"up_depth needs .* 3 residual blocks, got \(1, 2\)"),
+        ({"up_depth": (1, 1, 1)}, "up_depth and heads need one entry per level"),
+        ({"depth": (1, -1, 1, 0)}, "depth needs a number from 0"),
+        ({"mid_depth": 0}, "mid_depth must be 1 or more in a full middle, got 0"),
+        ({"guidance_dim": 3}, "guidance_dim must be even and 4 or more, got 3"),
+    ],
+)
+def test_depths_that_no_network_has_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        UNetConfig(**change)
+
+
+def test_a_depth_is_read_from_a_file_per_level_and_per_block(tmp_path):
+    (tmp_path / "x.toml").write_text("depth = [[1, 2], 1, 1, 0]\nup_depth = [0, 1, 1, [1, 2, 1]]\n")
+    config = from_toml(tmp_path / "x.toml", UNetConfig)
+    assert config == UNetConfig(depth=((1, 2), 1, 1, 0), up_depth=(0, 1, 1, (1, 2, 1)))
+    for wrong in (
+        "[[1, 2.0], 1, 1, 0]",
+        '["1", 1, 1, 0]',
+        "[[[1]], 1, 1, 0]",
+        "1",
+        "[true, 1, 1, 0]",
+    ):
+        (tmp_path / "x.toml").write_text(f"depth = {wrong}\n")
+        with pytest.raises(ValueError, match=r"depth must be (int|tuple), got"):
+            from_toml(tmp_path / "x.toml", UNetConfig)
 
 
 def test_the_text_towers_make_the_context_and_the_vector_that_the_unet_expects():

@@ -7,7 +7,7 @@ change the numbers in a way this package does not implement is an error.
 from reprlib import repr as short
 from typing import Any
 
-from ldm.config import DiffusionConfig, TextConfig, UNetConfig, VAEConfig, from_dict
+from ldm.config import Depths, DiffusionConfig, TextConfig, UNetConfig, VAEConfig, from_dict
 
 Json = dict[str, Any]
 
@@ -35,18 +35,17 @@ _UNET_FIXED: dict[str, tuple[Any, ...]] = {
     "flip_sin_to_cos": (True,),
     "freq_shift": (0,),
     "mid_block_scale_factor": (1,),
-    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None),
     "norm_eps": (1e-5,),
     "num_attention_heads": (None,),
     "only_cross_attention": (False,),
     "resnet_time_scale_shift": ("default",),
-    "reverse_transformer_layers_per_block": (None,),
-    "time_cond_proj_dim": (None,),
     "time_embedding_type": ("positional",),
     "time_embedding_act_fn": (None,),
     "time_embedding_dim": (None,),
     "timestep_post_act": (None,),
 }
+_MIDDLES = {"UNetMidBlock2DCrossAttn": "full", "UNetMidBlock2D": "residual", None: "none"}
 _VAE_FIXED: dict[str, tuple[Any, ...]] = {
     "act_fn": ("silu",),
     "in_channels": (3,),
@@ -88,20 +87,20 @@ def unet_from_json(json: Json, where: str) -> UNetConfig:
     levels = len(channels)
     downs = _list(json, "down_block_types", ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"], where)
     ups = _list(json, "up_block_types", ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3, where)
-    attends = ["CrossAttn" in str(name) for name in downs]
-    if (downs, ups) != _block_types(attends) or len(downs) != levels:
-        raise ValueError(
-            f"{where}: down_block_types {short(downs)} and up_block_types {short(ups)} are not supported; allowed are "
-            "(CrossAttn)DownBlock2D, one per entry of block_out_channels, and the mirrored up blocks"
-        )
     layers = _per_level(json.get("transformer_layers_per_block", 1), levels)
+    up_layers = _per_level(json.get("reverse_transformer_layers_per_block") or layers[::-1], levels)
+    middle = _MIDDLES[json.get("mid_block_type", "UNetMidBlock2DCrossAttn")]
+    blocks = json.get("layers_per_block", 2)
+    if isinstance(blocks, list) and blocks == blocks[:1] * levels:
+        blocks = blocks[0]
     table = {
         "in_channels": json.get("in_channels", 4),
         "out_channels": json.get("out_channels", 4),
         "channels": channels,
-        "res_blocks": json.get("layers_per_block", 2),
-        "depth": [n if attend else 0 for n, attend in zip(layers, attends, strict=False)],
-        "mid_depth": layers[-1],
+        "res_blocks": blocks,
+        "depth": _depth(downs, layers, "DownBlock2D", where),
+        "up_depth": _depth(ups, up_layers, "UpBlock2D", where),
+        "mid": middle,
         # a historic misnomer: it is the number of heads
         "heads": _per_level(json.get("attention_head_dim", 8), levels),
         "context_dim": json.get("cross_attention_dim", 1280),
@@ -109,6 +108,10 @@ def unet_from_json(json: Json, where: str) -> UNetConfig:
         "norm_groups": json.get("norm_num_groups", 32),
         "upcast_attention": json.get("upcast_attention") or False,
     }
+    if middle == "full":
+        table["mid_depth"] = _per_level(layers[-1], 1)[0]  # diffusers' middle takes the first
+    if json.get("time_cond_proj_dim") is not None:
+        table["guidance_dim"] = json["time_cond_proj_dim"]
     if json.get("addition_embed_type") == "text_time":
         table["vector_dim"] = json.get("projection_class_embeddings_input_dim")
     return from_dict(table, UNetConfig, where)
@@ -116,32 +119,42 @@ def unet_from_json(json: Json, where: str) -> UNetConfig:
 
 def unet_to_json(config: UNetConfig, sample_size: int) -> Json:
     """Write unet/config.json; sample_size: latent pixels. Raises ValueError for what it cannot express."""
-    depth = [n or 1 for n in config.depth]  # of no effect where a block has no attention
-    if config.depth[-1] == 0:
-        depth[-1] = config.mid_depth
-    if depth[-1] != config.mid_depth:
+    down, up = config.depths()
+    if config.mid == "full" and down[-1][0] not in (0, config.mid_depth):
         raise ValueError(
             f"a diffusers folder cannot express mid_depth {config.mid_depth} beside a last level of depth "
             f"{config.depth[-1]}: make them equal or save in the ldm layout"
         )
-    downs, ups = _block_types([n > 0 for n in config.depth])
+    if not all(all(level) or not any(level) for level in down + up):
+        raise ValueError(
+            f"a diffusers folder cannot express levels that attend in some of their blocks, as depth {config.depth} "
+            f"and up_depth {config.up_depth} have: save in the ldm layout"
+        )
+    layers = _layers(config.depth)
+    if config.depth[-1] == 0:
+        layers[-1] = config.mid_depth or 1  # the middle's number is the last level's
     json: Json = {
         "_class_name": "UNet2DConditionModel",
         **{key: allowed[0] for key, allowed in _UNET_FIXED.items() if allowed[0] is not None},
         "sample_size": sample_size,
         "in_channels": config.in_channels,
         "out_channels": config.out_channels,
-        "down_block_types": downs,
-        "up_block_types": ups,
+        "down_block_types": [f"{_cross(level)}DownBlock2D" for level in down],
+        "up_block_types": [f"{_cross(level)}UpBlock2D" for level in up],
+        "mid_block_type": next(theirs for theirs, ours in _MIDDLES.items() if ours == config.mid),
         "block_out_channels": list(config.channels),
         "layers_per_block": config.res_blocks,
-        "transformer_layers_per_block": depth,
+        "transformer_layers_per_block": layers,
         "attention_head_dim": list(config.heads),
         "cross_attention_dim": config.context_dim,
         "use_linear_projection": config.linear_projection,
         "norm_num_groups": config.norm_groups,
         "upcast_attention": config.upcast_attention,
     }
+    if config.up_depth is not None:
+        json["reverse_transformer_layers_per_block"] = _layers(config.up_depth)
+    if config.guidance_dim is not None:
+        json["time_cond_proj_dim"] = config.guidance_dim
     if config.vector_dim is not None:
         json |= {
             "addition_embed_type": "text_time",
@@ -320,10 +333,29 @@ def diffusion_to_json(config: DiffusionConfig, sampler: str) -> Json:
     return json | ddim
 
 
-def _block_types(attends: list[bool]) -> tuple[list[str], list[str]]:
-    """diffusers' names of the down blocks and, mirrored, of the up blocks."""
-    kinds = ["CrossAttn" if attend else "" for attend in attends]
-    return [f"{kind}DownBlock2D" for kind in kinds], [f"{kind}UpBlock2D" for kind in kinds[::-1]]
+def _depth(types: list[Any], layers: list[Any], kind: str, where: str) -> list[Any]:
+    """The depth of each level: what `layers` says, or 0 where the block of this `kind` does not attend."""
+    if len(types) != len(layers) or not all(name in (kind, f"CrossAttn{kind}") for name in types):
+        raise ValueError(
+            f"{where}: blocks {short(types)} with transformer layers {short(layers)} are not supported; allowed is one "
+            f"(CrossAttn){kind}, and one number or list of transformer layers, per entry of block_out_channels"
+        )
+    depth = [n if name != kind else 0 for name, n in zip(types, layers, strict=True)]
+    if any(name != kind and 0 in _per_level(n, 1) for name, n in zip(types, depth, strict=True)):
+        raise ValueError(
+            f"{where}: {short(layers)} transformer layers in {short(types)}: a block that attends needs 1 or more"
+        )
+    return depth
+
+
+def _layers(depth: Depths) -> list[int | list[int]]:
+    """`depth` as diffusers writes it: any number, here 1, for a level that does not attend."""
+    return [list(level) if isinstance(level, tuple) else level or 1 for level in depth]
+
+
+def _cross(level: tuple[int, ...]) -> str:
+    """What begins the name of diffusers' block for a level of these depths."""
+    return "CrossAttn" if any(level) else ""
 
 
 def _check_fixed(json: Json, fixed: dict[str, tuple[Any, ...]], where: str) -> None:

@@ -2,8 +2,8 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
 
 from ldm.checkpoint import tables
 from ldm.checkpoint.keymap import Rule, translate
@@ -141,7 +141,7 @@ def unet_part(tensors: Tensors, place: Place, config: UNetConfig, *, ema: bool =
         raise ValueError(
             f"{tensors} has no averaged copy (model_ema.*); its weights may be the averaged ones already: leave out ema"
         )
-    return Part(tensors, _unet_rules(place)(config), place.prefix, ema=ema)
+    return Part(tensors, _unet_rules(tensors, place, config), place.prefix, ema=ema)
 
 
 def vae_part(tensors: Tensors, place: Place, config: VAEConfig) -> Part:
@@ -176,8 +176,13 @@ def count_ema(tensors: Tensors) -> int:
     return sum(name.startswith("model_ema.diffusion_model") for name in tensors.shapes)
 
 
-def _unet_rules(place: Place) -> Callable[[UNetConfig], tuple[Rule, ...]]:
-    return tables.ldm_unet if place.style == "ldm" else tables.diffusers_unet
+def _unet_rules(tensors: Tensors, place: Place, config: UNetConfig) -> tuple[Rule, ...]:
+    """Return the rules from our UNet to the file's names. Of an embedded guidance scale there are two in use."""
+    if place.style == "diffusers":
+        return tables.diffusers_unet(config)
+    other = Rule("guidance_embed", "time_embed.cond_proj")
+    found = f"{place.prefix}{other.theirs}.weight" in tensors.shapes
+    return (other, *tables.ldm_unet(config)) if found else tables.ldm_unet(config)
 
 
 class _Shapes:
@@ -191,7 +196,8 @@ class _Shapes:
     def name(self, key: str) -> str:
         """Return where our parameter `key` is held, if the file has it."""
         config = dataclasses.replace(SD15.unet, res_blocks=self.res_blocks)
-        return translate(key, _unet_rules(self.place)(config), self.place.prefix).name
+        rules = _unet_rules(self.tensors, self.place, config)
+        return translate(key, rules, self.place.prefix).name
 
     def __contains__(self, key: str) -> bool:
         return self.name(key) in self.tensors.shapes
@@ -244,6 +250,9 @@ def unet_of(tensors: Tensors, place: Place) -> tuple[UNetConfig, ModelConfig, st
         )
     down = [shapes.depth(f"down.{i}") for i in range(levels * per_level)]
     up = [shapes.depth(f"up.{i}") for i in range(levels * per_level)]
+    middle: Literal["full", "residual", "none"] = "full" if shapes.depth("mid") else "residual"
+    if "mid.res_in.norm1.weight" not in shapes:
+        middle = "none"
     guided = "guidance_embed.weight" in shapes
     config = dataclasses.replace(
         family[0].unet,
@@ -251,15 +260,9 @@ def unet_of(tensors: Tensors, place: Place) -> tuple[UNetConfig, ModelConfig, st
         out_channels=shapes.size("conv_out.weight", 0),
         channels=channels,
         res_blocks=shapes.res_blocks,
-        depth=tuple(
-            _one_if_equal(down[i + 1 : i + per_level]) for i in range(0, len(down), per_level)
-        ),
-        up_depth=tuple(_one_if_equal(up[i : i + per_level]) for i in range(0, len(up), per_level)),
-        mid="full"
-        if shapes.depth("mid")
-        else "residual"
-        if "mid.res_in.norm1.weight" in shapes
-        else "none",
+        depth=tuple(tuple(down[i + 1 : i + per_level]) for i in range(0, len(down), per_level)),
+        up_depth=tuple(tuple(up[i : i + per_level]) for i in range(0, len(up), per_level)),
+        mid=middle,
         mid_depth=shapes.depth("mid"),
         heads=(8,) * levels if family[0] is SD15 else tuple(max(c // 64, 1) for c in channels),
         guidance_dim=shapes.size("guidance_embed.weight", 1) if guided else None,
@@ -334,10 +337,6 @@ def padded_as_official(
 def _tells(unet: UNetConfig) -> tuple[int, int, int | None]:
     """What tells the UNets of the families apart."""
     return unet.channels[0], unet.context_dim, unet.vector_dim
-
-
-def _one_if_equal(depths: list[int]) -> int | tuple[int, ...]:
-    return depths[0] if len(set(depths)) == 1 else tuple(depths)
 
 
 # What the UNet predicts.

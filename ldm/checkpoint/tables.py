@@ -77,14 +77,14 @@ OLD_DIFFUSERS_VAE_ATTENTION = (  # of older folders, SD 1.5's own among them
 
 def ldm_unet(config: UNetConfig) -> tuple[Rule, ...]:
     """Return the rules from our UNet to LDM's, without UNET_PREFIX."""
-    per_level, levels = config.res_blocks + 1, len(config.channels)
+    up_depths = [depth for level in config.depths()[1] for depth in level]
 
-    def upsample(i: int) -> str:  # it follows the transformer, where the level has one
-        depth = config.depth[levels - 1 - i // per_level]
-        return f"output_blocks.{i}.{2 if depth else 1}.conv"
+    def upsample(i: int) -> str:  # it follows the transformer, where there is one
+        return f"output_blocks.{i}.{2 if up_depths[i] else 1}.conv"
 
     return (
         Rule("time_embed", "time_embed"),
+        Rule("guidance_embed", "time_embedding.cond_proj"),  # converters leave diffusers' name
         Rule("vector_embed", "label_emb.0"),
         Rule("down.{i}.conv", "input_blocks.{i}.0"),
         Rule("down.{i}.res", "input_blocks.{i}.0", _LDM_RES),
@@ -114,6 +114,7 @@ def diffusers_unet(config: UNetConfig) -> tuple[Rule, ...]:
     return (
         Rule("time_embed.0", "time_embedding.linear_1"),
         Rule("time_embed.2", "time_embedding.linear_2"),
+        Rule("guidance_embed", "time_embedding.cond_proj"),
         Rule("vector_embed.0", "add_embedding.linear_1"),
         Rule("vector_embed.2", "add_embedding.linear_2"),
         Rule("down.0.conv", "conv_in"),

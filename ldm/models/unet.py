@@ -49,18 +49,26 @@ class Stage(nn.Module):
 
 
 class Middle(nn.Module):
-    """The bottleneck: residual block, transformer, residual block."""
+    """The bottleneck: residual block, transformer, residual block; distilled models lack some or all of them."""
 
     def __init__(
-        self, res_in: ResBlock, transformer: SpatialTransformer, res_out: ResBlock
+        self,
+        res_in: ResBlock | None,
+        transformer: SpatialTransformer | None,
+        res_out: ResBlock | None,
     ) -> None:
         super().__init__()
         self.res_in, self.transformer, self.res_out = res_in, transformer, res_out
 
     def forward(self, x: Tensor, emb: Tensor, context: Context) -> Tensor:
         """Map b c h w to b c h w."""
-        out: Tensor = self.res_out(self.transformer(self.res_in(x, emb), context), emb)
-        return out
+        if self.res_in is not None:
+            x = self.res_in(x, emb)
+        if self.transformer is not None:
+            x = self.transformer(x, context)
+        if self.res_out is not None:
+            x = self.res_out(x, emb)
+        return x
 
 
 class Encoder(nn.Module):
@@ -73,14 +81,20 @@ class Encoder(nn.Module):
         emb_dim = 4 * first
         self.time_embed = _embedding(first, emb_dim)
         self.vector_embed = _embedding(config.vector_dim, emb_dim) if config.vector_dim else None
+        self.guidance_embed = (
+            nn.Linear(config.guidance_dim, first, bias=False) if config.guidance_dim else None
+        )
 
         self.down = nn.ModuleList([Stage(conv=nn.Conv2d(config.in_channels, first, 3, padding=1))])
         self.skip_channels = [first]
         channels = first
-        for level, width in enumerate(config.channels):
-            for _ in range(config.res_blocks):
+        down_depths, _ = config.depths()
+        for level, (width, depths) in enumerate(zip(config.channels, down_depths, strict=True)):
+            for depth in depths:
                 self.down.append(
-                    Stage(res=self._res(channels, width), transformer=self._transformer(level))
+                    Stage(
+                        res=self._res(channels, width), transformer=self._transformer(level, depth)
+                    )
                 )
                 channels = width
                 self.skip_channels.append(channels)
@@ -90,9 +104,11 @@ class Encoder(nn.Module):
                 )
                 self.skip_channels.append(channels)
 
-        middle = self._transformer(len(config.channels) - 1, config.mid_depth)
-        assert middle is not None
-        self.mid = Middle(self._res(channels, channels), middle, self._res(channels, channels))
+        self.mid = Middle(
+            self._res(channels, channels) if config.mid != "none" else None,
+            self._transformer(len(config.channels) - 1, config.mid_depth),
+            self._res(channels, channels) if config.mid == "full" else None,
+        )
 
     def _res(self, in_channels: int, out_channels: int) -> ResBlock:
         return ResBlock(
@@ -103,9 +119,8 @@ class Encoder(nn.Module):
             emb_dim=4 * self.config.channels[0],
         )
 
-    def _transformer(self, level: int, depth: int | None = None) -> SpatialTransformer | None:
+    def _transformer(self, level: int, depth: int) -> SpatialTransformer | None:
         config = self.config
-        depth = config.depth[level] if depth is None else depth
         if depth == 0:
             return None
         return SpatialTransformer(
@@ -158,13 +173,15 @@ class UNet(Encoder):
         skip_channels = list(self.skip_channels)
         channels = config.channels[-1]
         self.up = nn.ModuleList()
-        for level, width in reversed(list(enumerate(config.channels))):
-            for i in range(config.res_blocks + 1):
+        _, up_depths = config.depths()
+        for level, depths in zip(reversed(range(len(config.channels))), up_depths, strict=True):
+            width = config.channels[level]
+            for i, depth in enumerate(depths):
                 last = i == config.res_blocks and level > 0
                 self.up.append(
                     Stage(
                         res=self._res(channels + skip_channels.pop(), width),
-                        transformer=self._transformer(level),
+                        transformer=self._transformer(level, depth),
                         upsample=nn.Conv2d(width, width, 3, padding=1) if last else None,
                     )
                 )

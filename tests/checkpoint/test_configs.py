@@ -126,8 +126,8 @@ def as_json(config):
         ),
         (
             configs.unet_from_json,
-            {"time_cond_proj_dim": 256},
-            "time_cond_proj_dim 256 is not supported",
+            {"time_cond_proj_dim": 7},
+            "guidance_dim must be even and 4 or more, got 7",
         ),
         (configs.unet_from_json, {"block_out_channels": 5}, "block_out_channels must be a list"),
         (
@@ -137,8 +137,28 @@ def as_json(config):
         ),
         (
             configs.unet_from_json,
-            {"up_block_types": ["UpBlock2D"] * 4},
-            r"up_block_types \['UpBlock2D'",
+            {"up_block_types": ["UpBlock2D"] * 3},
+            r"here: blocks \['UpBlock2D'.* allowed is one \(CrossAttn\)UpBlock2D",
+        ),
+        (
+            configs.unet_from_json,
+            {"down_block_types": ["AttnDownBlock2D"] * 4},
+            r"here: blocks \['AttnDownBlock2D'.* allowed is one \(CrossAttn\)DownBlock2D",
+        ),
+        (
+            configs.unet_from_json,
+            {"transformer_layers_per_block": [1, 0, 1, 1]},
+            "a block that attends needs 1 or more",
+        ),
+        (  # diffusers refuses it, too: what the level's third block has going up, nothing says
+            configs.unet_from_json,
+            {"transformer_layers_per_block": [1, [1, 2], 1, 1]},
+            r"up_depth needs .* one for each of its 3 residual blocks, got \(1, 2\)",
+        ),
+        (
+            configs.unet_from_json,
+            {"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"},
+            "mid_block_type .* is not supported; allowed: 'UNetMidBlock2DCrossAttn', 'UNetMidBlock2D', None",
         ),
         (configs.unet_from_json, {"attention_head_dim": [8]}, "need one entry per level"),
         (
@@ -190,6 +210,9 @@ def test_text_encoders_of_another_kind_are_refused():
 
 
 def test_what_the_layout_cannot_express_is_refused():
+    uneven = UNetConfig(depth=(1, (1, 0), 1, 0), up_depth=(0, 1, 1, 1))
+    with pytest.raises(ValueError, match="levels that attend in some of their blocks"):
+        configs.unet_to_json(uneven, 8)
     with pytest.raises(
         ValueError, match="cannot express mid_depth 2 beside a last level of depth 1"
     ):

@@ -17,6 +17,7 @@ from ldm.checkpoint import configs, tables
 from ldm.checkpoint.keymap import key_map
 from ldm.checkpoint.parts import collect
 from ldm.config import (
+    RELATIVES,
     SD15,
     SD21,
     SDXL_BASE,
@@ -37,6 +38,15 @@ ODD = {
     "uneven depths": UNetConfig(
         channels=(32, 32, 64), depth=(2, 0, 3), heads=(2, 1, 4), res_blocks=1, mid_depth=3
     ),
+    "a depth per block": UNetConfig(
+        channels=(32, 32, 64),
+        depth=((2, 1), 0, (3, 1)),
+        up_depth=((1, 1, 2), (1, 2, 1), 0),
+        heads=(2, 1, 4),
+        mid_depth=3,
+    ),
+    "told its guidance": dataclasses.replace(SD15.unet, guidance_dim=256),
+    **RELATIVES,
 }
 VAES = {
     "sd15": SD15.vae,

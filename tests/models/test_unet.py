@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from ldm.config import PRESETS, UNetConfig
+from ldm.config import PRESETS, RELATIVES, UNetConfig
 from ldm.models.layers import timestep_embedding
 from ldm.models.unet import UNet
 
@@ -18,6 +18,16 @@ OFFICIAL = {
     "sd21": (865_910_724, 686),
     "sdxl-base": (2_567_463_684, 1680),
     "sdxl-refiner": (2_259_526_660, 1220),
+}
+# Parameters in thousand millions, as their authors give them: rounded, some of them up.
+DISTILLED = {
+    "SSD-1B": 1.3,
+    "Segmind-Vega": 0.74,
+    "KOALA-700M": 0.782,
+    "KOALA-1B": 1.161,
+    "BK-SDM-Base": 0.58,
+    "BK-SDM-Small": 0.49,
+    "BK-SDM-Tiny": 0.33,
 }
 
 
@@ -36,6 +46,15 @@ def test_the_presets_have_the_official_number_of_parameters_and_tensors(name):
     with torch.device("meta"):
         state = UNet(PRESETS[name].unet).state_dict()
     assert (sum(t.numel() for t in state.values()), len(state)) == OFFICIAL[name]
+
+
+@pytest.mark.parametrize("name", RELATIVES)
+def test_the_distilled_networks_have_as_many_parameters_as_their_authors_count(name):
+    with torch.device("meta"):
+        unet = UNet(RELATIVES[name])
+    count = sum(p.numel() for p in unet.parameters()) / 1e9
+    print(name, f"{count:.3f}")
+    assert count == pytest.approx(DISTILLED[name], abs=0.035)
 
 
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (7, 5), (1, 3), (9, 16)])
