@@ -297,7 +297,10 @@ def recognize(
         like = SDXL_TURBO
     own = dataclasses.replace(like, unet=unet, vae=vae, text=text, diffusion=diffusion)
     if unet.guidance_dim is not None:
-        own = dataclasses.replace(own, sampler="lcm", steps=4, guidance_scale=8.5)
+        diffusion = dataclasses.replace(diffusion, spacing="lcm")
+        own = dataclasses.replace(
+            own, diffusion=diffusion, sampler="lcm", steps=4, guidance_scale=8.5
+        )
     plain = dataclasses.replace(
         unet,
         in_channels=4,
