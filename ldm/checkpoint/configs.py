@@ -1,7 +1,7 @@
 """diffusers' and transformers' config.json files <-> our dataclasses.
 
-Unknown keys are ignored and missing ones take the classes' own defaults, as those libraries do; a value that would
-change the numbers in a way this package does not implement is an error.
+Unknown keys are ignored and missing ones take the classes' own defaults, as those libraries do. A value that would
+change the numbers in a way that this package does not implement is an error.
 """
 
 from reprlib import repr as short
@@ -10,67 +10,89 @@ from typing import Any
 from ldm.config import Depths, DiffusionConfig, TextConfig, UNetConfig, VAEConfig, from_dict
 
 Json = dict[str, Any]
+Fields = dict[str, tuple[str, Any]]
 
-_PROJECTED = "CLIPTextModelWithProjection"
+# Our fields: their names in a configuration, and the defaults of the classes that read it.
+_UNET: Fields = {
+    "in_channels": ("in_channels", 4),
+    "out_channels": ("out_channels", 4),
+    "channels": ("block_out_channels", [320, 640, 1280, 1280]),
+    "res_blocks": ("layers_per_block", 2),
+    "heads": ("attention_head_dim", 8),  # a historic misnomer: it is the number of heads
+    "context_dim": ("cross_attention_dim", 1280),
+    "guidance_dim": ("time_cond_proj_dim", None),
+    "linear_projection": ("use_linear_projection", False),
+    "norm_groups": ("norm_num_groups", 32),
+    "upcast_attention": ("upcast_attention", False),
+}
+_VAE: Fields = {
+    "channels": ("block_out_channels", [64]),
+    "res_blocks": ("layers_per_block", 1),
+    "latent_channels": ("latent_channels", 4),
+    "norm_groups": ("norm_num_groups", 32),
+    "scaling_factor": ("scaling_factor", 0.18215),
+    "overflows_fp16": ("force_upcast", True),
+}
+_TEXT: Fields = {
+    "width": ("hidden_size", 512),
+    "layers": ("num_hidden_layers", 12),
+    "heads": ("num_attention_heads", 8),
+    "mlp": ("intermediate_size", 2048),
+    "activation": ("hidden_act", "quick_gelu"),
+    "vocab_size": ("vocab_size", 49408),
+    "max_length": ("max_position_embeddings", 77),
+}
+_SCHEDULER: Fields = {
+    "betas": ("beta_schedule", None),  # each class has its own betas
+    "beta_start": ("beta_start", None),
+    "beta_end": ("beta_end", None),
+    "timesteps": ("num_train_timesteps", 1000),
+    "zero_terminal_snr": ("rescale_betas_zero_snr", False),
+    "offset": ("steps_offset", 0),
+}
 _PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
+_MIDDLES = {"UNetMidBlock2DCrossAttn": "full", "UNetMidBlock2D": "residual", None: "none"}
+_PROJECTED = "CLIPTextModelWithProjection"
 _EULER = {"euler": "EulerDiscreteScheduler", "euler_ancestral": "EulerAncestralDiscreteScheduler"}
 _LEADING_BY_DEFAULT = ("PNDM", "DDIM", "DDPM", "TCD")
 
-# What each file may say about things that are fixed here. The first value is the default of the class.
+# What a file may say of things that are fixed here. The first value is the default of the class.
 _UNET_FIXED: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("class_embed_type", "num_class_embeds", "encoder_hid_dim"), (None,)),
+    **dict.fromkeys(("encoder_hid_dim_type", "num_attention_heads", "timestep_post_act"), (None,)),
+    **dict.fromkeys(("time_embedding_act_fn", "time_embedding_dim"), (None,)),
+    **dict.fromkeys(("center_input_sample", "dual_cross_attention"), (False,)),
+    **dict.fromkeys(("attention_type", "resnet_time_scale_shift"), ("default",)),
+    **dict.fromkeys(("conv_in_kernel", "conv_out_kernel"), (3,)),
+    **dict.fromkeys(("downsample_padding", "mid_block_scale_factor"), (1,)),
     "act_fn": ("silu",),
     "addition_embed_type": (None, "text_time"),
     "addition_time_embed_dim": (None, 256),
-    "attention_type": ("default",),
-    "center_input_sample": (False,),
-    "class_embed_type": (None,),
-    "num_class_embeds": (None,),
-    "conv_in_kernel": (3,),
-    "conv_out_kernel": (3,),
-    "downsample_padding": (1,),
     "dropout": (0.0,),
-    "dual_cross_attention": (False,),
-    "encoder_hid_dim": (None,),
-    "encoder_hid_dim_type": (None,),
     "flip_sin_to_cos": (True,),
     "freq_shift": (0,),
-    "mid_block_scale_factor": (1,),
-    "mid_block_type": ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None),
+    "mid_block_type": tuple(_MIDDLES),
     "norm_eps": (1e-5,),
-    "num_attention_heads": (None,),
     "only_cross_attention": (False,),
-    "resnet_time_scale_shift": ("default",),
     "time_embedding_type": ("positional",),
-    "time_embedding_act_fn": (None,),
-    "time_embedding_dim": (None,),
-    "timestep_post_act": (None,),
 }
-_MIDDLES = {"UNetMidBlock2DCrossAttn": "full", "UNetMidBlock2D": "residual", None: "none"}
 _VAE_FIXED: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("in_channels", "out_channels"), (3,)),
+    **dict.fromkeys(("latents_mean", "latents_std"), (None,)),
+    **dict.fromkeys(("mid_block_add_attention", "use_quant_conv", "use_post_quant_conv"), (True,)),
     "act_fn": ("silu",),
-    "in_channels": (3,),
-    "out_channels": (3,),
-    "latents_mean": (None,),
-    "latents_std": (None,),
-    "mid_block_add_attention": (True,),
     "shift_factor": (None, 0.0),
-    "use_post_quant_conv": (True,),
-    "use_quant_conv": (True,),
 }
 _TEXT_FIXED: dict[str, tuple[Any, ...]] = {
     "architectures": (None, ["CLIPTextModel"], [_PROJECTED]),
     "layer_norm_eps": (1e-5,),
 }
 _SCHEDULER_FIXED: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("sigma_max", "sigma_min", "trained_betas"), (None,)),
+    **dict.fromkeys(("thresholding", "use_lu_lambdas"), (False,)),
+    **dict.fromkeys(("use_beta_sigmas", "use_flow_sigmas"), (False,)),
     "interpolation_type": ("linear",),
-    "sigma_max": (None,),
-    "sigma_min": (None,),
-    "thresholding": (False,),
     "timestep_type": ("discrete",),
-    "trained_betas": (None,),
-    "use_beta_sigmas": (False,),
-    "use_flow_sigmas": (False,),
-    "use_lu_lambdas": (False,),
 }
 _SCHEDULER_USUAL = {  # options of single schedulers that samplers here do not have, as they usually are
     "algorithm_type": ("dpmsolver++", "sde-dpmsolver++"),
@@ -83,35 +105,21 @@ _SCHEDULER_USUAL = {  # options of single schedulers that samplers here do not h
 def unet_from_json(json: Json, where: str) -> UNetConfig:
     """Read unet/config.json. Raises ValueError naming `where` for what is malformed or not implemented."""
     _check_fixed(json, _UNET_FIXED, where)
-    channels = _list(json, "block_out_channels", [320, 640, 1280, 1280], where)
-    levels = len(channels)
-    downs = _list(json, "down_block_types", ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"], where)
-    ups = _list(json, "up_block_types", ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3, where)
+    table = _read(json, _UNET)
+    levels = _levels(table, where)
+    downs = json.get("down_block_types", ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"])
+    ups = json.get("up_block_types", ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3)
     layers = _per_level(json.get("transformer_layers_per_block", 1), levels)
     up_layers = _per_level(json.get("reverse_transformer_layers_per_block") or layers[::-1], levels)
-    middle = _MIDDLES[json.get("mid_block_type", "UNetMidBlock2DCrossAttn")]
-    blocks = json.get("layers_per_block", 2)
-    if isinstance(blocks, list) and blocks == blocks[:1] * levels:
-        blocks = blocks[0]
-    table = {
-        "in_channels": json.get("in_channels", 4),
-        "out_channels": json.get("out_channels", 4),
-        "channels": channels,
-        "res_blocks": blocks,
-        "depth": _depth(downs, layers, "DownBlock2D", where),
-        "up_depth": _depth(ups, up_layers, "UpBlock2D", where),
-        "mid": middle,
-        # a historic misnomer: it is the number of heads
-        "heads": _per_level(json.get("attention_head_dim", 8), levels),
-        "context_dim": json.get("cross_attention_dim", 1280),
-        "linear_projection": json.get("use_linear_projection", False),
-        "norm_groups": json.get("norm_num_groups", 32),
-        "upcast_attention": json.get("upcast_attention") or False,
-    }
-    if middle == "full":
+    if table["res_blocks"] == _per_level(table["res_blocks"], levels):  # a list
+        table["res_blocks"] = next(iter(set(table["res_blocks"])))
+    table["heads"] = _per_level(table["heads"], levels)
+    table["depth"] = _depth(downs, layers, "DownBlock2D", where)
+    table["up_depth"] = _depth(ups, up_layers, "UpBlock2D", where)
+    table["mid"] = _MIDDLES[json.get("mid_block_type", "UNetMidBlock2DCrossAttn")]
+    if table["mid"] == "full":
         table["mid_depth"] = _per_level(layers[-1], 1)[0]  # diffusers' middle takes the first
-    if json.get("time_cond_proj_dim") is not None:
-        table["guidance_dim"] = json["time_cond_proj_dim"]
+    table["upcast_attention"] = table["upcast_attention"] or False
     if json.get("addition_embed_type") == "text_time":
         table["vector_dim"] = json.get("projection_class_embeddings_input_dim")
     return from_dict(table, UNetConfig, where)
@@ -133,28 +141,15 @@ def unet_to_json(config: UNetConfig, sample_size: int) -> Json:
     layers = _layers(config.depth)
     if config.depth[-1] == 0:
         layers[-1] = config.mid_depth or 1  # the middle's number is the last level's
-    json: Json = {
-        "_class_name": "UNet2DConditionModel",
-        **{key: allowed[0] for key, allowed in _UNET_FIXED.items() if allowed[0] is not None},
+    json = _write("UNet2DConditionModel", config, _UNET) | {
         "sample_size": sample_size,
-        "in_channels": config.in_channels,
-        "out_channels": config.out_channels,
-        "down_block_types": [f"{_cross(level)}DownBlock2D" for level in down],
-        "up_block_types": [f"{_cross(level)}UpBlock2D" for level in up],
+        "down_block_types": [f"{'CrossAttn' * any(level)}DownBlock2D" for level in down],
+        "up_block_types": [f"{'CrossAttn' * any(level)}UpBlock2D" for level in up],
         "mid_block_type": next(theirs for theirs, ours in _MIDDLES.items() if ours == config.mid),
-        "block_out_channels": list(config.channels),
-        "layers_per_block": config.res_blocks,
         "transformer_layers_per_block": layers,
-        "attention_head_dim": list(config.heads),
-        "cross_attention_dim": config.context_dim,
-        "use_linear_projection": config.linear_projection,
-        "norm_num_groups": config.norm_groups,
-        "upcast_attention": config.upcast_attention,
     }
     if config.up_depth is not None:
         json["reverse_transformer_layers_per_block"] = _layers(config.up_depth)
-    if config.guidance_dim is not None:
-        json["time_cond_proj_dim"] = config.guidance_dim
     if config.vector_dim is not None:
         json |= {
             "addition_embed_type": "text_time",
@@ -170,41 +165,24 @@ def vae_from_json(json: Json, where: str, *, sdxl: bool) -> VAEConfig:
     Raises ValueError naming `where` for what is malformed or not implemented.
     """
     _check_fixed(json, _VAE_FIXED, where)
-    channels = _list(json, "block_out_channels", [64], where)
-    for key, name in (
-        ("down_block_types", "DownEncoderBlock2D"),
-        ("up_block_types", "UpDecoderBlock2D"),
-    ):
-        if (types := json.get(key, [name])) != [name] * len(channels):
-            raise ValueError(f"{where}: {key} must be {name} for every level, got {short(types)}")
-    table = {
-        "channels": channels,
-        "res_blocks": json.get("layers_per_block", 1),
-        "latent_channels": json.get("latent_channels", 4),
-        "norm_groups": json.get("norm_num_groups", 32),
-        "scaling_factor": json.get("scaling_factor", 0.18215),
-        "overflows_fp16": sdxl and json.get("force_upcast", True),
-    }
+    table = _read(json, _VAE)
+    for key, name in (("down", "DownEncoderBlock2D"), ("up", "UpDecoderBlock2D")):
+        types = json.get(f"{key}_block_types", [name])
+        if types != [name] * _levels(table, where):
+            raise ValueError(
+                f"{where}: {key}_block_types must be {name} for every level, got {short(types)}"
+            )
+    table["overflows_fp16"] = sdxl and table["overflows_fp16"]
     return from_dict(table, VAEConfig, where)
 
 
 def vae_to_json(config: VAEConfig, image_size: int) -> Json:
     """Write vae/config.json."""
     levels = len(config.channels)
-    return {
-        "_class_name": "AutoencoderKL",
-        "act_fn": "silu",
-        "in_channels": 3,
-        "out_channels": 3,
+    return _write("AutoencoderKL", config, _VAE) | {
         "sample_size": image_size,
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "block_out_channels": list(config.channels),
-        "layers_per_block": config.res_blocks,
-        "latent_channels": config.latent_channels,
-        "norm_num_groups": config.norm_groups,
-        "scaling_factor": config.scaling_factor,
-        "force_upcast": config.overflows_fp16,
     }
 
 
@@ -215,16 +193,7 @@ def text_from_json(json: Json, where: str, pad_id: int, *, sdxl: bool) -> TextCo
     Raises ValueError naming `where` for what is malformed or not implemented.
     """
     _check_fixed(json, _TEXT_FIXED, where)
-    table = {
-        "width": json.get("hidden_size", 512),
-        "layers": json.get("num_hidden_layers", 12),
-        "heads": json.get("num_attention_heads", 8),
-        "mlp": json.get("intermediate_size", 2048),
-        "activation": json.get("hidden_act", "quick_gelu"),
-        "vocab_size": json.get("vocab_size", 49408),
-        "max_length": json.get("max_position_embeddings", 77),
-        "pad_id": pad_id,
-    }
+    table = _read(json, _TEXT) | {"pad_id": pad_id}
     if sdxl:
         table |= {"output_layer": -2, "final_norm": False}
     if sdxl and json.get("architectures") == [_PROJECTED]:
@@ -242,18 +211,11 @@ def text_to_json(config: TextConfig, bos_id: int, eos_id: int, *, sdxl: bool) ->
             f"the one before it without norm, not output_layer {config.output_layer}, final_norm {config.final_norm}, "
             f"projection {config.projection}"
         )
-    return {
-        "architectures": [_PROJECTED if projection else "CLIPTextModel"],
+    name = _PROJECTED if projection else "CLIPTextModel"
+    return _write(name, config, _TEXT) | {
+        "architectures": [name],
         "model_type": "clip_text_model",
-        "hidden_size": config.width,
-        "intermediate_size": config.mlp,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "hidden_act": config.activation,
-        "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.max_length,
         "projection_dim": projection or config.width,
-        "layer_norm_eps": 1e-5,
         "bos_token_id": bos_id,
         "eos_token_id": eos_id,
         "pad_token_id": config.pad_id,
@@ -286,16 +248,9 @@ def diffusion_from_json(
     if curve := next((curve for curve in curves if json.get(f"use_{curve}_sigmas")), None):
         # Euler's schedulers bend the list of the spacing, DPM-Solver's that of all timesteps
         spacing = f"{spacing}_{curve}" if "Euler" in name and spacing != "linspace" else curve
-    table = {
-        "prediction": predictions[prediction],
-        "betas": json["beta_schedule"],
-        "beta_start": json["beta_start"],
-        "beta_end": json["beta_end"],
-        "timesteps": json.get("num_train_timesteps", 1000),
-        "zero_terminal_snr": json.get("rescale_betas_zero_snr", False),
-        "spacing": spacing,
-        "offset": json.get("steps_offset", 0) if sdxl else 1,
-    }
+    table = _read(json, _SCHEDULER) | {"prediction": predictions[prediction], "spacing": spacing}
+    if not sdxl:
+        table["offset"] = 1
     unusual = [
         f"{k} {json[k]}"
         for k, usual in _SCHEDULER_USUAL.items()
@@ -310,17 +265,8 @@ def diffusion_to_json(config: DiffusionConfig, sampler: str) -> Json:
 
     Where the levels follow a curve, which DDIM has not, it is Euler's, too.
     """
-    json: Json = {
-        "_class_name": "DDIMScheduler",
-        "prediction_type": _PREDICTIONS[config.prediction],
-        "beta_schedule": config.betas,
-        "beta_start": config.beta_start,
-        "beta_end": config.beta_end,
-        "num_train_timesteps": config.timesteps,
-        "rescale_betas_zero_snr": config.zero_terminal_snr,
-        "steps_offset": config.offset,
-        "trained_betas": None,
-    }
+    json = _write("DDIMScheduler", config, _SCHEDULER)
+    json["prediction_type"] = _PREDICTIONS[config.prediction]
     if config.spacing == "lcm":
         return json | {"_class_name": "LCMScheduler"}
     base, _, curve = config.spacing.rpartition("_")
@@ -333,9 +279,39 @@ def diffusion_to_json(config: DiffusionConfig, sampler: str) -> Json:
     return json | ddim
 
 
+def _read(json: Json, fields: Fields) -> Json:
+    """Our fields, as a configuration or the defaults of its class have them."""
+    return {ours: json.get(theirs, default) for ours, (theirs, default) in fields.items()}
+
+
+def _write(class_name: str, config: object, fields: Fields) -> Json:
+    """Our fields under their names, tuples as lists."""
+    values = {theirs: getattr(config, ours) for ours, (theirs, _) in fields.items()}
+    lists = {name: list(value) for name, value in values.items() if isinstance(value, tuple)}
+    return {"_class_name": class_name} | values | lists
+
+
+def _levels(table: Json, where: str) -> int:
+    """How many levels a network has. Raises ValueError if its channels are no list."""
+    channels = table["channels"]
+    if not isinstance(channels, list | tuple) or not channels:
+        raise ValueError(
+            f"{where}: block_out_channels must be a list with one entry per level, got {short(channels)}"
+        )
+    return len(channels)
+
+
+def _per_level(value: Any, levels: int) -> list[Any]:
+    return value if isinstance(value, list) and value else [value] * levels
+
+
 def _depth(types: list[Any], layers: list[Any], kind: str, where: str) -> list[Any]:
     """The depth of each level: what `layers` says, or 0 where the block of this `kind` does not attend."""
-    if len(types) != len(layers) or not all(name in (kind, f"CrossAttn{kind}") for name in types):
+    if (
+        not isinstance(types, list)
+        or len(types) != len(layers)
+        or not all(name in (kind, f"CrossAttn{kind}") for name in types)
+    ):
         raise ValueError(
             f"{where}: blocks {short(types)} with transformer layers {short(layers)} are not supported; allowed is one "
             f"(CrossAttn){kind}, and one number or list of transformer layers, per entry of block_out_channels"
@@ -353,27 +329,9 @@ def _layers(depth: Depths) -> list[int | list[int]]:
     return [list(level) if isinstance(level, tuple) else level or 1 for level in depth]
 
 
-def _cross(level: tuple[int, ...]) -> str:
-    """What begins the name of diffusers' block for a level of these depths."""
-    return "CrossAttn" if any(level) else ""
-
-
 def _check_fixed(json: Json, fixed: dict[str, tuple[Any, ...]], where: str) -> None:
     for key, allowed in fixed.items():
         if json.get(key, allowed[0]) not in allowed:
             raise ValueError(
                 f"{where}: {key} {short(json[key])} is not supported; allowed: {', '.join(map(repr, allowed))}"
             )
-
-
-def _list(json: Json, key: str, default: list[Any], where: str) -> list[Any]:
-    value = json.get(key, default)
-    if not isinstance(value, list) or not value:
-        raise ValueError(
-            f"{where}: {key} must be a list with one entry per level, got {short(value)}"
-        )
-    return value
-
-
-def _per_level(value: Any, levels: int) -> list[Any]:
-    return value if isinstance(value, list) and value else [value] * levels
