@@ -6,42 +6,28 @@ the inverted dictionary, so the two directions cannot drift apart.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from typing import NamedTuple
 
 from torch import Size, Tensor
 
 
-class Form(NamedTuple):
-    """How a value is held on the other side. store: ours to theirs; restore: theirs to our shape."""
+class Form(Enum):
+    """How the other side holds a value."""
 
-    store: Callable[[Tensor], Tensor]
-    restore: Callable[[Tensor, Size], Tensor]
+    SAME = "same"
+    PIXELS = "pixels"  # our Linear is a 1x1 convolution there
+    TRANSPOSED = "transposed"  # our Linear is a matrix there that is multiplied from the right
 
+    def store(self, value: Tensor) -> Tensor:
+        """Return our value as the other side holds it."""
+        if self is Form.PIXELS and value.dim() == 2:
+            return value[..., None, None]
+        return value.T if self is Form.TRANSPOSED else value
 
-def _as_it_is(value: Tensor, shape: Size | None = None) -> Tensor:
-    return value
-
-
-def _as_pixels(value: Tensor) -> Tensor:
-    return value[..., None, None] if value.dim() == 2 else value
-
-
-def _transposed(value: Tensor, shape: Size | None = None) -> Tensor:
-    return value.T if value.dim() == 2 else value
-
-
-def _of_either_rank(value: Tensor, shape: Size) -> Tensor:
-    """`value`, with the size-one pixels of a 1x1 convolution dropped or added as `shape` wants them."""
-    rank = {2: value.dim() == 4 and value.shape[2:] == (1, 1), 4: value.dim() == 2}
-    return value.reshape(*value.shape[:2], *shape[2:]) if rank.get(len(shape)) else value
-
-
-SAME = Form(_as_it_is, _as_it_is)
-EITHER_RANK = Form(_as_it_is, _of_either_rank)  # some tools save a 1x1 convolution as a matrix
-PIXELS = Form(_as_pixels, _of_either_rank)  # our Linear is their 1x1 convolution
-TRANSPOSED = Form(
-    _transposed, _transposed
-)  # our Linear is a matrix that they multiply from the right
+    def restore(self, value: Tensor, shape: Size) -> Tensor:
+        """Return a value of the other side in our shape. Some tools save 1x1 convolutions as matrices, or the reverse."""
+        return (value.T if self is Form.TRANSPOSED else value).reshape(shape)
 
 
 class Piece(NamedTuple):
@@ -65,7 +51,7 @@ class Rule:
     ours: str
     theirs: str | Callable[..., str]
     inside: tuple["Rule", ...] = ()
-    form: Form = SAME
+    form: Form = Form.SAME
     piece: Piece = WHOLE
 
 

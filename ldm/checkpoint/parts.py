@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
 import torch
-from torch import Size, Tensor, nn
+from torch import Tensor, nn
 
-from ldm.checkpoint.keymap import Form, Rule, Stored, inverse, key_map
+from ldm.checkpoint.keymap import Rule, Stored, inverse, key_map
 from ldm.checkpoint.tensors import DTYPES, FLOATS, Tensors
 from ldm.config import ModelConfig
 from ldm.models.int8 import is_plain
@@ -104,100 +104,95 @@ class Mismatch(NamedTuple):
 
     part: str
     tensors: Tensors
-    missing: tuple[str, ...]
-    misshapen: tuple[str, ...]
-    unexpected: tuple[str, ...]
+    missing: list[str]
+    misshapen: list[str]
+    unexpected: list[str]
 
 
 def compare(
     networks: Mapping[str, nn.Module], parts: Mapping[str, Part], dropped: Sequence[Part] = ()
-) -> tuple[list[Mismatch], tuple[str, ...]]:
+) -> tuple[list[Mismatch], list[str]]:
     """Compare names and shapes of `networks`, on the meta device, with the files of their `parts`, reading no data.
 
     dropped: parts in the same files that are not wanted. Returns the parts that do not fit, and the names of the
-    tensors that nothing uses. A tensor that nothing uses is harmless, unless it looks like another layer of a part's
-    network: such a network would compute something else.
+    tensors that nothing uses. Such a tensor is harmless, unless it looks like another layer of a part's network: that
+    network would compute something else.
     """
-    stored = {name: part.stored(list(networks[name].state_dict())) for name, part in parts.items()}
-    wanted = {name: inverse(at) for name, at in stored.items()}
-    left: set[str] = set()
-    for part in parts.values():
-        gone = [other.prefix for other in dropped if other.tensors is part.tensors]
-        left |= {n for n in part.tensors.shapes if not any(n.startswith(prefix) for prefix in gone)}
+    wanted, left = {}, set()
+    for name, part in parts.items():
+        held = collect(networks[name], part.rules, part.prefix)
+        wanted[name] = {ema_name(n) if part.ema else n: list(t.shape) for n, t in held.items()}
+        gone = tuple(other.prefix for other in dropped if other.tensors is part.tensors)
+        left |= {n for n in part.tensors.shapes if not gone or not n.startswith(gone)}
     left = left.difference(*wanted.values(), *(part.unused for part in parts.values()))
     found = []
     for name, part in parts.items():
-        shapes, state = part.tensors.shapes, networks[name].state_dict()
-        missing = [n for n in wanted[name] if n not in shapes]
+        shapes = part.tensors.shapes
         misshapen = [
-            f"{n} {list(shapes[n])} instead of {_shape(keys, stored[name], state)}"
-            for n, keys in wanted[name].items()
-            if n in shapes and not _fits(shapes[n], keys, stored[name], state)
+            f"{n} {list(shapes[n])} instead of {shape}"
+            for n, shape in wanted[name].items()
+            if n in shapes and _squeezed(shapes[n]) != _squeezed(shape)
         ]
         kinds = {_kind(n.removeprefix(part.prefix)) for n in wanted[name]}
-        behind = [n for n in left & shapes.keys() if n.startswith(part.prefix)]
-        unexpected = sorted(n for n in behind if _kind(n.removeprefix(part.prefix)) in kinds)
+        behind = sorted(n for n in left & shapes.keys() if n.startswith(part.prefix))
+        unexpected = [n for n in behind if _kind(n.removeprefix(part.prefix)) in kinds]
+        missing = [n for n in wanted[name] if n not in shapes]
         if missing or misshapen or unexpected:
-            found.append(
-                Mismatch(name, part.tensors, tuple(missing), tuple(misshapen), tuple(unexpected))
-            )
-    return found, tuple(sorted(left))
+            found.append(Mismatch(name, part.tensors, missing, misshapen, unexpected))
+    return found, sorted(left)
 
 
 def check(
     networks: Mapping[str, nn.Module], parts: Mapping[str, Part], dropped: Sequence[Part] = ()
-) -> tuple[str, ...]:
+) -> list[str]:
     """Return the names that nothing uses. Raises ValueError for the first part that does not fit, with names."""
     mismatches, left = compare(networks, parts, dropped)
-    for part, tensors, missing, misshapen, unexpected in mismatches:
-        kinds = (
-            ("missing", missing),
-            ("of another shape", misshapen),
-            ("of layers that it does not have", unexpected),
-        )
-        found = [f"{len(names)} {what}: {some(names)}" for what, names in kinds if names]
+    for part, tensors, *lists in mismatches:
+        whats = ("missing", "of another shape", "of layers that it does not have")
+        found = [f"{len(n)} {what}: {some(n)}" for n, what in zip(lists, whats, strict=True) if n]
         raise ValueError(
             f"the {part} in {tensors} does not match its configuration ({'; '.join(found)})"
         )
     return left
 
 
-def _kind(name: str) -> tuple[str, str]:
+def _kind(name: str) -> tuple[str, ...]:
     """The first and the last two words of a tensor's name: those of another layer of the same network are alike."""
     words = name.split(".")
-    return words[0], ".".join(words[-2:])
+    return words[0], *words[-2:]
+
+
+def _squeezed(shape: Sequence[int]) -> list[int]:
+    """A shape without the pixels of a 1x1 convolution, which some tools save as a matrix."""
+    return list(shape[:2] if len(shape) == 4 and tuple(shape[2:]) == (1, 1) else shape)
 
 
 def fill(module: nn.Module, part: Part, *, dtype: torch.dtype | None, device: torch.device) -> None:
     """Give `module`, on the meta device, its tensors from `part` in `dtype` on `device`; it then evaluates, frozen.
 
-    dtype: None keeps what each tensor has. What needs no cast and no move stays memory-mapped and is not read yet;
-    the rest is read one tensor at a time.
+    dtype: None keeps what each tensor has. Tensors that need no cast and no move stay memory-mapped and are not read
+    yet; the others are read one at a time.
     Raises ValueError naming a tensor that is not stored as floating-point numbers, or was read and holds NaN, infinity
     or more than `dtype` can.
     """
     wanted = module.state_dict()
     stored = part.stored(list(wanted))
-    values: dict[str, Tensor] = {}
     keys_of = inverse(stored)
+    values: dict[str, Tensor] = {}
+    mapped, copied = [], []
     for name in keys_of:
         if (held := part.tensors.dtypes[name]) not in FLOATS:
             raise ValueError(
                 f"{name} in {part.tensors} is stored as {held}, weights are {', '.join(FLOATS)}: use another file"
             )
-    as_it_is = {
-        name
-        for name in keys_of
-        if device.type == "cpu" and _has_dtype(part.tensors.dtypes[name], dtype)
-    }
-    for mapped, names in ((True, as_it_is), (False, keys_of.keys() - as_it_is)):
-        for name, value in part.tensors.read(names, mapped=mapped):
-            if not mapped:
-                value = _checked(f"{name} in {part.tensors}", value, dtype or value.dtype)
-            pieces = value.chunk(len(keys_of[name]))
-            for key, piece in zip(keys_of[name], pieces, strict=True):
-                restored = stored[key].form.restore(piece, wanted[key].shape)
-                values[key] = restored.to(device=device, dtype=dtype or value.dtype)
+        as_it_is = device.type == "cpu" and dtype in (None, DTYPES[held])
+        (mapped if as_it_is else copied).append(name)
+    for names in (mapped, copied):
+        for name, value in part.tensors.read(names, mapped=names is mapped):
+            if names is copied:
+                value = _cast(f"{name} in {part.tensors}", value, dtype or value.dtype)
+            for key, piece in zip(keys_of[name], value.chunk(len(keys_of[name])), strict=True):
+                values[key] = stored[key].form.restore(piece, wanted[key].shape).to(device)
     module.load_state_dict(values, strict=True, assign=True)
     module.to(device).eval().requires_grad_(False)  # `to`: buffers that no file holds
 
@@ -226,25 +221,18 @@ def collect(
     }
 
 
-def _has_dtype(name: str, dtype: torch.dtype | None) -> bool:
-    """Whether a tensor that a file calls `name` needs no cast to `dtype`."""
-    return dtype is None or DTYPES.get(name) == dtype
-
-
-def _checked(what: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+def _cast(what: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a copy of `value` in `dtype`. Raises ValueError if it holds what `dtype` has no finite number for.
 
     It goes a part at a time through fp32 (a cast to bf16 is faster so) and the processor's cache.
     """
     out = torch.empty(value.shape, dtype=dtype)
     wide = torch.float64 if value.dtype == torch.float64 else torch.float32
-    buffer = torch.empty(2**20, dtype=wide)
-    sources, targets = (torch.split(tensor.flatten(), 2**20) for tensor in (value, out))
-    for source, target in zip(sources, targets, strict=True):
-        if not len(source):
-            continue
-        part = buffer[: len(source)].copy_(source)
-        largest = torch.stack(part.aminmax()).abs().max().item()  # NaN spreads
+    for source, target in zip(
+        value.flatten().split(2**20), out.flatten().split(2**20), strict=True
+    ):
+        part = source.to(wide)
+        largest = torch.stack(part.aminmax()).abs().max().item() if len(part) else 0  # NaN spreads
         if not math.isfinite(largest):
             raise ValueError(
                 f"{what} holds NaN or infinity: the file is damaged (a merge gone wrong?), use another"
@@ -256,31 +244,6 @@ def _checked(what: str, value: Tensor, dtype: torch.dtype) -> Tensor:
             )
         target.copy_(part)
     return out
-
-
-def _fits(
-    shape: tuple[int, ...],
-    keys: Sequence[str],
-    stored: Mapping[str, Stored],
-    state: Mapping[str, Tensor],
-) -> bool:
-    """Whether a stored tensor of that shape can be restored to our `keys`, its pieces."""
-    if not shape or shape[0] % len(keys):
-        return len(keys) == 1 and _restores(shape, stored[keys[0]].form, state[keys[0]].shape)
-    piece = (shape[0] // len(keys), *shape[1:])
-    return all(_restores(piece, stored[key].form, state[key].shape) for key in keys)
-
-
-def _restores(shape: tuple[int, ...], form: Form, wanted: Size) -> bool:
-    return form.restore(torch.empty(shape, device="meta"), wanted).shape == wanted
-
-
-def _shape(
-    keys: Sequence[str], stored: Mapping[str, Stored], state: Mapping[str, Tensor]
-) -> list[int]:
-    """The shape in which our `keys` are stored together."""
-    first = stored[keys[0]].form.store(torch.empty(state[keys[0]].shape, device="meta")).shape
-    return [first[0] * len(keys), *first[1:]] if first else []
 
 
 def some(names: Sequence[str]) -> str:

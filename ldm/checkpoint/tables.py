@@ -7,7 +7,7 @@ residual blocks and depths of its configuration.
 from collections.abc import Callable
 from typing import NamedTuple
 
-from ldm.checkpoint.keymap import EITHER_RANK, PIXELS, TRANSPOSED, Piece, Rule
+from ldm.checkpoint.keymap import Form, Piece, Rule
 from ldm.config import TextConfig, UNetConfig, VAEConfig
 
 UNET_PREFIX = "model.diffusion_model."
@@ -30,9 +30,9 @@ _TRANSFORMER_BLOCK = (
 )
 _TRANSFORMER = (
     *_same("norm"),
-    Rule("proj_in", "proj_in", form=EITHER_RANK),
+    Rule("proj_in", "proj_in"),
     Rule("blocks.{n}", "transformer_blocks.{n}", _TRANSFORMER_BLOCK),
-    Rule("proj_out", "proj_out", form=EITHER_RANK),
+    Rule("proj_out", "proj_out"),
 )
 _CLIP = _same("embeddings", "encoder", "final_layer_norm")
 
@@ -49,10 +49,10 @@ _LDM_RES = (
 _LDM_VAE_RES = (*_same("norm1", "conv1", "norm2", "conv2"), Rule("skip", "nin_shortcut"))
 _LDM_VAE_ATTENTION = (
     *_same("norm"),
-    Rule("to_q", "q", form=PIXELS),
-    Rule("to_k", "k", form=PIXELS),
-    Rule("to_v", "v", form=PIXELS),
-    Rule("to_out", "proj_out", form=PIXELS),
+    Rule("to_q", "q", form=Form.PIXELS),
+    Rule("to_k", "k", form=Form.PIXELS),
+    Rule("to_v", "v", form=Form.PIXELS),
+    Rule("to_out", "proj_out", form=Form.PIXELS),
 )
 _DIFFUSERS_RES = (
     *_same("norm1", "conv1", "norm2", "conv2"),
@@ -61,17 +61,17 @@ _DIFFUSERS_RES = (
 )
 DIFFUSERS_VAE_ATTENTION = (
     Rule("norm", "group_norm"),
-    Rule("to_q", "to_q", form=EITHER_RANK),
-    Rule("to_k", "to_k", form=EITHER_RANK),
-    Rule("to_v", "to_v", form=EITHER_RANK),
-    Rule("to_out", "to_out.0", form=EITHER_RANK),
+    Rule("to_q", "to_q"),
+    Rule("to_k", "to_k"),
+    Rule("to_v", "to_v"),
+    Rule("to_out", "to_out.0"),
 )
 OLD_DIFFUSERS_VAE_ATTENTION = (  # of older folders, SD 1.5's own among them
     Rule("norm", "group_norm"),
-    Rule("to_q", "query", form=EITHER_RANK),
-    Rule("to_k", "key", form=EITHER_RANK),
-    Rule("to_v", "value", form=EITHER_RANK),
-    Rule("to_out", "proj_attn", form=EITHER_RANK),
+    Rule("to_q", "query"),
+    Rule("to_k", "key"),
+    Rule("to_v", "value"),
+    Rule("to_out", "proj_attn"),
 )
 
 
@@ -220,7 +220,7 @@ _OPENCLIP = (
 OPENCLIP_TEXT = (
     Rule("model.text_model", "", _OPENCLIP),
     Rule("model", "", _OPENCLIP),
-    Rule("projection.weight", "text_projection", form=TRANSPOSED),
+    Rule("projection.weight", "text_projection", form=Form.TRANSPOSED),
 )
 
 
