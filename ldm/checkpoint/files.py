@@ -148,9 +148,7 @@ def save(
     and for a model that the layout cannot express.
     """
     if layout not in ("ldm", "diffusers"):
-        raise ValueError(
-            f"layout must be 'ldm' (one file) or 'diffusers' (a folder), got {layout!r}"
-        )
+        raise ValueError(f"layout must be 'ldm' (a file) or 'diffusers' (a folder), got {layout!r}")
     _check_target(Path(path), layout, overwrite)
     path = Path(path).resolve()
     with beside(path) as new:
@@ -172,11 +170,11 @@ def convert(
     ema: bool = False,
     replace: Mapping[str, str | Path] = {},
     overwrite: bool = False,
-) -> tuple[str, ...]:
+) -> list[str]:
     """Write the model at `path`, which may be a pickle, to `target` in another layout or dtype; else bit for bit.
 
     A pickle that holds something else, such as a VAE or a ControlNet, becomes a .safetensors file (layout "ldm") with
-    the same names. Returns the names of the tensors that are left out, because no network uses them: schedules, averaged copies.
+    the same names. Returns the names of the tensors that no network uses, such as schedules: they are left out.
     Raises ValueError as `load` and `save` do, and for a pickle that holds anything but tensors and plain values.
     """
     _check_target(Path(target), layout, overwrite)
@@ -184,7 +182,7 @@ def convert(
         tensors = PickledTensors(Path(path))
         if not find(tensors).whole:
             _rewrite(tensors, Path(target).resolve(), layout, dtype)
-            return ()
+            return []
     model = identify(path, prediction=prediction, ema=ema, replace=replace, pickles=True)
     left = left_out(*model)
     save(read(model, dtype=dtype), target, layout=layout, dtype=dtype, overwrite=overwrite)
@@ -226,12 +224,8 @@ def _check_target(path: Path, layout: Layout, overwrite: bool) -> None:
     if not path.exists():
         return
     if not overwrite:
-        raise ValueError(
-            f"{path} exists already: give another path, or overwrite=True (--overwrite)"
-        )
+        raise ValueError(f"{path} exists: give another path, or overwrite=True (--overwrite)")
     if layout == "ldm" and path.is_dir():
         raise ValueError(f"{path} is a folder and the ldm layout is one file: give a file name")
     if layout == "diffusers" and not (path / "model_index.json").is_file():
-        raise ValueError(
-            f"{path} is not a model folder, so it is not overwritten: give another path"
-        )
+        raise ValueError(f"{path} is no model folder, so it is not overwritten: give another path")

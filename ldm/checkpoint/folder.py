@@ -22,9 +22,9 @@ from ldm.checkpoint.identify import (
     text_part,
     vae_part,
 )
-from ldm.checkpoint.parts import TOWERS, Model, ModelLike, Part, Source, collect, some
+from ldm.checkpoint.parts import TOWERS, Model, ModelLike, Part, Source, collect
 from ldm.checkpoint.pickles import PickledTensors
-from ldm.checkpoint.tensors import TensorFiles, Tensors, check_file, write_tensors
+from ldm.checkpoint.tensors import TensorFiles, Tensors, check_file, some, write_tensors
 from ldm.config import SD15, ModelConfig, Prediction, TextConfig, VAEConfig, from_dict
 from ldm.models.text import EOS, Tokenizer
 from ldm.models.vae import VAE

@@ -158,7 +158,7 @@ def text_part(tensors: Tensors, place: Place, config: TextConfig) -> Part:
     prefix, shapes = place.prefix, tensors.shapes
     if place.style != "openclip":
         return Part(tensors, tables.hf_text("text_model" if place.style == "hf" else ""), prefix)
-    rules = tables.OPENCLIP_TEXT
+    rules: tuple[Rule, ...] = tables.OPENCLIP_TEXT
     if f"{prefix}text_projection" not in shapes:  # Playground v2 holds it as a Linear's weight
         rules = (Rule("projection.weight", "text_projection.weight"), *rules)
     last = f"{prefix}transformer.resblocks.{config.layers}."  # of SD 2, which takes the one before

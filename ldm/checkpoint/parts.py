@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.checkpoint.keymap import Rule, Stored, inverse, key_map
-from ldm.checkpoint.tensors import DTYPES, FLOATS, Tensors
+from ldm.checkpoint.tensors import DTYPES, FLOATS, Tensors, some
 from ldm.config import ModelConfig
 from ldm.models.int8 import is_plain
 from ldm.models.text import TextEncoder, Tokenizer
@@ -18,7 +18,6 @@ from ldm.models.vae import VAE
 
 Layout = Literal["ldm", "diffusers"]
 TOWERS = ("text_encoder", "text_encoder_2")  # names of the parts that hold the text towers
-SHOWN = 3  # names of each kind that an error lists
 
 
 class Model(NamedTuple):
@@ -179,7 +178,8 @@ def fill(module: nn.Module, part: Part, *, dtype: torch.dtype | None, device: to
     stored = part.stored(list(wanted))
     keys_of = inverse(stored)
     values: dict[str, Tensor] = {}
-    mapped, copied = [], []
+    mapped: list[str] = []
+    copied: list[str] = []
     for name in keys_of:
         if (held := part.tensors.dtypes[name]) not in FLOATS:
             raise ValueError(
@@ -228,11 +228,10 @@ def _cast(what: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     """
     out = torch.empty(value.shape, dtype=dtype)
     wide = torch.float64 if value.dtype == torch.float64 else torch.float32
-    for source, target in zip(
-        value.flatten().split(2**20), out.flatten().split(2**20), strict=True
-    ):
-        part = source.to(wide)
-        largest = torch.stack(part.aminmax()).abs().max().item() if len(part) else 0  # NaN spreads
+    source, target = value.flatten(), out.flatten()
+    for start in range(0, len(source), 2**20):
+        part = source[start : start + 2**20].to(wide)
+        largest = torch.stack(part.aminmax()).abs().max().item()  # NaN spreads
         if not math.isfinite(largest):
             raise ValueError(
                 f"{what} holds NaN or infinity: the file is damaged (a merge gone wrong?), use another"
@@ -242,10 +241,5 @@ def _cast(what: str, value: Tensor, dtype: torch.dtype) -> Tensor:
             raise ValueError(
                 f"{what} holds {largest:.3g}, too large for {name}: take another dtype"
             )
-        target.copy_(part)
+        target[start : start + 2**20] = part
     return out
-
-
-def some(names: Sequence[str]) -> str:
-    """Return the first few of `names` as a list in a sentence."""
-    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")

@@ -5,18 +5,18 @@ Classes that training frameworks leave beside the tensors are replaced by an emp
 """
 
 import re
+import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from ldm.checkpoint.tensors import DTYPES, PICKLE_STARTS, read_header
+from ldm.checkpoint.tensors import DTYPES, PICKLE_STARTS, read_header, some
 
 TORCH_NEEDED = "2.10"  # before it, weights_only did not keep pickles from corrupting memory
-SHOWN = 10  # names that an error lists
 NESTS = ("state_dict", "model", "module")  # names under which training loops keep the tensors
 
 # What honest files name beside their tensors: callbacks of Lightning and numpy's scalars (in the official Stable
@@ -42,8 +42,7 @@ class _Inert:
     def __new__(cls, *args: object) -> "_Inert":
         return super().__new__(cls)
 
-    def __init__(self, *args: object) -> None:
-        pass
+    def __init__(self, *args: object) -> None: ...
 
     def __setstate__(self, state: object) -> None:
         pass
@@ -53,24 +52,31 @@ class PickledTensors:
     """The tensors of one pickle, with the interface of TensorFiles.
 
     Zip files are memory-mapped; files older than torch 1.6 are read whole. metadata: "global_step" where there is one.
-    dropped: the names of values that are not tensors.
     Raises ValueError for a file that is no whole pickle of tensors by name, and for one that names code.
     """
 
     def __init__(self, path: Path) -> None:
         self.paths = (path,)
         self.metadata: dict[str, str] = {}
-        self.dropped: list[str] = []
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.dtypes: dict[str, str] = {}
         self._tensors: dict[str, Tensor] = {}
         for name, value in self._unwrap(_load(path)).items():
-            if isinstance(name, str) and isinstance(value, Tensor):
-                self._add(_WRAPPERS.sub("", name), value)
-            elif name != "global_step":
-                self.dropped.append(str(name))
+            if not isinstance(value, Tensor):
+                continue
+            name = _WRAPPERS.sub("", str(name))
+            if name in self._tensors:
+                raise ValueError(
+                    f"{path} holds {name!r} twice, with and without a wrapper's prefix"
+                )
+            if value.layout != torch.strided or value.is_meta or value.dtype not in _NAMES:
+                raise ValueError(
+                    f"{name!r} in {path} is no plain tensor but one of {value.dtype}, {value.layout}, on "
+                    f"{value.device}: allowed are dense ones of {', '.join(DTYPES)}"
+                )
+            self._tensors[name] = value.detach()
         if not self._tensors:
-            raise ValueError(f"{path} holds no tensors by name; it holds {_some(self.dropped)}")
+            raise ValueError(f"{path} holds no tensors by name")
+        self.shapes = {name: tuple(value.shape) for name, value in self._tensors.items()}
+        self.dtypes = {name: _NAMES[value.dtype] for name, value in self._tensors.items()}
 
     def __str__(self) -> str:
         return str(self.paths[0])
@@ -89,45 +95,26 @@ class PickledTensors:
         """Follow the nests of training loops to the dictionary of tensors."""
         for _ in range(8):
             if not isinstance(found, dict):
-                raise ValueError(f"{self} holds a {type(found).__name__} and no tensors by name")
+                break
             found = dict(found)  # an OrderedDict may have an `items` of its own
             if type(step := found.get("global_step")) is int:
                 self.metadata = {"global_step": str(step)}
             nest = next((name for name in NESTS if isinstance(found.get(name), dict)), None)
             if nest is None:
                 return found
-            self.dropped += [str(name) for name in found if name not in (nest, "global_step")]
             found = found[nest]
-        raise ValueError(f"{self} nests its tensors more than 8 deep")
-
-    def _add(self, name: str, value: Tensor) -> None:
-        """Take in one tensor. Raises ValueError unless it is dense, on the CPU, and its name is new."""
-        if name in self._tensors:
-            raise ValueError(f"{self} holds {name!r} twice, with and without a wrapper's prefix")
-        if (
-            type(value) not in (Tensor, nn.Parameter)
-            or vars(value)
-            or value.dtype not in _NAMES
-            or (value.layout, value.device.type) != (torch.strided, "cpu")
-        ):
-            raise ValueError(
-                f"{name!r} in {self} is no plain tensor but a {type(value).__name__} of {value.dtype}, {value.layout}, "
-                f"on {value.device}: allowed are dense ones of {', '.join(DTYPES)}"
-            )
-        self._tensors[name] = value.detach()
-        self.shapes[name], self.dtypes[name] = tuple(value.shape), _NAMES[value.dtype]
+        raise ValueError(f"{self} holds a {type(found).__name__} and no tensors by name")
 
 
 def is_pickle(path: Path) -> bool:
     """Tell from its first bytes whether the file at `path` is a PyTorch pickle, whatever its name."""
-    start = _start(path) if path.is_file() else b""
-    # with "{" as the ninth byte, the eight before it are the length of a safetensors header
-    return start.startswith(PICKLE_STARTS) and start[8:] != b"{"
-
-
-def _start(path: Path) -> bytes:
+    if not path.is_file():
+        return False
     with path.open("rb") as file:
-        return file.read(9)
+        start = file.read(
+            9
+        )  # with "{" as the ninth byte, the others are the length of a safetensors header
+    return start.startswith(PICKLE_STARTS) and start[8:] != b"{"
 
 
 def _load(path: Path) -> Any:
@@ -142,7 +129,7 @@ def _load(path: Path) -> Any:
             f"{path} is a pickle, which torch reads safely from {TORCH_NEEDED} on (CVE-2026-24747), this is "
             f"{torch.__version__}: upgrade torch, or give the model's .safetensors file"
         )
-    zipped = _start(path).startswith(b"PK")
+    zipped = zipfile.is_zipfile(path)
     with safe_globals([(_Inert, name) for name in INERT]):
         try:
             foreign = get_unsafe_globals_in_checkpoint(path) if zipped else []
@@ -157,11 +144,6 @@ def _load(path: Path) -> Any:
                     f"{path} is damaged or no checkpoint: {type(error).__name__} {reason[:200]}; fetch it again"
                 ) from error
     raise ValueError(
-        f"{path} names code that has no place among weights, so it is not opened: {_some(sorted(foreign))}; give the "
+        f"{path} names code that has no place among weights, so it is not opened: {some(sorted(foreign))}; give the "
         "model's .safetensors file"
     )
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(repr(name[:100]) for name in names[:SHOWN])
-    return (shown or "nothing") + (", ..." if len(names) > SHOWN else "")

@@ -10,10 +10,10 @@ import torch
 from ldm.checkpoint.folder import open_folder
 from ldm.checkpoint.identify import IGNORED, recognize
 from ldm.checkpoint.known import KNOWN, KNOWN_SIZES
-from ldm.checkpoint.parts import TOWERS, Source, check, modules, some
+from ldm.checkpoint.parts import TOWERS, Source, check, modules
 from ldm.checkpoint.pickles import PickledTensors, is_pickle
 from ldm.checkpoint.single import open_single
-from ldm.checkpoint.tensors import TensorFiles, Tensors
+from ldm.checkpoint.tensors import TensorFiles, Tensors, some
 from ldm.config import SD15, Prediction
 from ldm.models.text import TextEncoder
 from ldm.models.unet import UNet
@@ -147,7 +147,7 @@ def check_fits(source: Source, path: str | Path) -> tuple[Networks, Source]:
     return networks, source
 
 
-def left_out(source: Source, networks: Networks) -> tuple[str, ...]:
+def left_out(source: Source, networks: Networks) -> list[str]:
     """Return the names of the tensors in a source's files that none of its networks uses."""
     return check(modules(*networks), source.parts, source.dropped)
 

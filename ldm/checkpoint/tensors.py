@@ -50,6 +50,7 @@ _SIGNATURES = (  # in lower case
     (b"\xff\xd8\xff", "is a picture and not a model"),
     (b"riff", "is a picture or sound and not a model"),
 )
+SHOWN = 3  # names that a message lists
 _ERRNO = re.compile(r"os error (\d+)")  # at the end of safetensors' messages
 
 
@@ -196,6 +197,11 @@ def _what_else(start: bytes) -> str:
         if start.lstrip().lower().startswith(signature):
             return what
     return f"is not a safetensors file: it starts with {start[:16]!r}"
+
+
+def some(names: Sequence[str]) -> str:
+    """Return the first few of `names` as a list in a sentence."""
+    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
 
 
 def write_tensors(

@@ -136,14 +136,14 @@ def inspect(
         stored = inverse(part.stored(list(networks[name].state_dict())))
         held = [n for n in stored if n in part.tensors.shapes]
         components.append(_component(name, part.tensors, held, part.prefix))
-    config = source.config if "unet" in source.parts else None
+    config, has_unet = source.config, "unet" in source.parts
     return dataclasses.replace(
         report,
         kind=kind,
         problem=problem,
         layout=source.layout,
-        preset=config and config.name,
-        prediction=config and config.diffusion.prediction,
+        preset=config.name if has_unet else None,
+        prediction=config.diffusion.prediction if has_unet else None,
         why=source.why,
         notes=source.notes,
         components=tuple(components),

@@ -32,7 +32,10 @@ import torch
 from torch import Tensor
 
 BetaSchedule = Literal["scaled_linear", "linear"]
-Spacing = Literal["leading", "trailing", "linspace", "karras", "lcm"]
+Spacing = Literal[
+    "leading", "trailing", "linspace", "lcm", "karras", "leading_karras", "trailing_karras",
+    "exponential", "leading_exponential", "trailing_exponential",
+]  # fmt: skip
 Final = Literal["zero", "first"]
 
 SMALLEST_ALPHA = 2.0**-24  # stands for "no signal": sigma is 4096, not infinite, as in diffusers
