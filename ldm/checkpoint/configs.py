@@ -169,9 +169,7 @@ def vae_from_json(json: Json, where: str, *, sdxl: bool) -> VAEConfig:
     for key, name in (("down", "DownEncoderBlock2D"), ("up", "UpDecoderBlock2D")):
         types = json.get(f"{key}_block_types", [name])
         if types != [name] * _levels(table, where):
-            raise ValueError(
-                f"{where}: {key}_block_types must be {name} for every level, got {short(types)}"
-            )
+            raise ValueError(f"{where}: {key}_block_types must be {name} for every level, got {short(types)}")
     table["overflows_fp16"] = sdxl and table["overflows_fp16"]
     return from_dict(table, VAEConfig, where)
 
@@ -222,9 +220,7 @@ def text_to_json(config: TextConfig, bos_id: int, eos_id: int, *, sdxl: bool) ->
     }
 
 
-def diffusion_from_json(
-    json: Json, where: str, *, sdxl: bool
-) -> tuple[DiffusionConfig, tuple[str, ...]]:
+def diffusion_from_json(json: Json, where: str, *, sdxl: bool) -> tuple[DiffusionConfig, tuple[str, ...]]:
     """Read scheduler_config.json, whichever of diffusers' schedulers it is for: the process, and notes.
 
     json: its "_class_name" is the one of model_index.json, which diffusers follows. The notes name options that have
@@ -251,11 +247,7 @@ def diffusion_from_json(
     table = _read(json, _SCHEDULER) | {"prediction": predictions[prediction], "spacing": spacing}
     if not sdxl:
         table["offset"] = 1
-    unusual = [
-        f"{k} {json[k]}"
-        for k, usual in _SCHEDULER_USUAL.items()
-        if json.get(k, usual[0]) not in usual
-    ]
+    unusual = [f"{k} {json[k]}" for k, usual in _SCHEDULER_USUAL.items() if json.get(k, usual[0]) not in usual]
     notes = (f"its scheduler's {', '.join(unusual)} has no counterpart here",) if unusual else ()
     return from_dict(table, DiffusionConfig, where), notes
 
@@ -295,9 +287,7 @@ def _levels(table: Json, where: str) -> int:
     """How many levels a network has. Raises ValueError if its channels are no list."""
     channels = table["channels"]
     if not isinstance(channels, list | tuple) or not channels:
-        raise ValueError(
-            f"{where}: block_out_channels must be a list with one entry per level, got {short(channels)}"
-        )
+        raise ValueError(f"{where}: block_out_channels must be a list with one entry per level, got {short(channels)}")
     return len(channels)
 
 

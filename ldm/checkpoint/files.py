@@ -12,14 +12,7 @@ from ldm.checkpoint.known import kind_of
 from ldm.checkpoint.parts import Layout, Model, ModelLike, Source, check, fill, modules
 from ldm.checkpoint.pickles import PickledTensors, is_pickle
 from ldm.checkpoint.single import write_single
-from ldm.checkpoint.sources import (
-    Networks,
-    check_complete,
-    check_fits,
-    left_out,
-    merge,
-    open_source,
-)
+from ldm.checkpoint.sources import Networks, check_complete, check_fits, left_out, merge, open_source
 from ldm.checkpoint.tensors import beside, replace_folder, write_tensors
 from ldm.config import ModelConfig, Prediction
 from ldm.models.vae import VAE
@@ -202,9 +195,7 @@ def save_vae(vae: VAE, path: str | Path, *, image_size: int) -> None:
         replace_folder(path, new)
 
 
-def _rewrite(
-    tensors: PickledTensors, target: Path, layout: Layout, dtype: torch.dtype | None
-) -> None:
+def _rewrite(tensors: PickledTensors, target: Path, layout: Layout, dtype: torch.dtype | None) -> None:
     """Write the tensors of a pickle that is no whole model under their own names, in `dtype` where they are floats."""
     if layout != "ldm":
         what = kind_of(tensors) or "a part of a model"

@@ -14,14 +14,7 @@ from torch import Tensor
 
 from ldm.checkpoint import configs, tables
 from ldm.checkpoint.configs import Json
-from ldm.checkpoint.identify import (
-    Place,
-    check_inputs,
-    padded_as_official,
-    recognize,
-    text_part,
-    vae_part,
-)
+from ldm.checkpoint.identify import Place, check_inputs, padded_as_official, recognize, text_part, vae_part
 from ldm.checkpoint.parts import TOWERS, Model, ModelLike, Part, Source, collect
 from ldm.checkpoint.pickles import PickledTensors
 from ldm.checkpoint.tensors import TensorFiles, Tensors, check_file, some, write_tensors
@@ -32,15 +25,7 @@ from ldm.models.vae import VAE
 _NETWORK, _TOWER = "diffusion_pytorch_model", "model"  # stems of the files with the weights
 _COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 _SECOND = ("text_encoder_2", "tokenizer_2")  # of SDXL, whose refiner has these alone
-_REFUSED = (
-    "controlnet",
-    "adapter",
-    "motion_adapter",
-    "prior",
-    "prior_prior",
-    "transformer",
-    "low_res_scheduler",
-)
+_REFUSED = ("controlnet", "adapter", "motion_adapter", "prior", "prior_prior", "transformer", "low_res_scheduler")
 _CLASSES = {  # of diffusers and transformers; another class computes something else
     "unet": ("UNet2DConditionModel",),
     "vae": ("AutoencoderKL",),
@@ -48,10 +33,7 @@ _CLASSES = {  # of diffusers and transformers; another class computes something 
     "text_encoder_2": ("CLIPTextModel", "CLIPTextModelWithProjection"),
 }
 _PIPELINES = {8: "StableDiffusionInstructPix2PixPipeline", 9: "StableDiffusionInpaintPipeline"}
-_SDXL_PIPELINES = {
-    8: "StableDiffusionXLInstructPix2PixPipeline",
-    9: "StableDiffusionXLInpaintPipeline",
-}
+_SDXL_PIPELINES = {8: "StableDiffusionXLInstructPix2PixPipeline", 9: "StableDiffusionXLInpaintPipeline"}
 _KEPT = "ldm.safetensors"  # tensors of a single file that this layout has no place for
 
 
@@ -66,9 +48,7 @@ class Extras:
     sampler: str = "dpmpp_2m"
 
 
-def open_folder(
-    folder: Path, *, prediction: Prediction | None = None, pickles: bool = False
-) -> Source:
+def open_folder(folder: Path, *, prediction: Prediction | None = None, pickles: bool = False) -> Source:
     """Understand the model in `folder`, or the part of one, from its configs and headers.
 
     prediction: what the user says that its UNet predicts. pickles: whether weights that are pickles may be opened.
@@ -99,9 +79,7 @@ def open_folder(
         diffusion = dataclasses.replace(diffusion, prediction=prediction)
         why += f", you asked for {prediction}"
     size = unet_json.get("sample_size")
-    turbo = (
-        diffusion.spacing == "trailing" and not ours and _is_turbo(folder, size if sdxl else None)
-    )
+    turbo = diffusion.spacing == "trailing" and not ours and _is_turbo(folder, size if sdxl else None)
     config = recognize(unet, vae, text, diffusion, turbo=turbo)
     if isinstance(size, int):
         config = dataclasses.replace(config, image_size=size * vae.factor)
@@ -155,9 +133,7 @@ def write_folder(folder: Path, model: ModelLike, dtype: torch.dtype | None) -> N
     _write_network(folder / "unet", _NETWORK, unet, tensors)
     write_vae(folder / "vae", model.vae, config.image_size, dtype)
     encoder = model.text_encoder
-    for name, tower, tokenizer, text in zip(
-        names, encoder.towers, encoder.tokenizers, config.text, strict=True
-    ):
+    for name, tower, tokenizer, text in zip(names, encoder.towers, encoder.tokenizers, config.text, strict=True):
         json = configs.text_to_json(text, tokenizer.bos_id, tokenizer.eos_id, sdxl=sdxl)
         # with the level `text_model.`, which every version of transformers reads
         _write_network(folder / name, _TOWER, json, collect(tower, tables.hf_text(), dtype=dtype))
@@ -232,9 +208,7 @@ def _text_part(tensors: Tensors, config: TextConfig) -> Part:
 
 def _write_index(config: ModelConfig, scheduler: Json, towers: tuple[str, ...]) -> Json:
     inputs, sdxl = config.unet.in_channels, config.unet.vector_dim is not None
-    plain = (
-        "LatentConsistencyModelPipeline" if config.unet.guidance_dim else "StableDiffusionPipeline"
-    )
+    plain = "LatentConsistencyModelPipeline" if config.unet.guidance_dim else "StableDiffusionPipeline"
     index: Json = {
         "_class_name": _PIPELINES.get(inputs, plain),
         "_diffusers_version": "0.36.0",  # the oldest supported; some of its classes need one
@@ -287,9 +261,7 @@ def _read_index(folder: Path) -> tuple[Json, tuple[str, ...], tuple[str, ...]]:
         if name not in present or not (folder / name).is_dir():
             raise ValueError(f"{folder} lacks its {name}: fetch the whole folder again")
         if (kind := _class(index, name)) not in (allowed := _CLASSES.get(name, (kind,))):
-            raise ValueError(
-                f"the {name} of {folder} is {kind}, supported are {', '.join(allowed)}"
-            )
+            raise ValueError(f"the {name} of {folder} is {kind}, supported are {', '.join(allowed)}")
     others = sorted(set(present) - {*_COMPONENTS, *_SECOND, "safety_checker", "feature_extractor"})
     notes = (f"its {some(others)} is not used",) if others else ()
     return index, tuple(name for name in TOWERS if name in present), notes
@@ -325,9 +297,7 @@ def _read_json(path: Path) -> Json:
 def _weight_files(folder: Path, stem: str) -> list[Path]:
     """The safetensors file of a component, or its shards; another variant, such as fp16, if no plain one."""
     files = sorted(folder.glob(f"{stem}.*.safetensors"))
-    others = [
-        path.name.split(".")[1].split("-")[0] for path in files
-    ]  # a shard ends in -00001-of-2
+    others = [path.name.split(".")[1].split("-")[0] for path in files]  # a shard ends in -00001-of-2
     for variant in ("", ".fp16", *(f".{name}" for name in others)):
         file = folder / f"{stem}{variant}.safetensors"
         index = folder / f"{stem}.safetensors.index{variant}.json"
@@ -350,9 +320,7 @@ def _shards(index: Path) -> list[Path]:
     names = {str(name) for name in weight_map.values()}
     for name in sorted(names):
         if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
-            raise ValueError(
-                f"{index} names {name[:100]!r}, which is not a .safetensors file beside it"
-            )
+            raise ValueError(f"{index} names {name[:100]!r}, which is not a .safetensors file beside it")
         check_file(index.parent / name, f"{index.name} names it; fetch the folder again")
     paths = [index.parent / name for name in sorted(names)]
     for path in paths:

@@ -44,9 +44,7 @@ IGNORED = re.compile(
     r"|(model_ema|loss|first_stage_model\.loss|embedding_manager|cond_stage_model\.(.*\.)?vision_model)\..*"
     r"|(.*\.)?(position_ids|attn_mask|logit_scale)|cond_stage_key|v_pred|ztsnr"
 )
-_SCALED = re.compile(
-    r"scaled_fp8|.*\.(scale_weight|scale_input|weight_scale|input_scale|absmax|quant_map)"
-)
+_SCALED = re.compile(r"scaled_fp8|.*\.(scale_weight|scale_input|weight_scale|input_scale|absmax|quant_map)")
 _EDM_MARKERS = {
     "edm_mean": "Playground v2.5",
     "edm_std": "Playground v2.5",
@@ -94,10 +92,7 @@ def find(tensors: Tensors) -> Contents:
     for prefix in (tables.UNET_PREFIX, "unet.", "diffusion_model.", ""):
         for style, marks in (  # a ControlNet has the first of each pair, too
             ("ldm", ("input_blocks.0.0.weight", "out.2.weight")),
-            (
-                "diffusers",
-                ("conv_in.weight", "conv_norm_out.weight", "time_embedding.linear_1.weight"),
-            ),
+            ("diffusers", ("conv_in.weight", "conv_norm_out.weight", "time_embedding.linear_1.weight")),
         ):
             if all(prefix + mark in names for mark in marks):
                 unet = unet or Place(prefix, style)
@@ -206,9 +201,7 @@ class _Shapes:
         """Return one of a tensor's sizes. Raises ValueError if there is none."""
         shape = self.tensors.shapes.get(self.name(key), ())
         if dim >= len(shape):
-            raise ValueError(
-                f"{self.tensors} lacks {self.name(key)}, or its shape is wrong: {list(shape)}"
-            )
+            raise ValueError(f"{self.tensors} lacks {self.name(key)}, or its shape is wrong: {list(shape)}")
         return shape[dim]
 
     def depth(self, stage: str) -> int:
@@ -226,14 +219,10 @@ def unet_of(tensors: Tensors, place: Place) -> tuple[UNetConfig, ModelConfig, st
     """
     shapes = _Shapes(tensors, place)
     counts = range(1, 9)
-    shapes.res_blocks = next(
-        (i for i in counts if f"down.{i + 1}.res.norm1.weight" not in shapes), 8
-    )
+    shapes.res_blocks = next((i for i in counts if f"down.{i + 1}.res.norm1.weight" not in shapes), 8)
     per_level = shapes.res_blocks + 1
     levels = next(i for i in counts if f"down.{i * per_level + 1}.res.norm1.weight" not in shapes)
-    channels = tuple(
-        shapes.size(f"down.{i * per_level + 1}.res.conv1.weight", 0) for i in range(levels)
-    )
+    channels = tuple(shapes.size(f"down.{i * per_level + 1}.res.conv1.weight", 0) for i in range(levels))
     inputs, has_vector = shapes.size("down.0.conv.weight", 1), "vector_embed.0.weight" in shapes
     vector = shapes.size("vector_embed.0.weight", 1) if has_vector else None
     text = next((tensors.shapes[n] for n in shapes.names if n.endswith("attn2.to_k.weight")), ())
@@ -278,12 +267,7 @@ def check_inputs(channels: int, where: object) -> None:
 
 
 def recognize(
-    unet: UNetConfig,
-    vae: VAEConfig,
-    text: tuple[TextConfig, ...],
-    diffusion: DiffusionConfig,
-    *,
-    turbo: bool = False,
+    unet: UNetConfig, vae: VAEConfig, text: tuple[TextConfig, ...], diffusion: DiffusionConfig, *, turbo: bool = False
 ) -> ModelConfig:
     """Complete an architecture with its name, and with the image size, guidance and steps that suit it.
 
@@ -298,27 +282,16 @@ def recognize(
     own = dataclasses.replace(like, unet=unet, vae=vae, text=text, diffusion=diffusion)
     if unet.guidance_dim is not None:
         diffusion = dataclasses.replace(diffusion, spacing="lcm")
-        own = dataclasses.replace(
-            own, diffusion=diffusion, sampler="lcm", steps=4, guidance_scale=8.5
-        )
+        own = dataclasses.replace(own, diffusion=diffusion, sampler="lcm", steps=4, guidance_scale=8.5)
     plain = dataclasses.replace(
-        unet,
-        in_channels=4,
-        upcast_attention=like.unet.upcast_attention,
-        linear_projection=like.unet.linear_projection,
+        unet, in_channels=4, upcast_attention=like.unet.upcast_attention, linear_projection=like.unet.linear_projection
     )
     same = (plain, [t.width for t in text]) == (like.unet, [t.width for t in like.text])
-    name = (
-        like.name + _VARIANTS[unet.in_channels]
-        if same and unet.in_channels in _VARIANTS
-        else "custom"
-    )
+    name = like.name + _VARIANTS[unet.in_channels] if same and unet.in_channels in _VARIANTS else "custom"
     return dataclasses.replace(own, name=name)
 
 
-def padded_as_official(
-    text: tuple[TextConfig, ...], *, ours: bool
-) -> tuple[tuple[TextConfig, ...], tuple[str, ...]]:
+def padded_as_official(text: tuple[TextConfig, ...], *, ours: bool) -> tuple[tuple[TextConfig, ...], tuple[str, ...]]:
     """Return `text` with the padding of OpenCLIP's towers mended where this package wrote it wrongly, and notes.
 
     ours: whether this package wrote the file. Its version 0.1 read SD 2 folders with the wrong padding token.
@@ -329,9 +302,7 @@ def padded_as_official(
             note = 'its text encoder pads with <|endoftext|>, and all official ones of that kind with "!"'
             if ours:
                 config = dataclasses.replace(config, pad_id=0)
-                note = (
-                    'an earlier version of ldm wrote the wrong padding token into it; "!" is taken'
-                )
+                note = 'an earlier version of ldm wrote the wrong padding token into it; "!" is taken'
             notes.append(note)
         found.append(config)
     return tuple(found), tuple(notes)
@@ -372,11 +343,7 @@ class Decision(NamedTuple):
 
 
 def decide(
-    tensors: Tensors,
-    place: Place,
-    family: ModelConfig,
-    asked: Prediction | None,
-    known: KnownFile | None,
+    tensors: Tensors, place: Place, family: ModelConfig, asked: Prediction | None, known: KnownFile | None
 ) -> Decision:
     """Decide what the UNet at `place` predicts: the first of these that speaks decides, the notes name the others.
 
@@ -389,9 +356,7 @@ def decide(
         said.append((asked, f"you asked for {asked}"))
     if known and known.preset:
         prediction = PRESETS[known.preset.removesuffix("-inpainting")].diffusion.prediction
-        said.append(
-            (prediction, f"by its {known.told_by} it is {known.name}, which predicts {prediction}")
-        )
+        said.append((prediction, f"by its {known.told_by} it is {known.name}, which predicts {prediction}"))
     if "v_pred" in tensors.shapes:
         said.append(("v", "it holds the marker tensor v_pred"))
     for key, meanings in (_METADATA | (_SD2_METADATA if family is SD21_BASE else {})).items():
@@ -412,9 +377,7 @@ def decide(
     said.append(("eps", "its family does and nothing in it says otherwise"))
 
     prediction, why = said[0]
-    notes += [
-        f"{clause}, which is not followed" for other, clause in said[1:-1] if other != prediction
-    ]
+    notes += [f"{clause}, which is not followed" for other, clause in said[1:-1] if other != prediction]
     if zero_snr:
         why += f"; its schedule ends in zero SNR: {zero_snr}"
     return Decision(prediction, bool(zero_snr), why, tuple(notes))

@@ -58,9 +58,7 @@ _FILES: dict[str | None, dict[str, str]] = {
         "2a208a7ded5d42dcb0c0ec908b23c631002091e06afe7e76d16cd11079f8d4e3": "512-inpainting-ema.ckpt",
         "b29e2ed9a8fe58e76f7e801bda091d23738bd74c1da3f339bcbe2d40922fcb60": "512-inpainting-ema.safetensors",
     },
-    "sd-turbo": {
-        "3f067a1b943cf162f2b8f8588f6cf5824bd5b4c7d1d88d87164b9ca123616549": "sd_turbo.safetensors",
-    },
+    "sd-turbo": {"3f067a1b943cf162f2b8f8588f6cf5824bd5b4c7d1d88d87164b9ca123616549": "sd_turbo.safetensors"},
     "sdxl-base": {
         "31e35c80fc4829d14f90153f4c74cd59c90b779f6afe05a74cd6120b893f7e5b": "sd_xl_base_1.0.safetensors",
         "e6bb9ea85bbf7bf6478a7c6d18b71246f22e95d41bcdd80ed40aa212c33cfeff": "sd_xl_base_1.0_0.9vae.safetensors",
@@ -71,7 +69,7 @@ _FILES: dict[str | None, dict[str, str]] = {
         "13406f993ca1f118e1fabf14f7e189b5271a4383512cb046887a5de27375d227": "sd_xl_refiner_0.9.safetensors",
     },
     "sdxl-turbo": {
-        "e869ac7d6942cb327d68d5ed83a40447aadf20e0c3358d98b2cc9e270db0da26": "sd_xl_turbo_1.0_fp16.safetensors",
+        "e869ac7d6942cb327d68d5ed83a40447aadf20e0c3358d98b2cc9e270db0da26": "sd_xl_turbo_1.0_fp16.safetensors"
     },
     None: {
         "735e4c3a447a3255760d7f86845f09f937809baa529c17370d83e4c3758f3c75": "vae-ft-mse-840000-ema-pruned.safetensors",
@@ -85,16 +83,12 @@ _FILES: dict[str | None, dict[str, str]] = {
     },
 }
 KNOWN: dict[str, KnownFile] = {
-    sha256: KnownFile(name, preset)
-    for preset, files in _FILES.items()
-    for sha256, name in files.items()
+    sha256: KnownFile(name, preset) for preset, files in _FILES.items() for sha256, name in files.items()
 }
 
 
 # SDXL-Turbo has the names and shapes of SDXL base, and no other file that is known has its size to the byte.
-KNOWN_SIZES = {
-    6_938_081_905: KnownFile("sd_xl_turbo_1.0_fp16.safetensors", "sdxl-turbo", "size in bytes"),
-}
+KNOWN_SIZES = {6_938_081_905: KnownFile("sd_xl_turbo_1.0_fp16.safetensors", "sdxl-turbo", "size in bytes")}
 
 
 def digest(path: str | Path) -> str:
@@ -130,10 +124,7 @@ _KINDS = (  # what a file is, if one of its names matches
     (r"joint_blocks\.\d", "a Stable Diffusion 3 transformer"),
     (r"^(model\.diffusion_model\.)?transformer_blocks\.\d", "a diffusion transformer"),
     (r"^prior\.|^prior_", "a prior of unCLIP or Stable Cascade"),
-    (
-        r"^((taesd_)?(decoder|encoder)\.)?(layers\.)?\d+\.(conv\.)?\d*\.?weight$",
-        "a TAESD, a tiny autoencoder",
-    ),
+    (r"^((taesd_)?(decoder|encoder)\.)?(layers\.)?\d+\.(conv\.)?\d*\.?weight$", "a TAESD, a tiny autoencoder"),
     (r"^(vision_model|visual_projection|concept_embeds)", "a safety checker or an image encoder"),
     (r"^(params_ema|RRDB_trunk|model\.\d+\.sub)", "an upscaler such as ESRGAN"),
 )

@@ -141,17 +141,13 @@ def compare(
     return found, sorted(left)
 
 
-def check(
-    networks: Mapping[str, nn.Module], parts: Mapping[str, Part], dropped: Sequence[Part] = ()
-) -> list[str]:
+def check(networks: Mapping[str, nn.Module], parts: Mapping[str, Part], dropped: Sequence[Part] = ()) -> list[str]:
     """Return the names that nothing uses. Raises ValueError for the first part that does not fit, with names."""
     mismatches, left = compare(networks, parts, dropped)
     for part, tensors, *lists in mismatches:
         whats = ("missing", "of another shape", "of layers that it does not have")
         found = [f"{len(n)} {what}: {some(n)}" for n, what in zip(lists, whats, strict=True) if n]
-        raise ValueError(
-            f"the {part} in {tensors} does not match its configuration ({'; '.join(found)})"
-        )
+        raise ValueError(f"the {part} in {tensors} does not match its configuration ({'; '.join(found)})")
     return left
 
 
@@ -233,13 +229,9 @@ def _cast(what: str, value: Tensor, dtype: torch.dtype) -> Tensor:
         part = source[start : start + 2**20].to(wide)
         largest = torch.stack(part.aminmax()).abs().max().item()  # NaN spreads
         if not math.isfinite(largest):
-            raise ValueError(
-                f"{what} holds NaN or infinity: the file is damaged (a merge gone wrong?), use another"
-            )
+            raise ValueError(f"{what} holds NaN or infinity: the file is damaged (a merge gone wrong?), use another")
         if largest > torch.finfo(dtype).max:
             name = str(dtype).removeprefix("torch.")
-            raise ValueError(
-                f"{what} holds {largest:.3g}, too large for {name}: take another dtype"
-            )
+            raise ValueError(f"{what} holds {largest:.3g}, too large for {name}: take another dtype")
         target[start : start + 2**20] = part
     return out

@@ -64,9 +64,7 @@ class PickledTensors:
                 continue
             name = _WRAPPERS.sub("", str(name))
             if name in self._tensors:
-                raise ValueError(
-                    f"{path} holds {name!r} twice, with and without a wrapper's prefix"
-                )
+                raise ValueError(f"{path} holds {name!r} twice, with and without a wrapper's prefix")
             if value.layout != torch.strided or value.is_meta or value.dtype not in _NAMES:
                 raise ValueError(
                     f"{name!r} in {path} is no plain tensor but one of {value.dtype}, {value.layout}, on "
@@ -111,9 +109,7 @@ def is_pickle(path: Path) -> bool:
     if not path.is_file():
         return False
     with path.open("rb") as file:
-        start = file.read(
-            9
-        )  # with "{" as the ninth byte, the others are the length of a safetensors header
+        start = file.read(9)  # with "{" as the ninth byte, the others are the length of a safetensors header
     return start.startswith(PICKLE_STARTS) and start[8:] != b"{"
 
 

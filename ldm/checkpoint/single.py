@@ -31,33 +31,15 @@ from ldm.checkpoint.identify import (
 from ldm.checkpoint.known import KnownFile, kind_of
 from ldm.checkpoint.parts import TOWERS, Model, ModelLike, Source, collect
 from ldm.checkpoint.tensors import Tensors, write_tensors
-from ldm.config import (
-    SD21_BASE,
-    SD_TURBO,
-    SDXL_BASE,
-    DiffusionConfig,
-    ModelConfig,
-    Prediction,
-    TextConfig,
-    from_dict,
-)
+from ldm.config import SD21_BASE, SD_TURBO, SDXL_BASE, DiffusionConfig, ModelConfig, Prediction, TextConfig, from_dict
 from ldm.models.text import Tokenizer, official_vocabulary
 
 METADATA_KEY = "ldm.config"  # a file that this package wrote carries its ModelConfig there, as JSON
-_NEW_FIELDS = {
-    "overflows_fp16",
-    "up_depth",
-    "mid",
-    "guidance_dim",
-}  # files of version 0.1 lack them
+_NEW_FIELDS = {"overflows_fp16", "up_depth", "mid", "guidance_dim"}  # files of version 0.1 lack them
 
 
 def open_single(
-    tensors: Tensors,
-    *,
-    prediction: Prediction | None = None,
-    ema: bool = False,
-    known: KnownFile | None = None,
+    tensors: Tensors, *, prediction: Prediction | None = None, ema: bool = False, known: KnownFile | None = None
 ) -> Source:
     """Understand what a file holds, a whole model or parts of one, from names, shapes and metadata.
 
@@ -78,9 +60,7 @@ def open_single(
     if contents.unet is not None:
         parts["unet"] = unet_part(tensors, contents.unet, config.unet, ema=ema)
         if not ema and (count := count_ema(tensors)) >= ENOUGH_EMA:
-            notes += (
-                f"it also holds an averaged copy of the UNet ({count} tensors), used with ema only",
-            )
+            notes += (f"it also holds an averaged copy of the UNet ({count} tensors), used with ema only",)
     elif ema:
         raise ValueError(f"{tensors} holds no UNet, so it has no averaged copy of one")
     if contents.vae is not None:
@@ -132,9 +112,7 @@ def ldm_tensors(model: ModelLike, dtype: torch.dtype | None = None) -> dict[str,
         **collect(model.vae, tables.ldm_vae(config.vae), tables.VAE_PREFIX, dtype),
     }
     towers = tables.official_towers(config.text, sgm=sgm)
-    for name, tower, (prefix, rules), text in zip(
-        TOWERS, model.text_encoder.towers, towers, config.text, strict=False
-    ):
+    for name, tower, (prefix, rules), text in zip(TOWERS, model.text_encoder.towers, towers, config.text, strict=False):
         tensors |= collect(tower, rules, prefix, dtype)
         if rules is tables.OPENCLIP_TEXT:
             like = next(tower.parameters())
@@ -175,9 +153,7 @@ def _stand_ins(text: TextConfig, like: Tensor) -> dict[str, Tensor]:
     return neutral
 
 
-def _from_metadata(
-    tensors: Tensors, prediction: Prediction | None
-) -> tuple[ModelConfig, str, tuple[str, ...]]:
+def _from_metadata(tensors: Tensors, prediction: Prediction | None) -> tuple[ModelConfig, str, tuple[str, ...]]:
     """Read the configuration that this package wrote into a file: it, why, and notes."""
     where = f"{tensors}, metadata {METADATA_KEY}"
     try:
@@ -189,9 +165,7 @@ def _from_metadata(
     table.pop("micro_conditioning", None)  # in files of version 0.1; it follows from the rest
     config = from_dict(table, ModelConfig, where)
     if lacking := sorted(_lacking(table, ModelConfig)):
-        raise ValueError(
-            f"{where} lacks {', '.join(lacking)}: it was edited; convert the original file again"
-        )
+        raise ValueError(f"{where} lacks {', '.join(lacking)}: it was edited; convert the original file again")
     if "overflows_fp16" not in table["vae"]:
         vae = dataclasses.replace(config.vae, overflows_fp16=config.unet.vector_dim is not None)
         config = dataclasses.replace(config, vae=vae)
@@ -265,10 +239,6 @@ def _refuse(tensors: Tensors) -> None:
     """Raise ValueError saying what the file is instead of a model."""
     what = kind_of(tensors)
     if what is not None:
-        raise ValueError(
-            f"{tensors} is {what}, not a model: give a full checkpoint or a model folder"
-        )
+        raise ValueError(f"{tensors} is {what}, not a model: give a full checkpoint or a model folder")
     names = ", ".join(sorted(tensors.shapes)[:3]) or "no tensors"
-    raise ValueError(
-        f"{tensors} is no Stable Diffusion checkpoint, it lacks {tables.UNET_PREFIX}*; it has {names}"
-    )
+    raise ValueError(f"{tensors} is no Stable Diffusion checkpoint, it lacks {tables.UNET_PREFIX}*; it has {names}")

@@ -64,9 +64,7 @@ def merge(source: Source, replace: Mapping[str, str | Path]) -> Source:
             raise ValueError(f"parts to replace are {', '.join(REPLACEABLE)}, got {name!r}")
         other = open_source(path)
         if name not in other.parts:
-            raise ValueError(
-                f"{path} holds no {name}, only {', '.join(other.parts)}: give one that does"
-            )
+            raise ValueError(f"{path} holds no {name}, only {', '.join(other.parts)}: give one that does")
         source = _replaced(source, other, name, path)
     return source
 
@@ -86,9 +84,7 @@ def _replaced(source: Source, other: Source, name: str, path: str | Path) -> Sou
                 f"{scale:g}: it may belong to another family"
             )
         overflows = config.vae.overflows_fp16 if alone else vae.overflows_fp16 and sdxl
-        vae = dataclasses.replace(
-            vae, scaling_factor=scale if alone else vae.scaling_factor, overflows_fp16=overflows
-        )
+        vae = dataclasses.replace(vae, scaling_factor=scale if alone else vae.scaling_factor, overflows_fp16=overflows)
         config = dataclasses.replace(config, vae=vae)
     elif name == "unet":
         diffusion = config.diffusion
@@ -113,12 +109,7 @@ def _replaced(source: Source, other: Source, name: str, path: str | Path) -> Sou
         known = recognize(config.unet, config.vae, config.text, config.diffusion)
         config = dataclasses.replace(known, image_size=config.image_size)
     return dataclasses.replace(
-        source,
-        config=config,
-        parts=parts,
-        why=why,
-        notes=tuple(notes),
-        dropped=(*source.dropped, *dropped),
+        source, config=config, parts=parts, why=why, notes=tuple(notes), dropped=(*source.dropped, *dropped)
     )
 
 
@@ -168,19 +159,12 @@ def build(source: Source, path: str | Path) -> Networks:
         )
     for tokenizer, text in zip(source.tokenizers, config.text, strict=True):
         if (tokens := max(tokenizer.vocab.values()) + 1) > text.vocab_size:
-            raise ValueError(
-                f"the tokenizer of {path} has {tokens} tokens, its text encoder knows {text.vocab_size}"
-            )
+            raise ValueError(f"the tokenizer of {path} has {tokens} tokens, its text encoder knows {text.vocab_size}")
     try:
         config.micro_conditioning  # noqa: B018  # raises for a vector that no model has
         with torch.device("meta"):
             text_encoder = TextEncoder(config.text, source.tokenizers)
             return UNet(config.unet), VAE(config.vae), text_encoder
-    except (
-        ArithmeticError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:  # numbers that do not go together
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:  # numbers that do not go together
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"the configuration of {path} describes no model: {reason}") from error

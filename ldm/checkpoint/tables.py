@@ -120,9 +120,7 @@ def diffusers_unet(config: UNetConfig) -> tuple[Rule, ...]:
         Rule("down.0.conv", "conv_in"),
         Rule("down.{i}.res", down("resnets"), _DIFFUSERS_RES),
         Rule("down.{i}.transformer", down("attentions"), _TRANSFORMER),
-        Rule(
-            "down.{i}.downsample", lambda i: f"down_blocks.{i // per_level - 1}.downsamplers.0.conv"
-        ),
+        Rule("down.{i}.downsample", lambda i: f"down_blocks.{i // per_level - 1}.downsamplers.0.conv"),
         Rule("mid.res_in", "mid_block.resnets.0", _DIFFUSERS_RES),
         Rule("mid.transformer", "mid_block.attentions.0", _TRANSFORMER),
         Rule("mid.res_out", "mid_block.resnets.1", _DIFFUSERS_RES),
@@ -192,11 +190,7 @@ def diffusers_vae(attention: tuple[Rule, ...] = DIFFUSERS_VAE_ATTENTION) -> tupl
 
 def hf_text(level: str = "text_model") -> tuple[Rule, ...]:
     """Return the rules to the names of transformers, and of OpenAI's CLIP in LDM; in some files without `level`."""
-    return (
-        Rule("model.text_model", level, _CLIP),
-        Rule("model", level, _CLIP),
-        Rule("projection", "text_projection"),
-    )
+    return (Rule("model.text_model", level, _CLIP), Rule("model", level, _CLIP), Rule("projection", "text_projection"))
 
 
 _OPENCLIP_BLOCK = (

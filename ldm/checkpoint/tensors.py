@@ -38,10 +38,7 @@ _PICKLE = (
 _WEB_PAGE = "is a web page, so the download went wrong (a login may be needed): fetch it again"
 _SIGNATURES = (  # in lower case
     *((start.lower(), _PICKLE) for start in PICKLE_STARTS),
-    (
-        b"version https://git-lfs",
-        "is a Git LFS pointer and not the file itself: run `git lfs pull`",
-    ),
+    (b"version https://git-lfs", "is a Git LFS pointer and not the file itself: run `git lfs pull`"),
     (b"<!doctype", _WEB_PAGE),
     (b"<html", _WEB_PAGE),
     (b"{", "is a JSON file and holds no tensors: give a .safetensors file or a model folder"),
@@ -115,9 +112,7 @@ class TensorFiles:
         wanted = sorted(set(names), key=lambda name: self._places[name])
         for name in wanted:
             if self.dtypes[name] not in DTYPES:
-                raise ValueError(
-                    f"{name} in {self} is stored as {self.dtypes[name]}, allowed are {', '.join(DTYPES)}"
-                )
+                raise ValueError(f"{name} in {self} is stored as {self.dtypes[name]}, allowed are {', '.join(DTYPES)}")
         for path in self.paths:
             if found := [name for name in wanted if self._places[name].path == path]:
                 yield from (self._mapped if mapped else self._copied)(path, found)
@@ -180,9 +175,7 @@ def read_header(path: Path) -> tuple[int, dict[str, Any]]:
 def check_file(path: Path, advice: str) -> None:
     """Raise ValueError, with advice, unless `path` is a regular file that is not empty."""
     if path.is_symlink() and not path.exists():
-        raise ValueError(
-            f"{path} is a broken link, its target {os.readlink(path)} is missing: fetch it again"
-        )
+        raise ValueError(f"{path} is a broken link, its target {os.readlink(path)} is missing: fetch it again")
     if not path.exists():
         raise ValueError(f"{path} does not exist: {advice}")
     if not path.is_file():
@@ -204,9 +197,7 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
 
 
-def write_tensors(
-    tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None
-) -> None:
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write the safetensors file `path`, and return once the disk has it.
 
     Raises OSError if the file cannot be written, for example on a full disk.

@@ -87,17 +87,13 @@ class Report:
                 lines.append(f"  {title:12} {', '.join(names[:SHOWN])}{more}")
         lines += [f"  metadata     {key}: {value}" for key, value in self.metadata.items()]
         if self.sha256:
-            known = (
-                f", known as {self.known_as}" if self.known_as else ", not among the known files"
-            )
+            known = f", known as {self.known_as}" if self.known_as else ", not among the known files"
             lines.append(f"  sha256       {self.sha256}{known}")
         lines.append(f"  loads        {f'no: {self.problem}' if self.problem else 'yes'}")
         return "\n".join(lines)
 
 
-def inspect(
-    path: str | Path, *, prediction: Prediction | None = None, check_sha256: bool = False
-) -> Report:
+def inspect(path: str | Path, *, prediction: Prediction | None = None, check_sha256: bool = False) -> Report:
     """Report what is at `path`, reading headers and configs only, and all of a file if `check_sha256`.
 
     prediction: what the user says that its UNet predicts.
@@ -110,9 +106,7 @@ def inspect(
     tensors = None if path.is_dir() else TensorFiles([path])
     if tensors is not None:
         report = dataclasses.replace(
-            report,
-            metadata={_short(k): _short(v) for k, v in tensors.metadata.items()},
-            ema=count_ema(tensors),
+            report, metadata={_short(k): _short(v) for k, v in tensors.metadata.items()}, ema=count_ema(tensors)
         )
     try:
         source = open_source(path, prediction=prediction, sha256=sha256)
@@ -158,9 +152,7 @@ def _component(name: str, tensors: Tensors, names: Iterable[str], prefix: str) -
     """Count the tensors of those names."""
     shapes = {n: tensors.shapes[n] for n in names}
     numbers = sum(math.prod(shape) for shape in shapes.values())
-    return Component(
-        name, len(shapes), numbers, dict(Counter(tensors.dtypes[n] for n in shapes)), prefix
-    )
+    return Component(name, len(shapes), numbers, dict(Counter(tensors.dtypes[n] for n in shapes)), prefix)
 
 
 def _grouped(names: Sequence[str]) -> list[str]:
