@@ -328,17 +328,6 @@ RELATIVES: dict[str, UNetConfig] = {
 }
 
 
-def latent_consistency(config: ModelConfig) -> ModelConfig:
-    """Return `config` with what its authors set for a UNet that has a guidance_dim (Luo et al. 2023)."""
-    return dataclasses.replace(
-        config,
-        diffusion=dataclasses.replace(config.diffusion, spacing="lcm"),
-        guidance_scale=8.5,
-        steps=4,
-        sampler="lcm",
-    )
-
-
 def from_toml(path: str | Path, kind: type[T]) -> T:
     """Read the TOML file at `path` into the dataclass `kind`, tables into nested dataclasses.
 
