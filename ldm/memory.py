@@ -227,11 +227,10 @@ def _attention(
     """The attention that holds no full matrix of scores on this device."""
     unet, vae = config.unet, config.vae
     upcast = unet.upcast_attention and dtype == torch.float16
-    attends = [
-        any((*down, *up)) for down, up in zip(unet.depths()[0], unet.depths()[1][::-1], strict=True)
-    ]
+    down, up = unet.depths()
+    attends = [any(level + above) for level, above in zip(down, reversed(up), strict=True)]
+    attends[-1] |= unet.mid == "full"
     widths = {c // h for c, h, some in zip(unet.channels, unet.heads, attends, strict=True) if some}
-    widths.add(unet.channels[-1] // unet.heads[-1])  # of the middle
     heads = [(width, torch.float32 if upcast else dtype) for width in widths]
     heads.append((vae.channels[-1], vae_dtype))
     return "sdpa" if all(_is_fused(width, dtype, device) for width, dtype in heads) else "sliced"

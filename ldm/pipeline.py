@@ -1,7 +1,7 @@
 """From a prompt to pictures: the loop that makes what a `Request` asks for."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +20,7 @@ from ldm.memory import DECODE, Placement, find_device
 from ldm.models.int8 import is_plain
 from ldm.models.layers import timestep_embedding
 from ldm.models.text import TextEncoder
+from ldm.models.transformer import Context
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
 from ldm.request import Request
@@ -142,10 +143,10 @@ class Pipeline:
         weight = next(self.unet.parameters())
         network = self._network(weight.device)
         predict = guided(
-            network,
+            self._told(network, request),
             cond,
             uncond,
-            request.guidance_scale,
+            1.0 if uncond is None else request.guidance_scale,
             rescale=request.guidance_rescale,
             batched=self.placement.guidance == "batched",
             prepare=network.prepare,
@@ -157,6 +158,21 @@ class Pipeline:
             unguided = parametrise(predict, self.schedule, kind, dtype=dtype)
             denoise = within(request.guidance_interval, denoise, unguided)
         return consistency(denoise, self.schedule) if request.sampler == "lcm" else denoise
+
+    def _told(self, network: UNet | Graphs, request: Request) -> Callable[..., Tensor]:
+        """`network`, told the guidance scale if it was distilled with it: one call then stands for guidance's two."""
+        if self.config.unet.guidance_dim is None:
+            return network
+        assert request.guidance_scale is not None
+        device = next(self.unet.parameters()).device
+        guidance = torch.full((request.images,), request.guidance_scale - 1, device=device)
+
+        def told(
+            z: Tensor, timesteps: Tensor, context: Context, vector: Tensor | None = None
+        ) -> Tensor:
+            return network(z, timesteps, context, vector, None, guidance)
+
+        return told
 
     def _network(self, device: torch.device) -> UNet | Graphs:
         """The UNet, or its recorded calls, where it stays on a CUDA device and is no wrapper around one."""
@@ -174,7 +190,7 @@ class Pipeline:
         """
         assert request.guidance_scale is not None
         texts = [request.prompt]
-        if request.guidance_scale > 1:
+        if request.guidance_scale > 1 and self.config.unet.guidance_dim is None:
             texts.append(request.negative_prompt or "")
         encoded = [part for part in self.text_encoder.encode(texts) if part is not None]
         if request.negative_prompt is None:  # zeros, not the empty text

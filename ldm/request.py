@@ -90,7 +90,7 @@ class Request:
         Only a negative prompt may stay None: then guidance steers away from zeros instead of a text, as SDXL base was
         trained to (`ModelConfig.zero_negative`). For other models none is the empty text; a given "" always is.
         What SDXL is conditioned on beside the text gets its defaults (`default_conditioning`) in a model that has it.
-        Raises ValueError for a size that the model cannot make, and for a conditioning that it does not have.
+        Raises ValueError for a size that the model cannot make, and for conditioning or guidance that it does not have.
         """
         request = dataclasses.replace(
             self,
@@ -102,6 +102,12 @@ class Request:
             width=_either(self.width, config.image_size),
             height=_either(self.height, config.image_size),
         )
+        if config.unet.guidance_dim and (self.guidance_interval or self.guidance_rescale):
+            name = "guidance_interval" if self.guidance_interval else "guidance_rescale"
+            raise ValueError(
+                f"{name} steers between two predictions, and the model {config.name} makes one: its UNet is told the "
+                "guidance scale; leave it out"
+            )
         factor = config.vae.factor
         for name in ("width", "height"):
             size = getattr(request, name)

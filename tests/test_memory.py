@@ -97,6 +97,11 @@ def test_where_sdpa_would_hold_all_scores_attention_is_sliced(gpu, monkeypatch):
     asked.clear()
     assert Placement("cuda").resolve(SD21).attention == "sdpa"
     assert asked == {(64, FP32), (512, FP16)}  # SD 2.1 attends in fp32
+    asked.clear()
+    # heads of 40, 80 and 160 channels, of which only some are there: level 2 attends going up alone
+    unet = dataclasses.replace(SD15.unet, depth=(1, 0, 0, 0), up_depth=(0, 0, 1, 1), mid="residual")
+    assert Placement("cuda").resolve(dataclasses.replace(SD15, unet=unet)).attention == "sdpa"
+    assert asked == {(40, FP16), (80, FP16), (512, FP16)}
     assert Placement("cuda", BF16).resolve(SD15).attention == "sliced"
     assert Placement("cuda", BF16, attention="sdpa").resolve(SD15).attention == "sdpa"
 

@@ -1,5 +1,6 @@
 """Weights that come and go: the same numbers, never more of them than promised, and all at home afterwards."""
 
+import dataclasses
 from contextlib import contextmanager
 
 import pytest
@@ -56,6 +57,19 @@ def test_offload_changes_no_bit_and_every_parameter_is_back_where_it_was(unet, o
         assert addresses(unet) == homes
     assert not any(m._forward_pre_hooks for m in unet.modules())
     assert torch.equal(unet(*inputs(unet)), expected)
+
+
+@pytest.mark.parametrize("mid", ["residual", "none"])
+def test_a_middle_that_lacks_parts_has_its_turn_like_any_other(mid):
+    torch.manual_seed(0)
+    config = dataclasses.replace(TINY_SDXL.unet, mid=mid, guidance_dim=16)
+    unet = UNet(config).requires_grad_(False)
+    *given, guidance = *inputs(unet), None, torch.tensor([7.5, 1.0])
+    expected, homes = unet(*given, guidance), addresses(unet)
+    with Streamed(unet, "cpu"):
+        for _ in range(2):
+            assert torch.equal(unet(*given, guidance), expected)
+    assert addresses(unet) == homes
 
 
 @pytest.mark.parametrize("offload", [moved, streamed])

@@ -111,8 +111,9 @@ def unet_from_json(json: Json, where: str) -> UNetConfig:
     ups = json.get("up_block_types", ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3)
     layers = _per_level(json.get("transformer_layers_per_block", 1), levels)
     up_layers = _per_level(json.get("reverse_transformer_layers_per_block") or layers[::-1], levels)
-    if table["res_blocks"] == _per_level(table["res_blocks"], levels):  # a list
-        table["res_blocks"] = next(iter(set(table["res_blocks"])))
+    blocks = table["res_blocks"]
+    if isinstance(blocks, list) and blocks == blocks[:1] * levels:
+        table["res_blocks"] = blocks[0]
     table["heads"] = _per_level(table["heads"], levels)
     table["depth"] = _depth(downs, layers, "DownBlock2D", where)
     table["up_depth"] = _depth(ups, up_layers, "UpBlock2D", where)

@@ -62,6 +62,7 @@ class DeepCache(nn.Module):
         run: Run,
         vector: Tensor | None = None,
         residuals: Sequence[Tensor] | None = None,
+        guidance: Tensor | None = None,
     ) -> Tensor:
         """Predict as the UNet does, with its arguments, but for the context that `prepare` made.
 
@@ -73,12 +74,12 @@ class DeepCache(nn.Module):
             )
         if run.calls % self.every == 0 or run.shape != x.shape:
             with self.unet.up[-self.depth - 1].register_forward_hook(run.keep):
-                out: Tensor = self.unet(x, timesteps, run.context, vector, residuals)
+                out: Tensor = self.unet(x, timesteps, run.context, vector, residuals, guidance)
             run.calls, run.shape = 1, x.shape
             return out
         run.calls += 1
 
-        emb = self.unet.embed(timesteps, vector, x.dtype)
+        emb = self.unet.embed(timesteps, vector, x.dtype, guidance)
         skips = []
         for stage in self.unet.down[: self.depth]:
             x = stage(x, emb, run.context)

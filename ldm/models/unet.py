@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.config import UNetConfig
-from ldm.models.layers import ResBlock, timestep_embedding
+from ldm.models.layers import ResBlock, guidance_embedding, timestep_embedding
 from ldm.models.transformer import Context, SpatialTransformer, TransformerBlock
 
 
@@ -133,11 +133,23 @@ class Encoder(nn.Module):
             upcast=config.upcast_attention,
         )
 
-    def embed(self, timesteps: Tensor, vector: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Embed timesteps: b and, where the model has it, vector: b vector_dim, as b emb_dim."""
-        emb: Tensor = self.time_embed(
-            timestep_embedding(timesteps, self.config.channels[0]).to(dtype)
-        )
+    def embed(
+        self,
+        timesteps: Tensor,
+        vector: Tensor | None,
+        dtype: torch.dtype,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        """Embed timesteps: b and, where the model has them, vector: b vector_dim and guidance: b, as b emb_dim."""
+        embedded = timestep_embedding(timesteps, self.config.channels[0]).to(dtype)
+        if self.guidance_embed is not None:
+            if guidance is None:
+                raise ValueError(
+                    "this UNet needs guidance=, for each image the guidance scale - 1 (it was distilled with it)"
+                )
+            sinusoid = guidance_embedding(guidance, self.guidance_embed.in_features)
+            embedded = embedded + self.guidance_embed(sinusoid.to(dtype))
+        emb: Tensor = self.time_embed(embedded)
         if self.vector_embed is not None:
             if vector is None:
                 raise ValueError(
@@ -197,16 +209,18 @@ class UNet(Encoder):
         context: Context,
         vector: Tensor | None = None,
         residuals: Sequence[Tensor] | None = None,
+        guidance: Tensor | None = None,
     ) -> Tensor:
         """Predict from noisy latents.
 
         x: b in_channels h w, variance-preserving scale. timesteps: b, 0..999, fractions allowed.
         context: b n context_dim, or what `prepare` made of it. vector: b vector_dim, for models
         that have one. residuals: a ControlNet's outputs, one per `down` stage and one for the
-        middle, added to the skips and the middle. Returns b out_channels h w.
-        Raises ValueError if a needed vector is missing.
+        middle, added to the skips and the middle. guidance: b, the guidance scale - 1, for models
+        that were distilled with it (`UNetConfig.guidance_dim`). Returns b out_channels h w.
+        Raises ValueError if a needed vector or guidance is missing.
         """
-        emb = self.embed(timesteps, vector, x.dtype)
+        emb = self.embed(timesteps, vector, x.dtype, guidance)
         x, skips = self.encode(x, emb, context)
 
         if residuals is not None:

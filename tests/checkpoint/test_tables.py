@@ -100,6 +100,36 @@ def test_a_model_in_the_ldm_layout_has_exactly_the_official_tensors(
     assert hashlib.sha256("".join(lines).encode()).hexdigest() == official
 
 
+def test_ssd_1b_in_the_ldm_layout_is_sdxl_without_what_its_authors_removed():
+    depths = {"input_blocks.7": 4, "input_blocks.8": 4, "output_blocks.0": 4, "output_blocks.1": 4}
+    depths |= {"output_blocks.4": 1, "output_blocks.5": 1}
+
+    def kept(name):
+        block, found, inside = name.removeprefix(tables.UNET_PREFIX).partition(
+            ".1.transformer_blocks."
+        )
+        return not found or int(inside.split(".")[0]) < depths.get(block, 10)
+
+    teacher = {
+        name: shape
+        for name, shape in official_shapes("sdxl-base").items()
+        if name.startswith(tables.UNET_PREFIX)
+        and not name.startswith(tuple(f"{tables.UNET_PREFIX}middle_block.{i}." for i in (1, 2)))
+        and kept(name)
+    }
+    config = RELATIVES["SSD-1B"]
+    assert (
+        shapes(collect(meta(UNet, config), tables.ldm_unet(config), tables.UNET_PREFIX)) == teacher
+    )
+
+
+def test_the_embedding_of_the_guidance_has_the_name_that_converters_leave_it():
+    config = ODD["told its guidance"]
+    names = shapes(collect(meta(UNet, config), tables.ldm_unet(config), tables.UNET_PREFIX))
+    assert names["model.diffusion_model.time_embedding.cond_proj.weight"] == (320, 256)
+    assert len(names) == 687
+
+
 def test_diffusers_builds_the_same_unet_from_our_config_under_our_names(unet):
     theirs = meta(UNet2DConditionModel.from_config, configs.unet_to_json(unet.config, 64))
     ours = collect(unet, tables.diffusers_unet(unet.config))
@@ -146,7 +176,9 @@ def test_diffusers_own_converter_takes_our_openclip_tower_to_our_tower_of_transf
     assert all(torch.equal(converted[name], value) for name, value in wanted.items())
 
 
-@pytest.mark.parametrize("unet", ["sd15", "sd21", "sdxl-base", "sdxl-refiner"], indirect=True)
+@pytest.mark.parametrize(
+    "unet", ["sd15", "sd21", "sdxl-base", "sdxl-refiner", *RELATIVES], indirect=True
+)
 def test_diffusers_own_converter_takes_each_tensor_from_our_ldm_name_to_our_diffusers_name(unet):
     state = unet.state_dict()
     ldm = key_map(state, tables.ldm_unet(unet.config), tables.UNET_PREFIX)

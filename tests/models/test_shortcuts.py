@@ -65,6 +65,20 @@ def test_a_short_call_is_the_unet_with_the_kept_features_in_the_deep_part(unet, 
     assert not torch.equal(short, unet(x + 1, t - 1, context, None, residuals))
 
 
+def test_a_network_without_middle_that_is_told_its_guidance_can_be_shortened():
+    torch.manual_seed(0)
+    unet = UNet(dataclasses.replace(SMALL, mid="none", guidance_dim=16)).requires_grad_(False)
+    x, t, context = inputs(SMALL)
+    guidance = torch.tensor([7.5, 1.0])
+    cache = DeepCache(unet, every=2)
+    run, _ = cache.prepare(context)
+    plain = unet(x, t, context, guidance=guidance)
+    for _ in range(4):
+        assert torch.equal(cache(x, t, run, guidance=guidance), plain)
+    with merged_tokens(unet, 0.5):
+        assert not torch.equal(unet(x, t, context, guidance=guidance), plain)
+
+
 def test_only_every_so_many_calls_compute_the_deep_part(unet):
     x, t, context = inputs(SMALL)
     calls = []

@@ -4,9 +4,10 @@ import dataclasses
 
 import pytest
 import torch
+from diffusers import LatentConsistencyModelPipeline
 
 from ldm.config import PRESETS, RELATIVES, UNetConfig
-from ldm.models.layers import timestep_embedding
+from ldm.models.layers import guidance_embedding, timestep_embedding
 from ldm.models.unet import UNet
 
 SMALL = UNetConfig(channels=(16, 32), depth=(1, 1), heads=(2, 4), context_dim=12, norm_groups=4)
@@ -86,17 +87,34 @@ def test_a_vector_is_needed_exactly_where_the_config_has_one():
     assert not torch.equal(*(unet(x, t, context, vector) for vector in vectors))
 
 
-def test_residuals_are_added_to_every_skip_and_the_middle():
+def test_each_residual_is_added_to_its_own_skip_and_the_last_one_to_the_middle():
     torch.manual_seed(0)
-    unet = UNet(SMALL)
+    unet, entering = UNet(SMALL), []
     x, t, context = inputs(SMALL)
+    for stage in unet.up:
+        stage.register_forward_pre_hook(lambda stage, args: entering.append(args[0]))
+
+    def entering_up(residuals):
+        entering.clear()
+        unet(x, t, context, residuals=residuals)
+        return list(entering)
+
     middle, skips = unet.encode(x, unet.embed(t, None, x.dtype), context)
     zeros = [torch.zeros_like(h) for h in [*skips, middle]]
-    plain = unet(x, t, context)
-    assert torch.equal(unet(x, t, context, residuals=zeros), plain)
-    for i in range(len(zeros)):
-        one = [r + (j == i) * torch.randn_like(r) for j, r in enumerate(zeros)]
-        assert not torch.equal(unet(x, t, context, residuals=one), plain)
+    plain = entering_up(None)
+    assert all(map(torch.equal, entering_up(zeros), plain))
+    for i, zero in enumerate(zeros):
+        residual = torch.randn_like(zero)
+        changed = entering_up([residual if j == i else z for j, z in enumerate(zeros)])
+        stage = 0 if i == len(skips) else len(skips) - 1 - i  # the last skip is used first
+        # each stage takes what came before it, and then its skip
+        channels = (
+            slice(0, residual.shape[1]) if i == len(skips) else slice(-residual.shape[1], None)
+        )
+        assert all(map(torch.equal, changed[:stage], plain[:stage]))
+        expected = plain[stage].clone()
+        expected[:, channels] += residual
+        assert torch.equal(changed[stage], expected)
 
 
 def test_the_wrong_number_of_residuals_is_an_error():
@@ -104,6 +122,25 @@ def test_the_wrong_number_of_residuals_is_an_error():
     x, t, context = inputs(SMALL)
     with pytest.raises(ValueError, match=r"zip\(\)"):
         unet(x, t, context, residuals=[torch.zeros(1)])
+
+
+def test_guidance_is_needed_exactly_where_the_config_has_it_and_changes_the_prediction():
+    torch.manual_seed(0)
+    unet = UNet(dataclasses.replace(SMALL, guidance_dim=16))
+    x, t, context = inputs(SMALL)
+    with pytest.raises(ValueError, match="needs guidance="):
+        unet(x, t, context)
+    both = unet(x, t, context, guidance=torch.tensor([0.0, 7.5]))
+    each = [unet(x, t, context, guidance=torch.full((2,), w)) for w in (0.0, 7.5)]
+    assert not torch.allclose(*each)
+    # each image has its own; convolutions may sum in another order
+    torch.testing.assert_close(both, torch.stack([each[0][0], each[1][1]]), rtol=1e-4, atol=1e-5)
+
+
+def test_guidance_embedding_is_that_of_diffusers_latent_consistency_models():
+    w = torch.tensor([-1.0, 0.0, 6.5, 7.5, 13.0])
+    theirs = LatentConsistencyModelPipeline.get_guidance_scale_embedding(None, w, embedding_dim=256)
+    assert torch.equal(guidance_embedding(w, 256), theirs)
 
 
 def test_timestep_embedding_is_cosines_then_sines_of_falling_frequencies():

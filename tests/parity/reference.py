@@ -207,6 +207,46 @@ FAMILIES: dict[str, Family] = {  # by the names of our presets
     ),
 }
 
+# Distilled UNets as their config.json describe them: what differs from the defaults of diffusers' class.
+_BK_SDM = _SD15.unet | {"layers_per_block": 1}
+RELATIVES: dict[str, Json] = {  # by our names
+    "SSD-1B": _SDXL_BASE.unet
+    | {
+        "mid_block_type": "UNetMidBlock2D",
+        "transformer_layers_per_block": [1, [2, 2], [4, 4]],
+        "reverse_transformer_layers_per_block": [[4, 4, 10], [2, 1, 1], 1],
+    },
+    "Segmind-Vega": _SDXL_BASE.unet
+    | {
+        "mid_block_type": "UNetMidBlock2D",
+        "transformer_layers_per_block": [1, [1, 1], [2, 2]],
+        "reverse_transformer_layers_per_block": [[2, 2, 2], [1, 1, 1], 1],
+    },
+    "KOALA-700M": _SDXL_BASE.unet
+    | {
+        "layers_per_block": 1,
+        "mid_block_type": None,
+        "transformer_layers_per_block": [1, 2, 5],
+    },
+    "KOALA-1B": _SDXL_BASE.unet
+    | {"layers_per_block": 1, "transformer_layers_per_block": [1, 2, 6]},
+    "BK-SDM-Base": _BK_SDM,
+    "BK-SDM-Small": _BK_SDM | {"mid_block_type": None},
+    "BK-SDM-Tiny": _BK_SDM
+    | {
+        "block_out_channels": [320, 640, 1280],
+        "down_block_types": ["CrossAttnDownBlock2D"] * 3,
+        "up_block_types": ["CrossAttnUpBlock2D"] * 3,
+        "mid_block_type": None,
+    },
+}
+LCM = replace(
+    _SD15,
+    pipeline=diffusers.LatentConsistencyModelPipeline,
+    unet=_SD15.unet | {"time_cond_proj_dim": 256},
+    scheduler=(diffusers.LCMScheduler, {**NOISE, "steps_offset": 0}),
+)
+
 _VAE: Json = {
     "block_out_channels": (128, 256, 512, 512),
     "layers_per_block": 2,
