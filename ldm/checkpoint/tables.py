@@ -34,7 +34,6 @@ _TRANSFORMER = (
     Rule("blocks.{n}", "transformer_blocks.{n}", _TRANSFORMER_BLOCK),
     Rule("proj_out", "proj_out", form=EITHER_RANK),
 )
-_CLIP = _same("embeddings", "encoder", "final_layer_norm")
 
 # Residual blocks and the VAE's attention.
 
@@ -186,39 +185,49 @@ def diffusers_vae(attention: tuple[Rule, ...] = DIFFUSERS_VAE_ATTENTION) -> tupl
     )
 
 
-# From one of our text towers. The module inside has the level `text_model` in some versions of transformers only.
+# From one of our text towers.
+
+_HF_BLOCK = (
+    Rule("norm1", "layer_norm1"),
+    Rule("attn.to_q", "self_attn.q_proj"),
+    Rule("attn.to_k", "self_attn.k_proj"),
+    Rule("attn.to_v", "self_attn.v_proj"),
+    Rule("attn.to_out", "self_attn.out_proj"),
+    Rule("norm2", "layer_norm2"),
+    Rule("fc1", "mlp.fc1"),
+    Rule("fc2", "mlp.fc2"),
+)
 
 
 def hf_text(level: str = "text_model") -> tuple[Rule, ...]:
     """Return the rules to the names of transformers, and of OpenAI's CLIP in LDM; in some files without `level`."""
+    above = f"{level}." if level else ""
     return (
-        Rule("model.text_model", level, _CLIP),
-        Rule("model", level, _CLIP),
+        Rule("token_embedding", f"{above}embeddings.token_embedding"),
+        Rule("position_embedding", f"{above}embeddings.position_embedding"),
+        Rule("blocks.{n}", f"{above}encoder.layers.{{n}}", _HF_BLOCK),
+        Rule("norm", f"{above}final_layer_norm"),
         Rule("projection", "text_projection"),
     )
 
 
 _OPENCLIP_BLOCK = (
-    Rule("layer_norm1", "ln_1"),
-    Rule("layer_norm2", "ln_2"),
+    Rule("norm1", "ln_1"),
     *(
-        Rule(f"self_attn.{part}_proj.{kind}", f"attn.in_proj_{kind}", piece=Piece(i, 3))
+        Rule(f"attn.to_{part}.{kind}", f"attn.in_proj_{kind}", piece=Piece(i, 3))
         for i, part in enumerate("qkv")
         for kind in ("weight", "bias")
     ),
-    Rule("self_attn.out_proj", "attn.out_proj"),
-    Rule("mlp.fc1", "mlp.c_fc"),
-    Rule("mlp.fc2", "mlp.c_proj"),
-)
-_OPENCLIP = (
-    Rule("embeddings.token_embedding", "token_embedding"),
-    Rule("embeddings.position_embedding.weight", "positional_embedding"),
-    Rule("encoder.layers.{n}", "transformer.resblocks.{n}", _OPENCLIP_BLOCK),
-    Rule("final_layer_norm", "ln_final"),
+    Rule("attn.to_out", "attn.out_proj"),
+    Rule("norm2", "ln_2"),
+    Rule("fc1", "mlp.c_fc"),
+    Rule("fc2", "mlp.c_proj"),
 )
 OPENCLIP_TEXT = (
-    Rule("model.text_model", "", _OPENCLIP),
-    Rule("model", "", _OPENCLIP),
+    Rule("token_embedding", "token_embedding"),
+    Rule("position_embedding.weight", "positional_embedding"),
+    Rule("blocks.{n}", "transformer.resblocks.{n}", _OPENCLIP_BLOCK),
+    Rule("norm", "ln_final"),
     Rule("projection.weight", "text_projection", form=TRANSPOSED),
 )
 
