@@ -3,6 +3,8 @@
 The operations and their order are those of transformers' `CLIPTextModel`, so that fp32 results are the same bits.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -16,7 +18,7 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 
 
 class CausalAttention(nn.Module):
@@ -27,6 +29,8 @@ class CausalAttention(nn.Module):
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
+        if heads < 1 or width % heads:
+            raise ValueError(f"a text tower {width} wide has no {heads} heads of equal width")
         self.heads = heads
         self.to_q = nn.Linear(width, width)
         self.to_k = nn.Linear(width, width)
@@ -49,7 +53,7 @@ class Block(nn.Module):
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.activation = ACTIVATIONS[config.activation]
+        self.activation: Callable[[Tensor], Tensor] = ACTIVATIONS[config.activation]
         self.norm1 = nn.LayerNorm(config.width)
         self.attn = CausalAttention(config.width, config.heads)
         self.norm2 = nn.LayerNorm(config.width)

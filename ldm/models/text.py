@@ -88,17 +88,13 @@ class TextTower(nn.Module):
         """Draw the weights with the deviations that transformers' `CLIPTextModel` is trained from."""
         if self.norm.weight.is_meta:
             return
-        width, deep = self.config.width**-0.5, (2 * self.config.layers) ** -0.5
+        width, into = self.config.width**-0.5, (2 * self.config.width * self.config.layers) ** -0.5
+        special = {"to_out": width, "fc1": (2 * self.config.width) ** -0.5, "projection": width}
         for embedding in (self.token_embedding, self.position_embedding):
             embedding.weight.normal_(std=0.02)
         for name, layer in self.named_modules():
             if isinstance(layer, nn.Linear):
-                deviations = {
-                    "to_out": width,
-                    "fc1": (2 * self.config.width) ** -0.5,
-                    "projection": width,
-                }
-                layer.weight.normal_(std=deviations.get(name.split(".")[-1], width * deep))
+                layer.weight.normal_(std=special.get(name.split(".")[-1], into))
                 if layer.bias is not None:
                     layer.bias.zero_()
 

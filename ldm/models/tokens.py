@@ -115,7 +115,7 @@ class Tokenizer:
         try:
             return cls(vocab, pairs, added)
         except ValueError as error:
-            raise ValueError(f"the tokenizer in {folder} cannot be read: {error}") from error
+            raise ValueError(f"{folder} holds no tokenizer of CLIP: {error}") from error
 
     @classmethod
     def from_json(cls, text: str) -> "Tokenizer":
@@ -194,12 +194,13 @@ def _object(value: Any, where: object) -> dict[str, Any]:
 
 def _ids(table: Any, where: object) -> dict[str, int]:
     """`table` if it maps tokens to ids."""
-    for token, i in _object(table, where).items():
+    ids = _object(table, where)
+    for token, i in ids.items():
         if type(i) is not int or not 0 <= i < 2**31:
             raise ValueError(
                 f"{where}: the id of {short(token)} must be a whole number, got {short(i)}"
             )
-    return table
+    return ids
 
 
 def _pairs(merges: Iterable[Any], where: object) -> list[tuple[str, str]]:
