@@ -136,6 +136,22 @@ class TextConfig:
     output_layer: int = -1  # hidden state used as context: -1 the last, -2 the one before
     final_norm: bool = True  # apply the tower's final LayerNorm to that hidden state
 
+    def context_layer(self, clip_skip: int | None = None) -> int:
+        """Return after how many layers the context is taken: `output_layer` says so, or `clip_skip`.
+
+        clip_skip: counted from the end, as in A1111: 1 the last layer, 2 the one before. SDXL's own is 2.
+        Raises ValueError for a clip_skip that is no layer of the tower.
+        """
+        if clip_skip is None:
+            back = self.output_layer
+            return back if back >= 0 else self.layers + 1 + back
+        if not 1 <= clip_skip <= self.layers:
+            raise ValueError(
+                f"clip_skip must be from 1 (the last layer) to {self.layers}, the layers of this model's text encoder, "
+                f"got {clip_skip}"
+            )
+        return self.layers + 1 - clip_skip
+
 
 @dataclass(frozen=True)
 class DiffusionConfig:

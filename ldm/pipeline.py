@@ -192,7 +192,8 @@ class Pipeline:
         texts = [request.prompt]
         if request.guidance_scale > 1 and self.config.unet.guidance_dim is None:
             texts.append(request.negative_prompt or "")
-        encoded = [part for part in self.text_encoder.encode(texts) if part is not None]
+        outputs = self.text_encoder.encode(texts, request.clip_skip)
+        encoded = [part for part in outputs if part is not None]
         if request.negative_prompt is None:  # zeros, not the empty text
             for part in encoded:
                 part[1:] = 0

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,7 +61,6 @@ class Environment:
 
     ldm: str
     torch: str
-    transformers: str
     hardware: str
     threads: int
 
@@ -102,6 +100,7 @@ class Record:
                 "Model hash": self.model.sha256[:10],
                 "Model": self.model.name,
                 **({"VAE hash": vae.sha256[:10], "VAE": Path(vae.path).name} if vae else {}),
+                **({"Clip skip": request.clip_skip} if (request.clip_skip or 1) > 1 else {}),
                 "RNG": "CPU",
                 "Version": f"ldm {self.environment.ldm}",
             },
@@ -144,7 +143,6 @@ def environment(device: torch.device) -> Environment:
     return Environment(
         ldm=ldm.__version__,
         torch=torch.__version__,
-        transformers=version("transformers"),
         hardware=hardware,
         threads=torch.get_num_threads(),
     )
@@ -164,6 +162,8 @@ def recall(path: str | Path) -> Record:
         raise ValueError(f"{path}: its {KEY!r} chunk is not JSON: {error}") from error
     if not isinstance(table, dict):
         raise ValueError(f"{path}: its {KEY!r} chunk is not a JSON object")
+    if isinstance(table.get("environment"), dict):  # the first pictures name its version, too
+        table["environment"].pop("transformers", None)
     record = from_dict(table, Record, where=str(path))
     if record.picture is not None and not 0 <= record.picture < record.request.images:
         raise ValueError(

@@ -24,6 +24,7 @@ class Request:
     negative_prompt: str | None = (
         None  # what guidance steers away from; None and "": see `resolved`
     )
+    clip_skip: int | None = None  # the text towers' layer that is used, counted from 1, the last
     steps: int | None = None  # 1 .. 1000
     guidance_scale: float | None = None  # 0 or more; guidance is off up to 1
     guidance_rescale: float = 0.0  # 0 .. 1, see `guided`
@@ -50,6 +51,8 @@ class Request:
         _check_text("prompt", self.prompt)
         if self.negative_prompt is not None:
             _check_text("negative_prompt", self.negative_prompt)
+        if self.clip_skip is not None:
+            _check_integer("clip_skip", self.clip_skip, 1)
         if self.steps is not None:
             _check_integer("steps", self.steps, 1, 1000)
         _check_integer("images", self.images, 1)
@@ -87,11 +90,15 @@ class Request:
     def resolved(self, config: ModelConfig) -> "Request":
         """Return the request with the model's own choices in place of None.
 
-        Only a negative prompt may stay None: then guidance steers away from zeros instead of a text, as SDXL base was
-        trained to (`ModelConfig.zero_negative`). For other models none is the empty text; a given "" always is.
+        Two may stay None. clip_skip: each text tower is used as the model was trained (`TextConfig.context_layer`).
+        negative_prompt: guidance steers away from zeros instead of a text, as SDXL base was trained to
+        (`ModelConfig.zero_negative`); for other models none is the empty text, and a given "" always is.
         What SDXL is conditioned on beside the text gets its defaults (`default_conditioning`) in a model that has it.
-        Raises ValueError for a size that the model cannot make, and for conditioning or guidance that it does not have.
+        Raises ValueError for a size that the model cannot make, and for conditioning, guidance or a text layer that it
+        does not have.
         """
+        for text in config.text:
+            text.context_layer(self.clip_skip)
         request = dataclasses.replace(
             self,
             negative_prompt=_either(self.negative_prompt, None if config.zero_negative else ""),

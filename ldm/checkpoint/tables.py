@@ -18,60 +18,36 @@ def _same(*names: str) -> tuple[Rule, ...]:
     return tuple(Rule(name, name) for name in names)
 
 
-# Parts that LDM and diffusers name alike.
+def _renamed(names: dict[str, str], form: Form = Form.SAME) -> tuple[Rule, ...]:
+    return tuple(Rule(ours, theirs, form=form) for ours, theirs in names.items())
+
+
+# Parts of the UNet and the VAE.
 
 _TRANSFORMER_BLOCK = (
-    *_same("norm1", "norm2", "norm3"),
-    Rule("attn1.to_out", "attn1.to_out.0"),
-    Rule("attn2.to_out", "attn2.to_out.0"),
-    *_same("attn1", "attn2"),
-    Rule("ff.proj", "ff.net.0.proj"),
-    Rule("ff.out", "ff.net.2"),
+    *_renamed({"attn1.to_out": "attn1.to_out.0", "attn2.to_out": "attn2.to_out.0"}),
+    *_renamed({"ff.proj": "ff.net.0.proj", "ff.out": "ff.net.2"}),
+    *_same("attn1", "attn2", "norm1", "norm2", "norm3"),
 )
-_TRANSFORMER = (
-    *_same("norm"),
-    Rule("proj_in", "proj_in"),
-    Rule("blocks.{n}", "transformer_blocks.{n}", _TRANSFORMER_BLOCK),
-    Rule("proj_out", "proj_out"),
-)
-_CLIP = _same("embeddings", "encoder", "final_layer_norm")
-
-# Residual blocks and the VAE's attention.
-
+_TRANSFORMER = (*_same("norm", "proj_in", "proj_out"), Rule("blocks.{n}", "transformer_blocks.{n}", _TRANSFORMER_BLOCK))
 _LDM_RES = (
-    Rule("norm1", "in_layers.0"),
-    Rule("conv1", "in_layers.2"),
-    Rule("emb", "emb_layers.1"),
-    Rule("norm2", "out_layers.0"),
-    Rule("conv2", "out_layers.3"),
-    Rule("skip", "skip_connection"),
+    *_renamed({"norm1": "in_layers.0", "conv1": "in_layers.2", "emb": "emb_layers.1"}),
+    *_renamed({"norm2": "out_layers.0", "conv2": "out_layers.3", "skip": "skip_connection"}),
 )
 _LDM_VAE_RES = (*_same("norm1", "conv1", "norm2", "conv2"), Rule("skip", "nin_shortcut"))
 _LDM_VAE_ATTENTION = (
     *_same("norm"),
-    Rule("to_q", "q", form=Form.PIXELS),
-    Rule("to_k", "k", form=Form.PIXELS),
-    Rule("to_v", "v", form=Form.PIXELS),
-    Rule("to_out", "proj_out", form=Form.PIXELS),
+    *_renamed({"to_q": "q", "to_k": "k", "to_v": "v", "to_out": "proj_out"}, Form.PIXELS),
 )
 _DIFFUSERS_RES = (
     *_same("norm1", "conv1", "norm2", "conv2"),
-    Rule("emb", "time_emb_proj"),
-    Rule("skip", "conv_shortcut"),
+    *_renamed({"emb": "time_emb_proj", "skip": "conv_shortcut"}),
 )
-DIFFUSERS_VAE_ATTENTION = (
-    Rule("norm", "group_norm"),
-    Rule("to_q", "to_q"),
-    Rule("to_k", "to_k"),
-    Rule("to_v", "to_v"),
-    Rule("to_out", "to_out.0"),
+DIFFUSERS_VAE_ATTENTION = _renamed(
+    {"norm": "group_norm", "to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out": "to_out.0"}
 )
-OLD_DIFFUSERS_VAE_ATTENTION = (  # of older folders, SD 1.5's own among them
-    Rule("norm", "group_norm"),
-    Rule("to_q", "query"),
-    Rule("to_k", "key"),
-    Rule("to_v", "value"),
-    Rule("to_out", "proj_attn"),
+OLD_DIFFUSERS_VAE_ATTENTION = _renamed(  # of older folders, SD 1.5's own among them
+    {"norm": "group_norm", "to_q": "query", "to_k": "key", "to_v": "value", "to_out": "proj_attn"}
 )
 
 
@@ -83,9 +59,8 @@ def ldm_unet(config: UNetConfig) -> tuple[Rule, ...]:
         return f"output_blocks.{i}.{2 if up_depths[i] else 1}.conv"
 
     return (
-        Rule("time_embed", "time_embed"),
+        *_renamed({"time_embed": "time_embed", "vector_embed": "label_emb.0"}),
         Rule("guidance_embed", "time_embedding.cond_proj"),  # converters leave diffusers' name
-        Rule("vector_embed", "label_emb.0"),
         Rule("down.{i}.conv", "input_blocks.{i}.0"),
         Rule("down.{i}.res", "input_blocks.{i}.0", _LDM_RES),
         Rule("down.{i}.transformer", "input_blocks.{i}.1", _TRANSFORMER),
@@ -96,8 +71,7 @@ def ldm_unet(config: UNetConfig) -> tuple[Rule, ...]:
         Rule("up.{i}.res", "output_blocks.{i}.0", _LDM_RES),
         Rule("up.{i}.transformer", "output_blocks.{i}.1", _TRANSFORMER),
         Rule("up.{i}.upsample", upsample),
-        Rule("norm_out", "out.0"),
-        Rule("conv_out", "out.2"),
+        *_renamed({"norm_out": "out.0", "conv_out": "out.2"}),
     )
 
 
@@ -112,12 +86,9 @@ def diffusers_unet(config: UNetConfig) -> tuple[Rule, ...]:
         return lambda i: f"up_blocks.{i // per_level}.{part}.{i % per_level}"
 
     return (
-        Rule("time_embed.0", "time_embedding.linear_1"),
-        Rule("time_embed.2", "time_embedding.linear_2"),
-        Rule("guidance_embed", "time_embedding.cond_proj"),
-        Rule("vector_embed.0", "add_embedding.linear_1"),
-        Rule("vector_embed.2", "add_embedding.linear_2"),
-        Rule("down.0.conv", "conv_in"),
+        *_renamed({"time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2"}),
+        *_renamed({"vector_embed.0": "add_embedding.linear_1", "vector_embed.2": "add_embedding.linear_2"}),
+        *_renamed({"guidance_embed": "time_embedding.cond_proj", "down.0.conv": "conv_in"}),
         Rule("down.{i}.res", down("resnets"), _DIFFUSERS_RES),
         Rule("down.{i}.transformer", down("attentions"), _TRANSFORMER),
         Rule("down.{i}.downsample", lambda i: f"down_blocks.{i // per_level - 1}.downsamplers.0.conv"),
@@ -127,43 +98,36 @@ def diffusers_unet(config: UNetConfig) -> tuple[Rule, ...]:
         Rule("up.{i}.res", up("resnets"), _DIFFUSERS_RES),
         Rule("up.{i}.transformer", up("attentions"), _TRANSFORMER),
         Rule("up.{i}.upsample", lambda i: f"up_blocks.{i // per_level}.upsamplers.0.conv"),
-        Rule("norm_out", "conv_norm_out"),
-        Rule("conv_out", "conv_out"),
+        *_renamed({"norm_out": "conv_norm_out", "conv_out": "conv_out"}),
     )
 
 
 def ldm_vae(config: VAEConfig) -> tuple[Rule, ...]:
     """Return the rules from our VAE to LDM's, without VAE_PREFIX; LDM counts the decoder's levels backwards."""
     last = len(config.channels) - 1
-    middle = (
-        Rule("res_in", "block_1", _LDM_VAE_RES),
-        Rule("attn", "attn_1", _LDM_VAE_ATTENTION),
-        Rule("res_out", "block_2", _LDM_VAE_RES),
+    shared = (
+        *_same("conv_in", "norm_out", "conv_out"),
+        Rule("mid.res_in", "mid.block_1", _LDM_VAE_RES),
+        Rule("mid.attn", "mid.attn_1", _LDM_VAE_ATTENTION),
+        Rule("mid.res_out", "mid.block_2", _LDM_VAE_RES),
     )
     encoder = (
-        *_same("conv_in", "norm_out", "conv_out"),
+        *shared,
         Rule("levels.{i}.blocks.{j}", "down.{i}.block.{j}", _LDM_VAE_RES),
         Rule("levels.{i}.downsample", "down.{i}.downsample.conv"),
-        Rule("mid", "mid", middle),
     )
     decoder = (
-        *_same("conv_in", "norm_out", "conv_out"),
+        *shared,
         Rule("levels.{i}.blocks.{j}", lambda i, j: f"up.{last - i}.block.{j}", _LDM_VAE_RES),
         Rule("levels.{i}.upsample", lambda i: f"up.{last - i}.upsample.conv"),
-        Rule("mid", "mid", middle),
     )
-    return (
-        Rule("encoder", "encoder", encoder),
-        Rule("decoder", "decoder", decoder),
-        *_same("quant_conv", "post_quant_conv"),
-    )
+    return _vae(encoder, decoder)
 
 
 def diffusers_vae(attention: tuple[Rule, ...] = DIFFUSERS_VAE_ATTENTION) -> tuple[Rule, ...]:
     """Return the rules from our VAE to diffusers' AutoencoderKL, with today's or the old `attention` names."""
     shared = (
-        *_same("conv_in", "conv_out"),
-        Rule("norm_out", "conv_norm_out"),
+        *_renamed({"conv_in": "conv_in", "norm_out": "conv_norm_out", "conv_out": "conv_out"}),
         Rule("mid.res_in", "mid_block.resnets.0", _DIFFUSERS_RES),
         Rule("mid.attn", "mid_block.attentions.0", attention),
         Rule("mid.res_out", "mid_block.resnets.1", _DIFFUSERS_RES),
@@ -178,42 +142,48 @@ def diffusers_vae(attention: tuple[Rule, ...] = DIFFUSERS_VAE_ATTENTION) -> tupl
         Rule("levels.{i}.blocks.{j}", "up_blocks.{i}.resnets.{j}", _DIFFUSERS_RES),
         Rule("levels.{i}.upsample", "up_blocks.{i}.upsamplers.0.conv"),
     )
-    return (
-        Rule("encoder", "encoder", encoder),
-        Rule("decoder", "decoder", decoder),
-        *_same("quant_conv", "post_quant_conv"),
-    )
+    return _vae(encoder, decoder)
 
 
-# From one of our text towers. The module inside has the level `text_model` in some versions of transformers only.
+def _vae(encoder: tuple[Rule, ...], decoder: tuple[Rule, ...]) -> tuple[Rule, ...]:
+    halves = Rule("encoder", "encoder", encoder), Rule("decoder", "decoder", decoder)
+    return (*halves, *_same("quant_conv", "post_quant_conv"))
+
+
+# The text towers.
+
+_HF_BLOCK = (
+    *_renamed({"attn.to_q": "self_attn.q_proj", "attn.to_k": "self_attn.k_proj", "attn.to_v": "self_attn.v_proj"}),
+    *_renamed({"attn.to_out": "self_attn.out_proj", "norm1": "layer_norm1", "norm2": "layer_norm2"}),
+    *_renamed({"fc1": "mlp.fc1", "fc2": "mlp.fc2"}),
+)
 
 
 def hf_text(level: str = "text_model") -> tuple[Rule, ...]:
     """Return the rules to the names of transformers, and of OpenAI's CLIP in LDM; in some files without `level`."""
-    return (Rule("model.text_model", level, _CLIP), Rule("model", level, _CLIP), Rule("projection", "text_projection"))
+    above = f"{level}." if level else ""
+    return (
+        Rule("token_embedding", f"{above}embeddings.token_embedding"),
+        Rule("position_embedding", f"{above}embeddings.position_embedding"),
+        Rule("blocks.{n}", f"{above}encoder.layers.{{n}}", _HF_BLOCK),
+        Rule("norm", f"{above}final_layer_norm"),
+        Rule("projection", "text_projection"),
+    )
 
 
 _OPENCLIP_BLOCK = (
-    Rule("layer_norm1", "ln_1"),
-    Rule("layer_norm2", "ln_2"),
     *(
-        Rule(f"self_attn.{part}_proj.{kind}", f"attn.in_proj_{kind}", piece=Piece(i, 3))
+        Rule(f"attn.to_{part}.{kind}", f"attn.in_proj_{kind}", piece=Piece(i, 3))
         for i, part in enumerate("qkv")
         for kind in ("weight", "bias")
     ),
-    Rule("self_attn.out_proj", "attn.out_proj"),
-    Rule("mlp.fc1", "mlp.c_fc"),
-    Rule("mlp.fc2", "mlp.c_proj"),
-)
-_OPENCLIP = (
-    Rule("embeddings.token_embedding", "token_embedding"),
-    Rule("embeddings.position_embedding.weight", "positional_embedding"),
-    Rule("encoder.layers.{n}", "transformer.resblocks.{n}", _OPENCLIP_BLOCK),
-    Rule("final_layer_norm", "ln_final"),
+    *_renamed({"attn.to_out": "attn.out_proj", "norm1": "ln_1", "norm2": "ln_2"}),
+    *_renamed({"fc1": "mlp.c_fc", "fc2": "mlp.c_proj"}),
 )
 OPENCLIP_TEXT = (
-    Rule("model.text_model", "", _OPENCLIP),
-    Rule("model", "", _OPENCLIP),
+    *_renamed({"token_embedding": "token_embedding", "position_embedding.weight": "positional_embedding"}),
+    Rule("blocks.{n}", "transformer.resblocks.{n}", _OPENCLIP_BLOCK),
+    Rule("norm", "ln_final"),
     Rule("projection.weight", "text_projection", form=Form.TRANSPOSED),
 )
 

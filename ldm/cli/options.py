@@ -71,6 +71,11 @@ MODEL_OPTIONS = (
 )
 REQUEST_OPTIONS = (
     ("negative_prompt", "--negative", 'what guidance steers away from (SDXL base: none is not "")'),
+    (
+        "clip_skip",
+        "--clip-skip",
+        "layer of the text encoder, counted from 1, the last (default: the model's; of SDXL 2)",
+    ),
     ("steps", "--steps", "denoising steps, 1 to 1000 (default: the model's)"),
     ("sampler", "--sampler", f"one of {', '.join(SAMPLERS)} (default: the model's)"),
     (

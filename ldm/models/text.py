@@ -1,23 +1,26 @@
-"""CLIP text encoding: byte-pair tokens, one or more towers, and which of their outputs conditions the UNet.
+"""CLIP text encoding: one or more towers with their tokenizers, and which of their outputs conditions the UNet."""
 
-The tower itself is transformers' `CLIPTextModel`, the one network here that is not written by hand. Its keys lost the
-`text_model.` prefix in transformers 5.6: everything that needs them asks the module.
-"""
-
-import gzip
-import json
 import warnings
 from collections.abc import Sequence
-from importlib import resources
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ldm.config import TextConfig
+from ldm.models.clip import ACTIVATIONS, Block
+from ldm.models.tokens import BOS, EOS, Tokenizer, byte_alphabet, official_vocabulary
 
-BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+__all__ = [
+    "BOS",
+    "EOS",
+    "Conditioning",
+    "TextEncoder",
+    "TextTower",
+    "Tokenizer",
+    "byte_alphabet",
+    "official_vocabulary",
+]
 
 
 class Conditioning(NamedTuple):
@@ -27,122 +30,20 @@ class Conditioning(NamedTuple):
     vector: Tensor | None
 
 
-class Tokenizer:
-    """Byte-pair encoding as CLIP does it (Radford et al. 2021): lower-cased, `</w>` ends a word."""
-
-    def __init__(self, vocab: dict[str, int], merges: Sequence[tuple[str, str]]) -> None:
-        from transformers import CLIPTokenizer  # seconds to import: only where text is encoded
-
-        self.vocab, self.merges = vocab, list(merges)
-        self.bos_id, self.eos_id = vocab[BOS], vocab[EOS]
-        # Padding is TextTower's: as a special token, SD2's pad "!" would swallow real ones.
-        self._bpe = CLIPTokenizer(vocab=vocab, merges=self.merges, pad_token=EOS)  # type: ignore[arg-type]
-
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of `text` without begin and end tokens, however many there are."""
-        ids: list[int] = self._bpe(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of `ids`, lower-cased and with normalised spaces."""
-        return str(self._bpe.decode(list(ids))).strip()
-
-    @classmethod
-    def official(cls) -> "Tokenizer":
-        """Return OpenAI's vocabulary of 49,408 tokens, shared by every Stable Diffusion and in this package."""
-        return cls(*official_vocabulary())
-
-    @classmethod
-    def from_folder(cls, folder: str | Path) -> "Tokenizer":
-        """Read vocab.json and merges.txt, or else tokenizer.json, from a `tokenizer/` folder.
-
-        Raises ValueError if the folder holds neither.
-        """
-        folder = Path(folder)
-        if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-            lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
-            return cls(vocab, _pairs(line for line in lines if not line.startswith("#version")))
-        if (folder / "tokenizer.json").is_file():
-            model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
-            merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
-            return cls(model["vocab"], [(a, b) for a, b in merges])
-        raise ValueError(
-            f"{folder} holds no tokenizer: need vocab.json and merges.txt, or tokenizer.json"
-        )
-
-    def save(self, folder: str | Path, max_length: int, pad_id: int | None = None) -> None:
-        """Write vocab.json, merges.txt and tokenizer_config.json, readable by us, transformers and diffusers.
-
-        pad_id: of the token that the configuration names for padding; None is the end token.
-        Raises ValueError for one that is not in the vocabulary.
-        """
-        tokens = {i: token for token, i in self.vocab.items()}
-        pad_id = self.eos_id if pad_id is None else pad_id
-        if pad_id not in tokens:
-            raise ValueError(f"pad_id {pad_id} is not in the vocabulary of {len(tokens)} tokens")
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        vocab = json.dumps(self.vocab, ensure_ascii=False)
-        merges = "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in self.merges)
-        special: dict[str, Any] = {
-            "bos_token": BOS,
-            "eos_token": EOS,
-            "pad_token": tokens[pad_id],
-            "unk_token": EOS,
-        }
-        config = special | {"tokenizer_class": "CLIPTokenizer", "model_max_length": max_length}
-        (folder / "vocab.json").write_text(vocab, encoding="utf-8")
-        (folder / "merges.txt").write_text(merges, encoding="utf-8")
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def official_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Build CLIP's vocabulary and its 48,894 merges from the list that OpenAI published (MIT)."""
-    packed = resources.files("ldm.models").joinpath("bpe_simple_vocab_16e6.txt.gz").read_bytes()
-    lines = gzip.decompress(packed).decode("utf-8").split("\n")
-    merges = _pairs(lines[1 : 49152 - 256 - 2 + 1])  # line 0 is a header, the tail was never used
-    alphabet = byte_alphabet()
-    tokens = alphabet + [c + "</w>" for c in alphabet] + [a + b for a, b in merges] + [BOS, EOS]
-    return {token: i for i, token in enumerate(tokens)}, merges
-
-
-def byte_alphabet() -> list[str]:
-    """Return one printable character per byte, in the order of CLIP's first 256 tokens."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    return [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
-
-
 class TextTower(nn.Module):
     """One CLIP text transformer with its tokenizer and the choice of the output that is used."""
 
     def __init__(self, config: TextConfig, tokenizer: Tokenizer) -> None:
-        with torch.device("cpu"):  # the import runs code that fails on "meta", where loading builds
-            from transformers import CLIPTextConfig, CLIPTextModel  # seconds to import
-
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
-        self.model = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=config.vocab_size,
-                hidden_size=config.width,
-                intermediate_size=config.mlp,
-                num_hidden_layers=config.layers,
-                num_attention_heads=config.heads,
-                hidden_act=config.activation,
-                max_position_embeddings=config.max_length,
-                bos_token_id=tokenizer.bos_id,
-                eos_token_id=tokenizer.eos_id,
-                pad_token_id=config.pad_id,
-            )
-        )
-        for part in self.model.modules():
-            # A constant that no checkpoint need hold: real even on "meta".
-            if "position_ids" in part._buffers:
-                part.position_ids = torch.arange(config.max_length, device="cpu")[None]
+        self.token_embedding = nn.Embedding(config.vocab_size, config.width)
+        self.position_embedding = nn.Embedding(config.max_length, config.width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(config.width)
         self.projection = (
             nn.Linear(config.width, config.projection, bias=False) if config.projection else None
         )
+        self._initialize()
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         """Return the ids of `texts`, begun, ended and padded: b max_length.
@@ -161,20 +62,41 @@ class TextTower(nn.Module):
                 )
             row = [self.tokenizer.bos_id, *ids[:room], self.tokenizer.eos_id]
             rows.append(row + [self.config.pad_id] * (self.config.max_length - len(row)))
-        return torch.tensor(rows, device=self.model.device)
+        return torch.tensor(rows, device=self.norm.weight.device)
 
-    def forward(self, ids: Tensor) -> Conditioning:
-        """Encode ids: b n as the chosen hidden state: b n width and the pooled projection: b p."""
-        out = self.model(input_ids=ids, output_hidden_states=True)
-        context = out.hidden_states[self.config.output_layer]
-        if self.config.final_norm:
-            context = getattr(self.model, "text_model", self.model).final_layer_norm(context)
+    def forward(self, ids: Tensor, clip_skip: int | None = None) -> Conditioning:
+        """Encode ids: b n as the chosen hidden state: b n width and the pooled projection: b p.
+
+        clip_skip: choose another hidden state than the config, see `TextConfig.context_layer`, which raises ValueError.
+        """
+        layer = self.config.context_layer(clip_skip)
+        x = self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
+        for block in self.blocks[:layer]:
+            x = block(x)
+        context = self.norm(x) if self.config.final_norm else x
         if self.projection is None:
             return Conditioning(context, None)
+        for block in self.blocks[layer:]:
+            x = block(x)
         # The first end token after the beginning; argmax(ids) breaks once tokens are added after it.
         ends = (ids == self.tokenizer.eos_id).int().argmax(dim=-1)
-        pooled = out.last_hidden_state[torch.arange(len(ids), device=ids.device), ends]
+        pooled = self.norm(x)[torch.arange(len(ids), device=ids.device), ends]
         return Conditioning(context, self.projection(pooled))
+
+    @torch.no_grad()
+    def _initialize(self) -> None:
+        """Draw the weights with the deviations that transformers' `CLIPTextModel` is trained from."""
+        if self.norm.weight.is_meta:
+            return
+        width, into = self.config.width**-0.5, (2 * self.config.width * self.config.layers) ** -0.5
+        special = {"to_out": width, "fc1": (2 * self.config.width) ** -0.5, "projection": width}
+        for embedding in (self.token_embedding, self.position_embedding):
+            embedding.weight.normal_(std=0.02)
+        for name, layer in self.named_modules():
+            if isinstance(layer, nn.Linear):
+                layer.weight.normal_(std=special.get(name.split(".")[-1], into))
+                if layer.bias is not None:
+                    layer.bias.zero_()
 
 
 class TextEncoder(nn.Module):
@@ -188,13 +110,79 @@ class TextEncoder(nn.Module):
             for config, tokenizer in zip(configs, tokenizers, strict=True)
         )
 
-    def encode(self, texts: list[str]) -> Conditioning:
-        """Encode `texts` as context: b n d (d: sum of the widths) and vector: b p or None."""
-        outputs = [tower(tower.tokenize(texts)) for tower in self.towers]  # type: ignore[operator]
+    def encode(self, texts: list[str], clip_skip: int | None = None) -> Conditioning:
+        """Encode `texts` as context: b n d (d: sum of the widths) and vector: b p or None.
+
+        clip_skip: of every tower, see `TextConfig.context_layer`.
+        """
+        outputs = [tower(tower.tokenize(texts), clip_skip) for tower in self.towers]  # type: ignore[operator]
         vectors = [out.vector for out in outputs if out.vector is not None]
         context = torch.cat([out.context for out in outputs], dim=-1)  # b n d
         return Conditioning(context, vectors[-1] if vectors else None)
 
+    @classmethod
+    def from_transformers(
+        cls, model: Any, tokenizer: Any, *, sdxl: bool | None = None
+    ) -> "TextEncoder":
+        """Wrap a `CLIPTextModel` or `CLIPTextModelWithProjection` of transformers and its tokenizer, or lists of them.
 
-def _pairs(lines: Any) -> list[tuple[str, str]]:
-    return [(a, b) for a, b in (line.split() for line in lines if line.strip())]
+        The layers are shared, not copied. sdxl: take the hidden state before the last without the final norm, as SDXL
+        does, and the pooled projection; None: where there are two models, or the one has a projection.
+        Raises ValueError for a model that is no CLIP text tower as Stable Diffusion has it.
+        """
+        models, tokenizers = (
+            list(v) if isinstance(v, list | tuple) else [v] for v in (model, tokenizer)
+        )
+        if sdxl is None:
+            sdxl = len(models) > 1 or hasattr(models[0], "text_projection")
+        ours = [Tokenizer.from_json(t.backend_tokenizer.to_str()) for t in tokenizers]
+        configs = [
+            _config_of(model, int(tokenizer.pad_token_id), sdxl=sdxl)
+            for model, tokenizer in zip(models, tokenizers, strict=True)
+        ]
+        with torch.device("meta"):
+            encoder = cls(configs, ours)
+        for tower, theirs in zip(encoder.towers, models, strict=True):
+            assert isinstance(tower, TextTower)
+            _adopt(tower, theirs)
+        return encoder.train(models[0].training)
+
+
+def _config_of(model: Any, pad_id: int, *, sdxl: bool) -> TextConfig:
+    """The config of one of transformers' text models."""
+    said = model.config
+    if said.hidden_act not in ACTIVATIONS or said.layer_norm_eps != 1e-5 or said.attention_dropout:
+        raise ValueError(
+            f"a text model needs an activation of {', '.join(ACTIVATIONS)}, layer_norm_eps 1e-5 and no dropout, got "
+            f"{said.hidden_act}, {said.layer_norm_eps} and {said.attention_dropout}"
+        )
+    projected = sdxl and hasattr(model, "text_projection")
+    return TextConfig(
+        width=said.hidden_size,
+        layers=said.num_hidden_layers,
+        heads=said.num_attention_heads,
+        mlp=said.intermediate_size,
+        activation=said.hidden_act,
+        projection=said.projection_dim if projected else None,
+        vocab_size=model.get_input_embeddings().num_embeddings,
+        max_length=said.max_position_embeddings,
+        pad_id=pad_id,
+        output_layer=-2 if sdxl else -1,
+        final_norm=not sdxl,
+    )
+
+
+def _adopt(tower: TextTower, model: Any) -> None:
+    """Put the layers of transformers' `model` into `tower`."""
+    core = getattr(model, "text_model", model)  # a level that some of its classes have
+    tower.token_embedding = core.embeddings.token_embedding
+    tower.position_embedding = core.embeddings.position_embedding
+    for ours, theirs in zip(tower.blocks, core.encoder.layers, strict=True):
+        assert isinstance(ours, Block)
+        ours.norm1, ours.norm2 = theirs.layer_norm1, theirs.layer_norm2
+        ours.attn.to_q, ours.attn.to_k = theirs.self_attn.q_proj, theirs.self_attn.k_proj
+        ours.attn.to_v, ours.attn.to_out = theirs.self_attn.v_proj, theirs.self_attn.out_proj
+        ours.fc1, ours.fc2 = theirs.mlp.fc1, theirs.mlp.fc2
+    tower.norm = core.final_layer_norm
+    if tower.projection is not None:
+        tower.projection = model.text_projection

@@ -135,10 +135,10 @@ def test_parts_are_replaced_by_those_of_other_models_and_files(layout, tmp_path)
     vae = load(tmp_path / "one", replace={"vae": tmp_path / "two/vae"}).vae
     assert torch.equal(vae.decoder.conv_in.weight, two.vae.decoder.conv_in.weight)
     got = load(tmp_path / "one", replace={"text_encoder": tmp_path / "two/text_encoder_2"})
-    first, second = (tower.model.state_dict() for tower in got.text_encoder.towers)
+    first, second = (tower.state_dict() for tower in got.text_encoder.towers)
     name = next(iter(first))
-    assert torch.equal(first[name], one.text_encoder.towers[0].model.state_dict()[name])
-    assert torch.equal(second[name], two.text_encoder.towers[1].model.state_dict()[name])
+    assert torch.equal(first[name], one.text_encoder.towers[0].state_dict()[name])
+    assert torch.equal(second[name], two.text_encoder.towers[1].state_dict()[name])
 
 
 def test_a_vae_in_a_file_of_its_own_loads_alone_and_into_a_model(tmp_path):

@@ -1,29 +1,32 @@
-"""Tokens, padding, the choice of a layer and the pooled output."""
+"""The text towers equal transformers' bit for bit; padding, the choice of a layer and the pooled output."""
 
+import copy
 import dataclasses
 import warnings
 
 import pytest
 import torch
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
+import ldm
+from ldm.checkpoint import tables
+from ldm.checkpoint.keymap import key_map
 from ldm.config import TextConfig
-from ldm.models.text import TextEncoder, TextTower, Tokenizer, byte_alphabet
+from ldm.models.text import TextEncoder, TextTower, Tokenizer
 
-# ids without begin and end, from OpenAI's own tokenizer
-GOLDEN = {
-    "": [],
-    "a photo of an astronaut riding a horse on mars": [
-        320, 1125, 539, 550, 18376, 6765, 320, 4558, 525, 7496,
-    ],
-    "on mars!": [525, 7496, 256],  # transformers with pad token "!" says 0 instead of 256
-    "café naïve résumé": [15304, 1097, 35689, 563, 29106, 7054, 4166],
-    "日本語の猫": [39121, 44353, 34002, 252, 21575, 163, 234, 360],
-    "🙂 a cat 👩‍🚀 emoji": [14860, 320, 2368, 26304, 13542, 16327],
-    "123456 2023": [272, 273, 274, 275, 276, 277, 273, 271, 273, 274],
-    "supercalifragilisticexpialidocious": [1642, 2857, 13093, 2076, 5868, 26850, 835, 639, 38466],
-    "I'm we're they'll it's O'Neil": [328, 880, 649, 982, 889, 1342, 585, 568, 334, 262, 8030],
-}  # fmt: skip
 SMALL = TextConfig(width=16, layers=3, heads=2, mlp=32, vocab_size=49408)
+TEXTS = ["a photo of an astronaut riding a horse on mars", ""]
+KINDS = {  # every tower that an official model has
+    "sd15": ldm.SD15.text[0],
+    "sd21": ldm.SD21.text[0],
+    "sdxl, first": ldm.SDXL_BASE.text[0],
+    "sdxl, second": ldm.SDXL_BASE.text[1],
+}
 
 
 @pytest.fixture(scope="module")
@@ -36,41 +39,117 @@ def tower(config, tokenizer):
     return TextTower(config, tokenizer).eval()
 
 
-@pytest.mark.parametrize("text", GOLDEN)
-def test_the_bundled_vocabulary_gives_openais_ids(text, tokenizer):
-    assert tokenizer.encode(text) == GOLDEN[text]
+def small(config):
+    """`config` at an eighth of its width and four layers, with heads of 32."""
+    width = config.width // 8 // 32 * 32
+    projection = config.projection and width
+    sizes = {"width": width, "mlp": 4 * width, "heads": width // 32, "layers": 4}
+    return dataclasses.replace(config, projection=projection, **sizes)
 
 
-def test_the_byte_alphabet_has_256_distinct_printable_characters():
-    alphabet = byte_alphabet()
-    assert len(set(alphabet)) == 256
-    assert alphabet[0] == "!"
-    assert not any(c.isspace() for c in alphabet)
+def transformers_model(config):
+    """transformers' model of that config, with weights and biases nowhere at a special value."""
+    torch.manual_seed(0)
+    kind = CLIPTextModelWithProjection if config.projection else CLIPTextModel
+    model = kind(
+        CLIPTextConfig(
+            hidden_size=config.width,
+            intermediate_size=config.mlp,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            hidden_act=config.activation,
+            projection_dim=config.projection or 512,
+            vocab_size=config.vocab_size,
+            **{"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1},  # wrong, as published
+        )
+    ).eval()
+    for name, parameter in model.named_parameters():
+        noise = torch.randn_like(parameter)
+        parameter.data += noise * (0.2 if "norm" in name else 0.02)
+    return model.requires_grad_(False)
 
 
-def test_a_saved_tokenizer_reads_back_the_same_and_transformers_reads_it_too(tokenizer, tmp_path):
-    from transformers import CLIPTokenizer
-
-    tokenizer.save(tmp_path, 77)
-    again = Tokenizer.from_folder(tmp_path)
-    theirs = CLIPTokenizer.from_pretrained(tmp_path)
-    assert (again.vocab, again.merges) == (tokenizer.vocab, tokenizer.merges)
-    assert theirs.model_max_length == 77
-    for text, ids in GOLDEN.items():
-        assert again.encode(text) == ids
-        assert theirs(text)["input_ids"] == [49406, *ids, 49407]
+def of_transformers(model, config, ids, back=None):
+    """The context that a pipeline takes of transformers' model, and the pooled text or None."""
+    out = model(input_ids=ids, output_hidden_states=True)
+    norm = getattr(model, "text_model", model).final_layer_norm
+    hidden = out.hidden_states[back or config.output_layer]
+    context = norm(hidden) if config.final_norm else hidden
+    return context, out.text_embeds if config.projection else None
 
 
-def test_a_folder_with_only_tokenizer_json_works(tokenizer, tmp_path):
-    tokenizer._bpe.save_pretrained(tmp_path)
-    for name in ("vocab.json", "merges.txt"):
-        (tmp_path / name).unlink(missing_ok=True)
-    assert Tokenizer.from_folder(tmp_path).encode("on mars!") == GOLDEN["on mars!"]
+def largest_difference(got, expected):
+    assert (got.vector is None) == (expected[1] is None)
+    pairs = [(a, b) for a, b in zip(got, expected, strict=True) if a is not None]
+    assert all(a.shape == b.shape and b.std() > 0.05 for a, b in pairs)
+    return max((a - b).abs().max().item() for a, b in pairs)
 
 
-def test_a_folder_without_a_tokenizer_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"holds no tokenizer: need vocab\.json and merges\.txt"):
-        Tokenizer.from_folder(tmp_path)
+def filled(model, config, tokenizer):
+    """A tower built on "meta" and given the weights of `model` by the key tables."""
+    with torch.device("meta"):
+        ours = TextTower(config, tokenizer).eval()
+    state = model.state_dict()
+    level = "text_model" if any(name.startswith("text_model.") for name in state) else ""
+    names = key_map(ours.state_dict(), tables.hf_text(level))
+    assert {at.name for at in names.values()} == state.keys()
+    ours.load_state_dict({key: state[at.name] for key, at in names.items()}, assign=True)
+    return ours
+
+
+def check_equal(config, tokenizer, what):
+    model = transformers_model(config)
+    ours = filled(model, config, tokenizer)
+    ids = ours.tokenize(TEXTS)
+    with torch.no_grad():
+        for rows in (ids, ids[:1]):
+            difference = largest_difference(ours(rows), of_transformers(model, config, rows))
+            print(f"{what}, {len(rows)} texts: largest difference {difference}")
+            assert difference == 0
+    return ours, model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_of_tower_equals_transformers_bit_for_bit(kind, tokenizer):
+    check_equal(small(KINDS[kind]), tokenizer, kind)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_tower_equals_transformers_bit_for_bit_at_its_full_size(kind, tokenizer):
+    check_equal(KINDS[kind], tokenizer, kind)
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sd21"])
+def test_a_tower_has_the_gradients_of_transformers(kind, tokenizer):
+    config = small(KINDS[kind])
+    model = transformers_model(config).requires_grad_(True)
+    ours = filled(copy.deepcopy(model), config, tokenizer)
+    ids = ours.tokenize(TEXTS)
+    ours(ids).context.square().sum().backward()
+    of_transformers(model, config, ids)[0].square().sum().backward()
+    got = ours.blocks[0].attn.to_k.weight.grad
+    expected = model.encoder.layers[0].self_attn.k_proj.weight.grad
+    assert expected.abs().max() > 0
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_tower_starts_from_the_deviations_of_transformers(tokenizer):
+    config = dataclasses.replace(small(KINDS["sdxl, second"]), width=128, heads=4, mlp=512)
+    torch.manual_seed(0)
+    drawn = {
+        name: value.std().item() for name, value in tower(config, tokenizer).state_dict().items()
+    }
+    kind = CLIPTextConfig(hidden_size=128, intermediate_size=512, num_hidden_layers=4)
+    theirs = CLIPTextModelWithProjection(kind).state_dict()
+    names = key_map(drawn, tables.hf_text("text_model"))
+    for key, at in names.items():
+        if key != "projection.weight":  # of another size there
+            assert drawn[key] == pytest.approx(theirs[at.name].std().item(), rel=0.05), key
+    assert drawn["projection.weight"] == pytest.approx(128**-0.5, rel=0.05)
+
+
+# ------------------------------------------------------------------ ids
 
 
 @pytest.mark.parametrize("pad", [49407, 0])
@@ -91,16 +170,41 @@ def test_a_text_that_fills_the_window_is_whole_and_a_longer_one_says_what_is_cut
     assert torch.equal(cut, t.tokenize(["cat " * 75]))
 
 
-def test_the_layer_and_the_final_norm_are_chosen_by_the_config(tokenizer):
-    full = tower(SMALL, tokenizer)
-    ids = full.tokenize(["a cat"])
-    hidden = full.model(input_ids=ids, output_hidden_states=True).hidden_states
-    norm = getattr(full.model, "text_model", full.model).final_layer_norm
-    for layer in (-1, -2):
-        for final in (True, False):
-            config = dataclasses.replace(SMALL, output_layer=layer, final_norm=final)
-            expected = norm(hidden[layer]) if final else hidden[layer]
-            assert torch.equal(tower(config, tokenizer)(ids).context, expected)
+# ------------------------------------------------------------------ layers
+
+
+@pytest.mark.parametrize("final", [True, False])
+@pytest.mark.parametrize("layer", [-1, -2, -4, 0, 2])
+def test_the_layer_and_the_final_norm_are_chosen_by_the_config(layer, final, tokenizer):
+    config = dataclasses.replace(SMALL, output_layer=layer, final_norm=final)
+    model = transformers_model(config)
+    ours = filled(model, config, tokenizer)
+    ids = ours.tokenize(TEXTS)
+    hidden = model(input_ids=ids, output_hidden_states=True).hidden_states[layer]
+    expected = model.final_layer_norm(hidden) if final else hidden
+    assert torch.equal(ours(ids).context, expected)
+
+
+@pytest.mark.parametrize("skip", [1, 2, 3, 4])
+@pytest.mark.parametrize("kind", KINDS)
+def test_clip_skip_counts_from_the_last_layer_and_leaves_the_norm_and_the_pooled_text(
+    kind, skip, tokenizer
+):
+    ours, model = check_equal(small(KINDS[kind]), tokenizer, kind)
+    ids = ours.tokenize(TEXTS)
+    got = ours(ids, clip_skip=skip)
+    # diffusers' clip_skip is one less in SD 1 and 2, and two less in SDXL
+    assert largest_difference(got, of_transformers(model, ours.config, ids, back=-skip)) == 0
+    own = 2 if "sdxl" in kind else 1
+    assert torch.equal(got.context, ours(ids).context) == (skip == own)
+
+
+@pytest.mark.parametrize("skip", [0, -1, 4])
+def test_a_clip_skip_that_is_no_layer_is_refused(skip, tokenizer):
+    encoder = TextEncoder((SMALL,), (tokenizer,))
+    message = rf"clip_skip must be from 1 \(the last layer\) to 3, .* got {skip}"
+    with pytest.raises(ValueError, match=message):
+        encoder.encode(["a cat"], clip_skip=skip)
 
 
 def test_the_pooled_output_is_projected_from_the_first_end_token_whatever_the_padding(tokenizer):
@@ -109,9 +213,21 @@ def test_the_pooled_output_is_projected_from_the_first_end_token_whatever_the_pa
         t = tower(dataclasses.replace(SMALL, pad_id=pad, projection=6), tokenizer)
         ids = t.tokenize(["a cat"])
         pooled.append(t(ids).vector)
-        last = t.model(input_ids=ids).last_hidden_state[:, 3]
+        last = t.norm(t(ids, clip_skip=1).context)[:, 3]
         torch.testing.assert_close(pooled[-1], t.projection(last))
     torch.testing.assert_close(*pooled)
+
+
+def test_the_pooled_output_is_that_of_the_end_token_though_added_tokens_have_higher_ids(tokenizer):
+    from tokenizers import AddedToken
+
+    added = Tokenizer(tokenizer.vocab, tokenizer.merges, {49408: AddedToken("<new>")})
+    config = dataclasses.replace(SMALL, vocab_size=49409, projection=6, final_norm=False)
+    t = tower(config, added)
+    ids = t.tokenize(["a <new> cat"])
+    assert ids[0, :6].tolist() == [49406, 320, 49408, 2368, 49407, 49407]
+    last = t.norm(t(ids, clip_skip=1).context)
+    torch.testing.assert_close(t(ids).vector, t.projection(last[:, 4]))
 
 
 def test_an_encoder_joins_its_towers_and_takes_the_last_pooled_projection(tokenizer):
@@ -126,7 +242,60 @@ def test_an_encoder_joins_its_towers_and_takes_the_last_pooled_projection(tokeni
     assert TextEncoder((SMALL,), (tokenizer,)).encode(["x"]).vector is None
 
 
-def test_a_tower_built_on_meta_keeps_real_position_ids(tokenizer):
-    with torch.device("meta"):
-        t = TextTower(SMALL, tokenizer)
-    assert not [name for name, buffer in t.named_buffers() if buffer.is_meta]
+# ------------------------------------------------------------------ wrapped models of transformers
+
+
+def transformers_tokenizer(tokenizer, pad="<|endoftext|>"):
+    return CLIPTokenizer(vocab=tokenizer.vocab, merges=tokenizer.merges, pad_token=pad)
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sd21"])
+def test_a_model_that_a_user_holds_is_wrapped_and_computes_the_same(kind, tokenizer):
+    config = small(KINDS[kind])
+    model = transformers_model(config)
+    theirs = transformers_tokenizer(tokenizer, pad="!" if config.pad_id == 0 else "<|endoftext|>")
+    encoder = TextEncoder.from_transformers(model, theirs)
+    assert encoder.towers[0].config == config
+    assert not encoder.training
+    ids = encoder.towers[0].tokenize(TEXTS)
+    got = encoder.encode(TEXTS)
+    assert torch.equal(ids, filled(model, config, tokenizer).tokenize(TEXTS))
+    assert largest_difference(got, of_transformers(model, config, ids)) == 0
+    assert encoder.towers[0].norm.weight is model.final_layer_norm.weight  # shared
+
+
+def test_sdxls_two_models_are_wrapped_together_and_its_refiners_alone(tokenizer):
+    configs = [small(KINDS["sdxl, first"]), small(KINDS["sdxl, second"])]
+    models = [transformers_model(config) for config in configs]
+    theirs = [transformers_tokenizer(tokenizer), transformers_tokenizer(tokenizer, pad="!")]
+    encoder = TextEncoder.from_transformers(models, theirs)
+    assert [t.config for t in encoder.towers] == configs
+    ids = [t.tokenize(TEXTS) for t in encoder.towers]
+    expected = [of_transformers(*each) for each in zip(models, configs, ids, strict=True)]
+    joined = torch.cat([context for context, _ in expected], dim=-1), expected[1][1]
+    assert largest_difference(encoder.encode(TEXTS), joined) == 0
+
+    refiner = TextEncoder.from_transformers(models[1], theirs[1])
+    assert largest_difference(refiner.encode(TEXTS), expected[1]) == 0
+    plain = TextEncoder.from_transformers(models[1], theirs[1], sdxl=False)
+    assert plain.towers[0].config == dataclasses.replace(
+        configs[1], projection=None, output_layer=-1, final_norm=True
+    )
+
+
+def test_a_wrapped_models_added_tokens_come_with_it(tokenizer):
+    model, theirs = transformers_model(small(KINDS["sd15"])), transformers_tokenizer(tokenizer)
+    theirs.add_tokens("<cat-toy>")
+    model.resize_token_embeddings(len(theirs))
+    tower = TextEncoder.from_transformers(model, theirs).towers[0]
+    assert tower.config.vocab_size == 49409
+    assert tower.tokenize(["a <cat-toy>"])[0, :4].tolist() == [49406, 320, 49408, 49407]
+
+
+def test_a_text_model_of_another_kind_is_refused(tokenizer):
+    said = CLIPTextConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, hidden_act="relu"
+    )
+    model = CLIPTextModel(said)
+    with pytest.raises(ValueError, match=r"an activation of quick_gelu, gelu, .* got relu, 1e-05"):
+        TextEncoder.from_transformers(model, transformers_tokenizer(tokenizer))
