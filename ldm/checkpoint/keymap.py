@@ -26,7 +26,7 @@ class Form(Enum):
         return value.T if self is Form.TRANSPOSED else value
 
     def restore(self, value: Tensor, shape: Size) -> Tensor:
-        """Return a value of the other side in our shape. Some tools save 1x1 convolutions as matrices, or the reverse."""
+        """Return a value of the other side in our shape. Some tools save a 1x1 convolution as a matrix."""
         return (value.T if self is Form.TRANSPOSED else value).reshape(shape)
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -113,43 +114,32 @@ def ldm_tensors(model: ModelLike, dtype: torch.dtype | None = None) -> dict[str,
     }
     towers = tables.official_towers(config.text, sgm=sgm)
     for name, tower, (prefix, rules), text in zip(TOWERS, model.text_encoder.towers, towers, config.text, strict=False):
-        tensors |= collect(tower, rules, prefix, dtype)
+        held = collect(tower, rules, prefix, dtype)
         if rules is tables.OPENCLIP_TEXT:
-            like = next(tower.parameters())
-            for rest, stand_in in _stand_ins(text, like).items():
+            for rest, stand_in in _stand_ins(text, {n.removeprefix(prefix): v for n, v in held.items()}).items():
                 value = kept.get(f"{name}.{rest}", stand_in)
-                tensors[prefix + rest] = value.to(dtype or value.dtype).contiguous()
+                held[prefix + rest] = value.to(dtype or value.dtype).contiguous()
         else:
             ids = torch.arange(text.max_length, device="cpu")[None]
-            tensors[f"{prefix}text_model.embeddings.position_ids"] = ids
+            held[f"{prefix}text_model.embeddings.position_ids"] = ids
+        tensors |= held
     return tensors
 
 
-def _stand_ins(text: TextConfig, like: Tensor) -> dict[str, Tensor]:
-    """What an official OpenCLIP tower has beside `text`: a temperature and, where no pooled text is used, a last block.
+def _stand_ins(text: TextConfig, tower: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What an official OpenCLIP tower has beside ours: a temperature and, where no pooled text is used, a last block.
 
-    The block is one that changes nothing, and the projection the identity.
+    The block changes nothing, and the projection is the identity.
     """
+    like = tower["token_embedding.weight"]
     neutral: dict[str, Tensor] = {"logit_scale": like.new_tensor(100.0).log()}
-    if text.projection is not None:
-        return neutral
-    width, block = text.width, f"transformer.resblocks.{text.layers}."
-    shapes = {
-        **{f"ln_{i}.weight": (width,) for i in (1, 2)},
-        **{f"ln_{i}.bias": (width,) for i in (1, 2)},
-        "attn.in_proj_weight": (3 * width, width),
-        "attn.in_proj_bias": (3 * width,),
-        "attn.out_proj.weight": (width, width),
-        "attn.out_proj.bias": (width,),
-        "mlp.c_fc.weight": (text.mlp, width),
-        "mlp.c_fc.bias": (text.mlp,),
-        "mlp.c_proj.weight": (width, text.mlp),
-        "mlp.c_proj.bias": (width,),
-    }
-    for name, shape in shapes.items():
-        make = like.new_ones if name.startswith("ln_") and "weight" in name else like.new_zeros
-        neutral[block + name] = make(shape)
-    neutral["text_projection"] = torch.eye(width, dtype=like.dtype, device=like.device)
+    if text.projection is None:
+        before, last = (f"transformer.resblocks.{n}." for n in (text.layers - 1, text.layers))
+        for name, value in tower.items():
+            if name.startswith(before):
+                scale = "ln_" in name and name.endswith("weight")
+                neutral[last + name.removeprefix(before)] = torch.full_like(value, float(scale))
+        neutral["text_projection"] = torch.eye(text.width, dtype=like.dtype, device=like.device)
     return neutral
 
 
@@ -180,7 +170,7 @@ def _from_metadata(tensors: Tensors, prediction: Prediction | None) -> tuple[Mod
 
 
 def _lacking(table: Any, kind: Any) -> set[str]:
-    """Return the fields of the dataclass `kind` that `table` lacks, at every depth. A field that may be None may lack."""
+    """Return the fields of the dataclass `kind` that `table` lacks, at every depth, but for those that may be None."""
     if typing.get_origin(kind) is tuple:
         return set().union(*(_lacking(item, typing.get_args(kind)[0]) for item in table))
     if not dataclasses.is_dataclass(kind):

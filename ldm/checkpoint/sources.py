@@ -9,7 +9,7 @@ import torch
 
 from ldm.checkpoint.folder import open_folder
 from ldm.checkpoint.identify import IGNORED, recognize
-from ldm.checkpoint.known import KNOWN, KNOWN_SIZES
+from ldm.checkpoint.known import KNOWN_SIZES, known_file
 from ldm.checkpoint.parts import TOWERS, Source, check, modules
 from ldm.checkpoint.pickles import PickledTensors, is_pickle
 from ldm.checkpoint.single import open_single
@@ -49,7 +49,7 @@ def open_source(
             )
         return open_folder(path, prediction=prediction, pickles=pickles)
     tensors: Tensors = PickledTensors(path) if pickles and is_pickle(path) else TensorFiles([path])
-    known = KNOWN.get(sha256 or "") or KNOWN_SIZES.get(path.stat().st_size)
+    known = known_file(sha256) or KNOWN_SIZES.get(path.stat().st_size)
     return open_single(tensors, prediction=prediction, ema=ema, known=known)
 
 

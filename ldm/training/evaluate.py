@@ -12,16 +12,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from ldm.training.checker import SIDE, Checker, Seen
-from ldm.training.scenes import (
-    GROUNDS,
-    PLACES,
-    RELATIONS,
-    SIZES,
-    Painter,
-    Scene,
-    Sprites,
-    held_out,
-)
+from ldm.training.scenes import GROUNDS, PLACES, RELATIONS, SIZES, Painter, Scene, Sprites, held_out
 
 Generate = Callable[[list[str], list[int]], Sequence[Image.Image]]  # prompts, seeds -> pictures
 
