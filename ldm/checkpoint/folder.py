@@ -32,8 +32,6 @@ _CLASSES = {  # of diffusers and transformers; another class computes something 
     "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
     "text_encoder_2": ("CLIPTextModel", "CLIPTextModelWithProjection"),
 }
-_PIPELINES = {8: "StableDiffusionInstructPix2PixPipeline", 9: "StableDiffusionInpaintPipeline"}
-_SDXL_PIPELINES = {8: "StableDiffusionXLInstructPix2PixPipeline", 9: "StableDiffusionXLInpaintPipeline"}
 _KEPT = "ldm.safetensors"  # tensors of a single file that this layout has no place for
 
 
@@ -62,8 +60,7 @@ def open_folder(folder: Path, *, prediction: Prediction | None = None, pickles: 
     unet = configs.unet_from_json(unet_json, where)
     check_inputs(unet.in_channels, folder)
     sdxl = unet.vector_dim is not None
-    vae_json, vae_where = _config(folder, "vae")
-    vae = configs.vae_from_json(vae_json, vae_where, sdxl=sdxl)
+    vae = configs.vae_from_json(*_config(folder, "vae"), sdxl=sdxl)
     tokenizers = [_tokenizer(folder / name.replace("text_encoder", "tokenizer")) for name in towers]
     text = tuple(
         configs.text_from_json(*_config(folder, name), pad_id, sdxl=sdxl)
@@ -79,7 +76,8 @@ def open_folder(folder: Path, *, prediction: Prediction | None = None, pickles: 
         diffusion = dataclasses.replace(diffusion, prediction=prediction)
         why += f", you asked for {prediction}"
     size = unet_json.get("sample_size")
-    turbo = diffusion.spacing == "trailing" and not ours and _is_turbo(folder, size if sdxl else None)
+    named = any("turbo" in part.lower() for part in folder.resolve().parts[-3:])  # all that tells SD-Turbo
+    turbo = diffusion.spacing == "trailing" and not ours and (size == 64 if sdxl else named)
     config = recognize(unet, vae, text, diffusion, turbo=turbo)
     if isinstance(size, int):
         config = dataclasses.replace(config, image_size=size * vae.factor)
@@ -104,13 +102,6 @@ def open_folder(folder: Path, *, prediction: Prediction | None = None, pickles: 
         notes=(*notes, *repadded, *unfollowed),
         kept=TensorFiles([folder / _KEPT]) if (folder / _KEPT).is_file() else None,
     )
-
-
-def _is_turbo(folder: Path, sample_size: object) -> bool:
-    """Whether a folder with "trailing" steps is SDXL-Turbo (of 64 latent pixels), or SD-Turbo (by its name alone)."""
-    if sample_size is not None:
-        return sample_size == 64
-    return any("turbo" in part.lower() for part in folder.resolve().parts[-3:])
 
 
 def write_folder(folder: Path, model: ModelLike, dtype: torch.dtype | None) -> None:
@@ -189,11 +180,8 @@ def _open_part(folder: Path, pickles: bool) -> Source:
 
 def _tensors(folder: Path, stem: str, pickles: bool) -> Tensors:
     """Return the tensors of a component; those of a pickle if they may be read, and there is nothing better."""
-    if pickles and not any(folder.glob("*.safetensors")):
-        name = "pytorch_model" if stem == _TOWER else stem
-        for path in (folder / f"{name}.bin", folder / f"{name}.fp16.bin"):
-            if path.is_file():
-                return PickledTensors(path)
+    if pickles and not any(folder.glob("*.safetensors")) and (found := sorted(folder.glob("*.bin"))):
+        return PickledTensors(found[0])
     return TensorFiles(_weight_files(folder, stem))
 
 
@@ -207,39 +195,32 @@ def _text_part(tensors: Tensors, config: TextConfig) -> Part:
 
 
 def _write_index(config: ModelConfig, scheduler: Json, towers: tuple[str, ...]) -> Json:
-    inputs, sdxl = config.unet.in_channels, config.unet.vector_dim is not None
-    plain = "LatentConsistencyModelPipeline" if config.unet.guidance_dim else "StableDiffusionPipeline"
+    sdxl, refiner = config.unet.vector_dim is not None, "aesthetic_score" in config.micro_conditioning
+    task = {8: "InstructPix2Pix", 9: "Inpaint"}.get(config.unet.in_channels, "Img2Img" if refiner else "")
     index: Json = {
-        "_class_name": _PIPELINES.get(inputs, plain),
+        "_class_name": f"StableDiffusion{'XL' * sdxl}{task}Pipeline",
         "_diffusers_version": "0.36.0",  # the oldest supported; some of its classes need one
-        "feature_extractor": [None, None],
-        "image_encoder": [None, None],
         "scheduler": ["diffusers", scheduler["_class_name"]],
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
+    if config.unet.guidance_dim:
+        index["_class_name"] = "LatentConsistencyModelPipeline"
     if sdxl:
-        index["_class_name"] = _SDXL_PIPELINES.get(inputs, "StableDiffusionXLPipeline")
-        index["force_zeros_for_empty_prompt"] = config.zero_negative
-        if "aesthetic_score" in config.micro_conditioning:
-            index["_class_name"] = "StableDiffusionXLImg2ImgPipeline"
-            index["requires_aesthetics_score"] = True
+        index |= {"force_zeros_for_empty_prompt": config.zero_negative, "requires_aesthetics_score": refiner}
     else:
-        index |= {"requires_safety_checker": False, "safety_checker": [None, None]}
-    classes = {
-        name: "CLIPTextModelWithProjection" if text.projection else "CLIPTextModel"
-        for name, text in zip(towers, config.text, strict=True)
-    }
-    for name in TOWERS if sdxl else TOWERS[:1]:
-        here = name in classes
-        index[name] = ["transformers", classes[name]] if here else [None, None]
-        tokenizer = ["transformers", "CLIPTokenizer"] if here else [None, None]
-        index[name.replace("text_encoder", "tokenizer")] = tokenizer
+        index["requires_safety_checker"] = False
+    absent = ("feature_extractor", "image_encoder", *(TOWERS if sdxl else ("safety_checker",)))
+    absent += ("tokenizer", "tokenizer_2") * sdxl
+    index |= {name: [None, None] for name in absent}
+    for name, text in zip(towers, config.text, strict=True):
+        index[name] = ["transformers", "CLIPTextModelWithProjection" if text.projection else "CLIPTextModel"]
+        index[name.replace("text_encoder", "tokenizer")] = ["transformers", "CLIPTokenizer"]
     return index
 
 
 def _read_index(folder: Path) -> tuple[Json, tuple[str, ...], tuple[str, ...]]:
-    """Read model_index.json: it, the folders of the text encoders, and notes, once its components are known and there."""
+    """Read model_index.json and check its components: it, the folders of the text encoders, and notes."""
     if not (folder / "model_index.json").is_file():
         snapshots = sorted(folder.glob("snapshots/*/model_index.json"))
         files = sorted(path.name for path in folder.glob("*.safetensors"))
@@ -313,21 +294,16 @@ def _weight_files(folder: Path, stem: str) -> list[Path]:
 
 
 def _shards(index: Path) -> list[Path]:
-    """The files that a shard index names, each checked to lie beside it and to hold what is said of it."""
+    """The files that a shard index names, each checked to lie beside it."""
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} must hold a weight_map of tensor names to file names")
-    names = {str(name) for name in weight_map.values()}
-    for name in sorted(names):
+    names = sorted({str(name) for name in weight_map.values()})
+    for name in names:
         if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
             raise ValueError(f"{index} names {name[:100]!r}, which is not a .safetensors file beside it")
         check_file(index.parent / name, f"{index.name} names it; fetch the folder again")
-    paths = [index.parent / name for name in sorted(names)]
-    for path in paths:
-        said = {key for key, name in weight_map.items() if name == path.name}
-        if said != (held := set(TensorFiles([path]).shapes)):
-            raise ValueError(f"{index} and {path.name} disagree on {min(said ^ held)!r}")
-    return paths
+    return [index.parent / name for name in names]
 
 
 def _tokenizer(folder: Path) -> tuple[Tokenizer, int]:

@@ -1,4 +1,4 @@
-"""Safetensors files: what a file is, and its tensors read one at a time; files and folders written whole or not at all."""
+"""Safetensors files: what a file is, and its tensors read one at a time; files written whole or not at all."""
 
 import json
 import os
