@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from ldm.checkpoint.tensors import DTYPES, PICKLE_STARTS, read_header, some
+from ldm.checkpoint.tensors import DTYPES, PICKLE_STARTS, Tensors, read_header, some
 
 TORCH_NEEDED = "2.10"  # before it, weights_only did not keep pickles from corrupting memory
 NESTS = ("state_dict", "model", "module")  # names under which training loops keep the tensors
@@ -48,8 +48,8 @@ class _Inert:
         pass
 
 
-class PickledTensors:
-    """The tensors of one pickle, with the interface of TensorFiles.
+class PickledTensors(Tensors):
+    """The tensors of one pickle.
 
     Zip files are memory-mapped; files older than torch 1.6 are read whole. metadata: "global_step" where there is one.
     Raises ValueError for a file that is no whole pickle of tensors by name, and for one that names code.
@@ -57,7 +57,7 @@ class PickledTensors:
 
     def __init__(self, path: Path) -> None:
         self.paths = (path,)
-        self.metadata: dict[str, str] = {}
+        self.metadata = {}
         self._tensors: dict[str, Tensor] = {}
         for name, value in self._unwrap(_load(path)).items():
             if not isinstance(value, Tensor):
@@ -76,14 +76,8 @@ class PickledTensors:
         self.shapes = {name: tuple(value.shape) for name, value in self._tensors.items()}
         self.dtypes = {name: _NAMES[value.dtype] for name, value in self._tensors.items()}
 
-    def __str__(self) -> str:
-        return str(self.paths[0])
-
     def read(self, names: Iterable[str], *, mapped: bool = True) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name, contiguous tensor on the CPU) for each of `names`, in the order of the file.
-
-        mapped: whether a tensor may share the file's memory. Otherwise each is a copy.
-        """
+        """Yield them in the order of the file, contiguous; mapped: some may share one memory."""
         wanted = set(names)
         for name in (name for name in self._tensors if name in wanted):
             value = self._tensors[name].contiguous()

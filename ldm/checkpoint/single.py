@@ -11,24 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.checkpoint import tables
-from ldm.checkpoint.identify import (
-    ENOUGH_EMA,
-    FAMILIES,
-    Contents,
-    Decision,
-    Tower,
-    check_stored_plainly,
-    count_ema,
-    decide,
-    find,
-    padded_as_official,
-    recognize,
-    text_part,
-    unet_of,
-    unet_part,
-    vae_part,
-)
+from ldm.checkpoint import identify, tables
+from ldm.checkpoint.identify import FAMILIES, Contents, Decision, Tower
 from ldm.checkpoint.known import KnownFile, kind_of
 from ldm.checkpoint.parts import TOWERS, Model, ModelLike, Source, collect
 from ldm.checkpoint.tensors import Tensors, write_tensors
@@ -48,10 +32,10 @@ def open_single(
     known: what the file's digest or size says. Raises ValueError for a file that holds neither, and for a family that
     is not supported.
     """
-    contents = find(tensors)
+    contents = identify.find(tensors)
     if contents == Contents(None, None, ()):
         _refuse(tensors)
-    check_stored_plainly(tensors)
+    identify.check_stored_plainly(tensors)
     if METADATA_KEY in tensors.metadata:
         config, why, notes = _from_metadata(tensors, prediction)
     else:
@@ -59,16 +43,16 @@ def open_single(
 
     parts = {}
     if contents.unet is not None:
-        parts["unet"] = unet_part(tensors, contents.unet, config.unet, ema=ema)
-        if not ema and (count := count_ema(tensors)) >= ENOUGH_EMA:
+        parts["unet"] = identify.unet_part(tensors, contents.unet, config.unet, ema=ema)
+        if not ema and (count := identify.count_ema(tensors)) >= identify.ENOUGH_EMA:
             notes += (f"it also holds an averaged copy of the UNet ({count} tensors), used with ema only",)
     elif ema:
         raise ValueError(f"{tensors} holds no UNet, so it has no averaged copy of one")
     if contents.vae is not None:
-        parts["vae"] = vae_part(tensors, contents.vae, config.vae)
+        parts["vae"] = identify.vae_part(tensors, contents.vae, config.vae)
     for name, tower, text in zip(TOWERS, _towers(contents, config.text), config.text, strict=False):
         if tower is not None:
-            parts[name] = text_part(tensors, tower.place, text)
+            parts[name] = identify.text_part(tensors, tower.place, text)
     if contents.towers and not set(parts) & set(TOWERS):
         raise ValueError(
             f"{tensors} holds a text encoder {contents.towers[0].width} wide, and {config.name} takes "
@@ -159,7 +143,7 @@ def _from_metadata(tensors: Tensors, prediction: Prediction | None) -> tuple[Mod
     if "overflows_fp16" not in table["vae"]:
         vae = dataclasses.replace(config.vae, overflows_fp16=config.unet.vector_dim is not None)
         config = dataclasses.replace(config, vae=vae)
-    text, notes = padded_as_official(config.text, ours=True)
+    text, notes = identify.padded_as_official(config.text, ours=True)
     config = dataclasses.replace(config, text=text)
     why = "it carries its configuration in its metadata"
     if prediction is None:
@@ -194,12 +178,12 @@ def _from_shapes(
         text = _text(contents, like)
         return dataclasses.replace(like, text=text), "it holds a part of a model", ()
 
-    unet, like, why = unet_of(tensors, contents.unet)
-    decision = decide(tensors, contents.unet, like, prediction, known)
+    unet, like, why = identify.unet_of(tensors, contents.unet)
+    decision = identify.decide(tensors, contents.unet, like, prediction, known)
     diffusion, turbo = _diffusion(tensors, like, decision, known)
     upcast = like is SD21_BASE and decision.prediction == "v"
     unet = dataclasses.replace(unet, upcast_attention=upcast)
-    config = recognize(unet, like.vae, _text(contents, like), diffusion, turbo=turbo)
+    config = identify.recognize(unet, like.vae, _text(contents, like), diffusion, turbo=turbo)
     return config, f"{why}; it predicts {decision.prediction}: {decision.why}", decision.notes
 
 

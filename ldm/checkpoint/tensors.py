@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -51,20 +51,28 @@ SHOWN = 3  # names that a message lists
 _ERRNO = re.compile(r"os error (\d+)")  # at the end of safetensors' messages
 
 
-class Tensors(Protocol):
-    """Named tensors on disk, described before they are read."""
+class Tensors:
+    """Named tensors on disk, described before they are read.
 
-    @property
-    def paths(self) -> tuple[Path, ...]: ...  # noqa: D102
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...  # noqa: D102
-    @property
-    def dtypes(self) -> Mapping[str, str]: ...  # noqa: D102
-    @property
-    def metadata(self) -> Mapping[str, str]: ...  # noqa: D102
-    def read(  # noqa: D102
-        self, names: Iterable[str], *, mapped: bool = True
-    ) -> Iterator[tuple[str, Tensor]]: ...
+    shapes, dtypes: of each tensor; the dtype as safetensors names it. metadata: the strings of the (first) file.
+    """
+
+    paths: tuple[Path, ...]
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str]
+    metadata: dict[str, str]
+
+    def __str__(self) -> str:
+        return str(self.paths[0]) if len(self.paths) == 1 else f"{self.paths[0].parent} (shards)"
+
+    def read(self, names: Iterable[str], *, mapped: bool = True) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, tensor on the CPU) for each of `names`.
+
+        mapped: memory-map the tensors. Otherwise a tensor may be read into the memory of the one before, so the caller
+        must be done with the one before: use this for tensors that are cast or moved at once. It keeps the peak low.
+        Raises ValueError for a dtype that torch does not have.
+        """
+        raise NotImplementedError
 
 
 class _Place(NamedTuple):
@@ -75,18 +83,15 @@ class _Place(NamedTuple):
     size: int
 
 
-class TensorFiles:
+class TensorFiles(Tensors):
     """The tensors of one safetensors file, or of the shards of one. Opening reads only the headers.
 
-    shapes, dtypes: of each tensor; the dtype as safetensors names it. metadata: the strings of the first file.
     Raises ValueError for anything that is not a whole safetensors file, and for a name in two files.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = tuple(paths)
-        self.metadata: dict[str, str] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.dtypes: dict[str, str] = {}
+        self.shapes, self.dtypes, self.metadata = {}, {}, {}
         self._places: dict[str, _Place] = {}
         for path in paths:
             size, header = read_header(path)
@@ -99,16 +104,8 @@ class TensorFiles:
                 self._places[name] = _Place(path, size + start, end - start)
                 self.shapes[name], self.dtypes[name] = tuple(entry["shape"]), entry["dtype"]
 
-    def __str__(self) -> str:
-        return str(self.paths[0]) if len(self.paths) == 1 else f"{self.paths[0].parent} (shards)"
-
     def read(self, names: Iterable[str], *, mapped: bool = True) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name, tensor on the CPU) for each of `names`, file by file.
-
-        mapped: memory-map the tensors. Otherwise each tensor is read into the memory of the one before, so the caller
-        must be done with the one before: use this for tensors that are cast or moved at once. It keeps the peak low.
-        Raises ValueError for a dtype that torch does not have.
-        """
+        """Yield them file by file, in the order in which they lie there."""
         wanted = sorted(set(names), key=lambda name: self._places[name])
         for name in wanted:
             if self.dtypes[name] not in DTYPES:
