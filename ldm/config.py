@@ -8,6 +8,7 @@ import sys
 import tomllib
 import types
 import typing
+from collections.abc import Container
 from dataclasses import dataclass, field
 from pathlib import Path
 from reprlib import repr as short
@@ -361,41 +362,47 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid TOML: {error}") from error
 
 
-def from_dict(table: dict[str, Any], kind: type[T], where: str = "") -> T:
+def from_dict(
+    table: dict[str, Any], kind: type[T], where: str = "", *, may_lack: Container[str] | None = None
+) -> T:
     """Build the dataclass `kind` from plain values, strictly; `where` names the source in errors.
 
-    Raises ValueError as `from_toml` does.
+    may_lack: if given, all other fields must be there, at every depth, but for those that may be None.
+    Raises ValueError as `from_toml` does, and for a field that is not there and must be.
     """
     hints = typing.get_type_hints(kind)
     fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    lacking = [n for n, hint in hints.items() if n not in table and type(None) not in typing.get_args(hint)]
+    if may_lack is not None and (lacking := [n for n in lacking if n not in may_lack]):
+        raise ValueError(f"{where} lacks {', '.join(lacking)}")
     unknown = sorted(set(table) - set(fields))
     if unknown:
         raise ValueError(
             f"{where}: unknown {', '.join(map(short, unknown[:3]))}; valid keys: {', '.join(fields)}"
         )
-    values = {k: _convert(v, hints[k], f"{where}: {k}") for k, v in table.items()}
+    values = {k: _convert(v, hints[k], f"{where}: {k}", may_lack) for k, v in table.items()}
     try:
         return kind(**values)
     except (TypeError, ValueError) as error:  # a required key is missing; values do not go together
         raise ValueError(f"{where}: {error}") from error
 
 
-def _convert(value: Any, kind: Any, where: str) -> Any:
+def _convert(value: Any, kind: Any, where: str, may_lack: Container[str] | None) -> Any:
     """`value` as the annotation `kind` wants it (dataclass, tuple, Literal, union or scalar)."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind) and isinstance(kind, type) and isinstance(value, dict):
-        return from_dict(value, kind, where)
+        return from_dict(value, kind, where, may_lack=may_lack)
     if origin is Literal:
         if value in args:
             return value
         raise ValueError(f"{where} must be one of {', '.join(map(repr, args))}, got {short(value)}")
     if origin is tuple and isinstance(value, list | tuple):
-        return tuple(_convert(v, args[0], where) for v in value)
+        return tuple(_convert(v, args[0], where, may_lack) for v in value)
     if origin in (typing.Union, types.UnionType):  # X | None, where TOML has no null, or X | tuple
         if value is None and type(None) in args:
             return None
         listed = isinstance(value, list | tuple) and typing.get_origin(args[1]) is tuple
-        return _convert(value, args[1 if listed else 0], where)
+        return _convert(value, args[1 if listed else 0], where, may_lack)
     if kind is float:
         if type(value) in (int, float) and abs(value) <= sys.float_info.max:  # false for NaN
             return float(value)

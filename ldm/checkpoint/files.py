@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from ldm.atomic import beside, replace_folder
 from ldm.checkpoint.folder import write_folder, write_vae
 from ldm.checkpoint.identify import find
 from ldm.checkpoint.known import kind_of
@@ -13,7 +14,7 @@ from ldm.checkpoint.parts import Layout, Model, ModelLike, Source, check, fill, 
 from ldm.checkpoint.pickles import PickledTensors, is_pickle
 from ldm.checkpoint.single import write_single
 from ldm.checkpoint.sources import Networks, check_complete, check_fits, left_out, merge, open_source
-from ldm.checkpoint.tensors import beside, replace_folder, write_tensors
+from ldm.checkpoint.tensors import write_tensors
 from ldm.config import ModelConfig, Prediction
 from ldm.models.vae import VAE
 

@@ -3,10 +3,8 @@
 import dataclasses
 import json
 import re
-import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -137,9 +135,7 @@ def _from_metadata(tensors: Tensors, prediction: Prediction | None) -> tuple[Mod
     if not isinstance(table, dict):
         raise ValueError(f"{where} must be a JSON object, got {type(table).__name__}")
     table.pop("micro_conditioning", None)  # in files of version 0.1; it follows from the rest
-    config = from_dict(table, ModelConfig, where)
-    if lacking := sorted(_lacking(table, ModelConfig)):
-        raise ValueError(f"{where} lacks {', '.join(lacking)}: it was edited; convert the original file again")
+    config = from_dict(table, ModelConfig, where, may_lack=_NEW_FIELDS)
     if "overflows_fp16" not in table["vae"]:
         vae = dataclasses.replace(config.vae, overflows_fp16=config.unet.vector_dim is not None)
         config = dataclasses.replace(config, vae=vae)
@@ -151,18 +147,6 @@ def _from_metadata(tensors: Tensors, prediction: Prediction | None) -> tuple[Mod
     diffusion = dataclasses.replace(config.diffusion, prediction=prediction)
     config = dataclasses.replace(config, diffusion=diffusion)
     return config, f"{why}; you asked for {prediction}", notes
-
-
-def _lacking(table: Any, kind: Any) -> set[str]:
-    """Return the fields of the dataclass `kind` that `table` lacks, at every depth, but for those that may be None."""
-    if typing.get_origin(kind) is tuple:
-        return set().union(*(_lacking(item, typing.get_args(kind)[0]) for item in table))
-    if not dataclasses.is_dataclass(kind):
-        return set()
-    hints = typing.get_type_hints(kind)
-    optional = {name for name, hint in hints.items() if type(None) in typing.get_args(hint)}
-    lacking = set(hints) - set(table) - optional - _NEW_FIELDS
-    return lacking.union(*(_lacking(value, hints[name]) for name, value in table.items()))
 
 
 def _from_shapes(

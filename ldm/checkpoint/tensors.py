@@ -1,11 +1,9 @@
-"""Safetensors files: what a file is, and its tensors read one at a time; files written whole or not at all."""
+"""Safetensors files: what a file is, its tensors read one at a time, and writing them."""
 
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -207,38 +205,3 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str,
         raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
     with path.open("rb+") as file:
         os.fsync(file.fileno())  # some file systems notice only here that they are full
-
-
-@contextmanager
-def beside(path: Path) -> Iterator[Path]:
-    """Give a temporary path in the folder of `path`, to write to and then rename. Nothing of it stays behind."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.{os.getpid()}.new")
-    _remove(new)  # left by a process that had this number and was killed
-    try:
-        yield new
-    finally:
-        _remove(new)
-
-
-def replace_folder(path: Path, new: Path) -> None:
-    """Put the folder `new` at `path`. Entries of the old folder that `new` does not have are kept."""
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
-    if path.exists():
-        path.rename(old)
-    try:
-        new.rename(path)
-    except OSError:
-        if old.exists():
-            old.rename(path)
-        raise
-    if old.exists():
-        for entry in old.iterdir():
-            if not (path / entry.name).exists():
-                entry.rename(path / entry.name)
-        _remove(old)
-
-
-def _remove(path: Path) -> None:
-    shutil.rmtree(path, ignore_errors=True)
-    path.unlink(missing_ok=True)

@@ -1,0 +1,42 @@
+"""Files and folders that are written whole or not at all, whatever fails: the disk is full, the process is killed."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """Give a temporary path in the folder of `path`, to write to and then rename. Nothing of it stays behind."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.{os.getpid()}.new")
+    _remove(new)  # left by a process that had this number and was killed
+    try:
+        yield new
+    finally:
+        _remove(new)
+
+
+def replace_folder(path: Path, new: Path) -> None:
+    """Put the folder `new` at `path`. Entries of the old folder that `new` does not have are kept."""
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    if path.exists():
+        path.rename(old)
+    try:
+        new.rename(path)
+    except OSError:
+        if old.exists():
+            old.rename(path)
+        raise
+    if old.exists():
+        for entry in old.iterdir():
+            if not (path / entry.name).exists():
+                entry.rename(path / entry.name)
+        _remove(old)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    path.unlink(missing_ok=True)
