@@ -45,12 +45,7 @@ IGNORED = re.compile(
     r"|(.*\.)?(position_ids|attn_mask|logit_scale)|cond_stage_key|v_pred|ztsnr"
 )
 _SCALED = re.compile(r"scaled_fp8|.*\.(scale_weight|scale_input|weight_scale|input_scale|absmax|quant_map)")
-_EDM_MARKERS = {
-    "edm_mean": "Playground v2.5",
-    "edm_std": "Playground v2.5",
-    "edm_vpred.sigma_max": "CosXL",
-    "edm_vpred.sigma_min": "CosXL",
-}
+_EDM = {"edm_mean": "Playground v2.5", "edm_std": "Playground v2.5", "edm_vpred.sigma_max": "CosXL"}
 _TEXT_PREFIX = re.compile(
     r"((cond_stage_model|conditioner\.embedders\.\d+|text_encoders?(_2)?(\.clip_[lg])?|clip_[lg]|te[12]?)\.)?"
     r"((model|transformer)\.)?"
@@ -88,21 +83,21 @@ class Contents(NamedTuple):
 def find(tensors: Tensors) -> Contents:
     """Look for networks under each of the prefixes and names that files in use have."""
     names = {name for name in tensors.shapes if not IGNORED.fullmatch(name)}
-    unet = vae = None
-    for prefix in (tables.UNET_PREFIX, "unet.", "diffusion_model.", ""):
-        for style, marks in (  # a ControlNet has the first of each pair, too
-            ("ldm", ("input_blocks.0.0.weight", "out.2.weight")),
-            ("diffusers", ("conv_in.weight", "conv_norm_out.weight", "time_embedding.linear_1.weight")),
-        ):
-            if all(prefix + mark in names for mark in marks):
-                unet = unet or Place(prefix, style)
-    for prefix in (tables.VAE_PREFIX, "vae.", ""):
-        for style, mark in (
-            ("ldm", "encoder.down.0.block.0.conv1.weight"),
-            ("diffusers", "encoder.down_blocks.0.resnets.0.conv1.weight"),
-        ):
-            if prefix + mark in names:
-                vae = vae or Place(prefix, style)
+    unets = (
+        ("ldm", ("input_blocks.0.0.weight", "out.2.weight")),  # a ControlNet has the first of them, too
+        ("diffusers", ("conv_in.weight", "conv_norm_out.weight", "time_embedding.linear_1.weight")),
+    )
+    vaes = (
+        ("ldm", ("encoder.down.0.block.0.conv1.weight",)),
+        ("diffusers", ("encoder.down_blocks.0.resnets.0.conv1.weight",)),
+    )
+
+    def first(prefixes: tuple[str, ...], styles: tuple[tuple[str, tuple[str, ...]], ...]) -> Place | None:
+        places = ((prefix, style, marks) for prefix in prefixes for style, marks in styles)
+        return next((Place(p, style) for p, style, marks in places if names.issuperset(p + m for m in marks)), None)
+
+    unet = first((tables.UNET_PREFIX, "unet.", "diffusion_model.", ""), unets)
+    vae = first((tables.VAE_PREFIX, "vae.", ""), vaes)
     towers = []
     for name in names:
         for ending, style in (
@@ -123,7 +118,7 @@ def check_stored_plainly(tensors: Tensors) -> None:
         raise ValueError(
             f"{tensors} is quantized, its numbers have scales beside them ({scaled}): give one in fp32, fp16 or bf16"
         )
-    for name, model in _EDM_MARKERS.items():
+    for name, model in _EDM.items():
         if name in tensors.shapes:
             raise ValueError(
                 f"{tensors} is an EDM model as {model} is (it holds {name}); its noise levels are not supported"
@@ -157,13 +152,10 @@ def text_part(tensors: Tensors, place: Place, config: TextConfig) -> Part:
     if f"{prefix}text_projection" not in shapes:  # Playground v2 holds it as a Linear's weight
         rules = (Rule("projection.weight", "text_projection.weight"), *rules)
     last = f"{prefix}transformer.resblocks.{config.layers}."  # of SD 2, which takes the one before
-    unused = [
-        n
-        for n in shapes
-        if n == f"{prefix}logit_scale"
-        or (config.projection is None and (n == f"{prefix}text_projection" or n.startswith(last)))
-    ]
-    return Part(tensors, rules, prefix, unused=tuple(sorted(unused)))
+    unused = {f"{prefix}logit_scale"}
+    if config.projection is None:
+        unused |= {f"{prefix}text_projection", *(n for n in shapes if n.startswith(last))}
+    return Part(tensors, rules, prefix, unused=tuple(sorted(unused & shapes.keys())))
 
 
 def count_ema(tensors: Tensors) -> int:
