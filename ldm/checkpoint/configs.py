@@ -4,6 +4,7 @@ Unknown keys are ignored and missing ones take the classes' own defaults, as tho
 change the numbers in a way that this package does not implement is an error.
 """
 
+from collections.abc import Callable
 from reprlib import repr as short
 from typing import Any
 
@@ -129,16 +130,6 @@ def unet_from_json(json: Json, where: str) -> UNetConfig:
 def unet_to_json(config: UNetConfig, sample_size: int) -> Json:
     """Write unet/config.json; sample_size: latent pixels. Raises ValueError for what it cannot express."""
     down, up = config.depths()
-    if config.mid == "full" and down[-1][0] not in (0, config.mid_depth):
-        raise ValueError(
-            f"a diffusers folder cannot express mid_depth {config.mid_depth} beside a last level of depth "
-            f"{config.depth[-1]}: make them equal or save in the ldm layout"
-        )
-    if not all(all(level) or not any(level) for level in down + up):
-        raise ValueError(
-            f"a diffusers folder cannot express levels that attend in some of their blocks, as depth {config.depth} "
-            f"and up_depth {config.up_depth} have: save in the ldm layout"
-        )
     layers = _layers(config.depth)
     if config.depth[-1] == 0:
         layers[-1] = config.mid_depth or 1  # the middle's number is the last level's
@@ -152,11 +143,9 @@ def unet_to_json(config: UNetConfig, sample_size: int) -> Json:
     if config.up_depth is not None:
         json["reverse_transformer_layers_per_block"] = _layers(config.up_depth)
     if config.vector_dim is not None:
-        json |= {
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 256,
-            "projection_class_embeddings_input_dim": config.vector_dim,
-        }
+        json |= {"addition_embed_type": "text_time", "addition_time_embed_dim": 256}
+        json["projection_class_embeddings_input_dim"] = config.vector_dim
+    _check_expressed(config, lambda: unet_from_json(json, "unet/config.json"))
     return json
 
 
@@ -202,23 +191,27 @@ def text_from_json(json: Json, where: str, pad_id: int, *, sdxl: bool) -> TextCo
 
 def text_to_json(config: TextConfig, bos_id: int, eos_id: int, *, sdxl: bool) -> Json:
     """Write text_encoder/config.json. Raises ValueError for outputs that diffusers would not take."""
-    projection = config.projection if sdxl else None
-    taken = (projection, -2, False) if sdxl else (None, -1, True)
-    if (config.projection, config.output_layer, config.final_norm) != taken:
-        raise ValueError(
-            "a diffusers folder uses the last layer of a text encoder, normed and without projection, or in SDXL "
-            f"the one before it without norm, not output_layer {config.output_layer}, final_norm {config.final_norm}, "
-            f"projection {config.projection}"
-        )
-    name = _PROJECTED if projection else "CLIPTextModel"
-    return _write(name, config, _TEXT) | {
+    name = _PROJECTED if config.projection else "CLIPTextModel"
+    json = _write(name, config, _TEXT) | {
         "architectures": [name],
         "model_type": "clip_text_model",
-        "projection_dim": projection or config.width,
+        "projection_dim": config.projection or config.width,
         "bos_token_id": bos_id,
         "eos_token_id": eos_id,
         "pad_token_id": config.pad_id,
     }
+    _check_expressed(config, lambda: text_from_json(json, "text_encoder/config.json", config.pad_id, sdxl=sdxl))
+    return json
+
+
+def _check_expressed(config: object, read: Callable[[], object]) -> None:
+    """Raise ValueError if what was written of a configuration is not read back as it is."""
+    try:
+        same = read() == config
+    except ValueError:
+        same = False
+    if not same:
+        raise ValueError(f"a diffusers folder cannot express {config}: save in the ldm layout")
 
 
 def diffusion_from_json(json: Json, where: str, *, sdxl: bool) -> tuple[DiffusionConfig, tuple[str, ...]]:

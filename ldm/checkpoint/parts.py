@@ -95,27 +95,14 @@ def ema_name(name: str) -> str:
     return "model_ema." + name.removeprefix("model.").replace(".", "")
 
 
-class Mismatch(NamedTuple):
-    """How the tensors of one part differ from what its network wants.
-
-    misshapen: names with both shapes. unexpected: tensors of layers that the network does not have.
-    """
-
-    part: str
-    tensors: Tensors
-    missing: list[str]
-    misshapen: list[str]
-    unexpected: list[str]
-
-
 def compare(
     networks: Mapping[str, nn.Module], parts: Mapping[str, Part], dropped: Sequence[Part] = ()
-) -> tuple[list[Mismatch], list[str]]:
+) -> tuple[dict[str, dict[str, list[str]]], list[str]]:
     """Compare names and shapes of `networks`, on the meta device, with the files of their `parts`, reading no data.
 
-    dropped: parts in the same files that are not wanted. Returns the parts that do not fit, and the names of the
-    tensors that nothing uses. Such a tensor is harmless, unless it looks like another layer of a part's network: that
-    network would compute something else.
+    dropped: parts in the same files that are not wanted. Returns, for each part that does not fit, the names that are
+    "missing", "misshapen" (with both shapes) and "unexpected"; and the names that nothing uses. A tensor that nothing
+    uses is harmless, unless it looks like another layer of a part's network, which would compute something else.
     """
     wanted, left = {}, set()
     for name, part in parts.items():
@@ -124,7 +111,7 @@ def compare(
         gone = tuple(other.prefix for other in dropped if other.tensors is part.tensors)
         left |= {n for n in part.tensors.shapes if not gone or not n.startswith(gone)}
     left = left.difference(*wanted.values(), *(part.unused for part in parts.values()))
-    found = []
+    found = {}
     for name, part in parts.items():
         shapes = part.tensors.shapes
         misshapen = [
@@ -136,18 +123,18 @@ def compare(
         behind = sorted(n for n in left & shapes.keys() if n.startswith(part.prefix))
         unexpected = [n for n in behind if _kind(n.removeprefix(part.prefix)) in kinds]
         missing = [n for n in wanted[name] if n not in shapes]
-        if missing or misshapen or unexpected:
-            found.append(Mismatch(name, part.tensors, missing, misshapen, unexpected))
+        differs = {"missing": missing, "misshapen": misshapen, "unexpected": unexpected}
+        if any(differs.values()):
+            found[name] = differs
     return found, sorted(left)
 
 
 def check(networks: Mapping[str, nn.Module], parts: Mapping[str, Part], dropped: Sequence[Part] = ()) -> list[str]:
     """Return the names that nothing uses. Raises ValueError for the first part that does not fit, with names."""
     mismatches, left = compare(networks, parts, dropped)
-    for part, tensors, *lists in mismatches:
-        whats = ("missing", "of another shape", "of layers that it does not have")
-        found = [f"{len(n)} {what}: {some(n)}" for n, what in zip(lists, whats, strict=True) if n]
-        raise ValueError(f"the {part} in {tensors} does not match its configuration ({'; '.join(found)})")
+    for name, differs in mismatches.items():
+        found = "; ".join(f"{len(names)} {what}: {some(names)}" for what, names in differs.items() if names)
+        raise ValueError(f"the {name} in {parts[name].tensors} does not match its configuration ({found})")
     return left
 
 

@@ -36,8 +36,8 @@ class Report:
     """What is at a path, for `ldm inspect`. problem: why it cannot be loaded as it is, None if it can.
 
     prediction, why: what its UNet predicts, and what says so; None where there is none.
-    missing, misshapen: names of tensors that do not fit the model. unknown: tensors that no network uses. left_out: those
-    of them that are known to stand beside models. ema: how many tensors an averaged copy of the UNet has.
+    missing, misshapen: names of tensors that do not fit the model. unknown: tensors that no network uses.
+    left_out: those of them that are known to stand beside models. ema: how many tensors are an averaged copy.
     """
 
     path: str
@@ -141,8 +141,8 @@ def inspect(path: str | Path, *, prediction: Prediction | None = None, check_sha
         why=source.why,
         notes=source.notes,
         components=tuple(components),
-        missing=tuple(name for m in mismatches for name in m.missing),
-        misshapen=tuple(name for m in mismatches for name in m.misshapen),
+        missing=tuple(name for differs in mismatches.values() for name in differs["missing"]),
+        misshapen=tuple(name for differs in mismatches.values() for name in differs["misshapen"]),
         unknown=tuple(name for name in left if not is_known(name)),
         left_out=tuple(name for name in left if is_known(name)),
     )
