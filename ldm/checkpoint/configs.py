@@ -107,7 +107,7 @@ def unet_from_json(json: Json, where: str) -> UNetConfig:
     """Read unet/config.json. Raises ValueError naming `where` for what is malformed or not implemented."""
     _check_fixed(json, _UNET_FIXED, where)
     table = _read(json, _UNET)
-    levels = _levels(table, where)
+    levels = len(table["channels"]) if isinstance(table["channels"], list) else 0
     downs = json.get("down_block_types", ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"])
     ups = json.get("up_block_types", ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3)
     layers = _per_level(json.get("transformer_layers_per_block", 1), levels)
@@ -156,10 +156,9 @@ def vae_from_json(json: Json, where: str, *, sdxl: bool) -> VAEConfig:
     """
     _check_fixed(json, _VAE_FIXED, where)
     table = _read(json, _VAE)
-    for key, name in (("down", "DownEncoderBlock2D"), ("up", "UpDecoderBlock2D")):
-        types = json.get(f"{key}_block_types", [name])
-        if types != [name] * _levels(table, where):
-            raise ValueError(f"{where}: {key}_block_types must be {name} for every level, got {short(types)}")
+    for key, name in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+        if set(types := json.get(key, [name])) != {name}:
+            raise ValueError(f"{where}: {key} must be {name} for every level, got {short(types)}")
     table["overflows_fp16"] = sdxl and table["overflows_fp16"]
     return from_dict(table, VAEConfig, where)
 
@@ -275,14 +274,6 @@ def _write(class_name: str, config: object, fields: Fields) -> Json:
     values = {theirs: getattr(config, ours) for ours, (theirs, _) in fields.items()}
     lists = {name: list(value) for name, value in values.items() if isinstance(value, tuple)}
     return {"_class_name": class_name} | values | lists
-
-
-def _levels(table: Json, where: str) -> int:
-    """How many levels a network has. Raises ValueError if its channels are no list."""
-    channels = table["channels"]
-    if not isinstance(channels, list | tuple) or not channels:
-        raise ValueError(f"{where}: block_out_channels must be a list with one entry per level, got {short(channels)}")
-    return len(channels)
 
 
 def _per_level(value: Any, levels: int) -> list[Any]:

@@ -20,30 +20,14 @@ from ldm.models.vae import VAE
 
 
 class Identity(NamedTuple):
-    """A model on disk that is understood and checked but not read. networks: on the meta device."""
+    """A model on disk, understood and checked but not read. preset: the name of the one it equals, or "custom"."""
 
     source: Source
-    networks: Networks
-
-    @property
-    def config(self) -> ModelConfig:
-        """The model's configuration."""
-        return self.source.config
-
-    @property
-    def preset(self) -> str:
-        """The name of the preset that the model equals, or "custom"."""
-        return self.config.name
-
-    @property
-    def prediction(self) -> Prediction:
-        """What the UNet predicts."""
-        return self.config.diffusion.prediction
-
-    @property
-    def why(self) -> str:
-        """The reason for the architecture and the prediction, and notes for the user."""
-        return "; ".join([self.source.why, *self.source.notes])
+    networks: Networks  # on the meta device
+    config: ModelConfig
+    preset: str
+    prediction: Prediction
+    why: str  # the reason for the architecture and the prediction, and notes for the user
 
 
 def identify(
@@ -56,17 +40,17 @@ def identify(
 ) -> Identity:
     """Tell what model is at `path`, and check that its tensors fit its networks, from headers and configs alone.
 
-    path: a folder of ours, a diffusers folder, or a single .safetensors file; its content counts, not its name.
-    prediction: what the user says that the UNet predicts. ema: take the averaged copy of the UNet that a full single
-    file holds. replace: "unet", "vae" or "text_encoder" -> a file or folder to take that part from; `path` may lack
-    those. pickles: whether a pickle may be opened. (Of SD 2 files one tensor of a kilobyte is read: names and shapes do
-    not tell eps from v.)
+    path: a folder of ours or diffusers', or a .safetensors file; its content counts, not its name. prediction: what the
+    user says that the UNet predicts. ema: take the averaged copy of the UNet that a full single file holds. replace:
+    "unet", "vae" or "text_encoder" -> a file or folder to take that part from. pickles: whether one may be opened.
+    (Of SD 2 files one tensor of a kilobyte is read: names and shapes do not tell eps from v.)
     Raises ValueError saying what is there instead of a model, and for tensors that are missing or of another shape.
     """
     source = merge(open_source(path, prediction=prediction, ema=ema, pickles=pickles), replace)
     check_complete(source, path)
     networks, source = check_fits(source, path)
-    return Identity(source, networks)
+    config, why = source.config, "; ".join([source.why, *source.notes])
+    return Identity(source, networks, config, config.name, config.diffusion.prediction, why)
 
 
 def read(
@@ -81,7 +65,7 @@ def read(
     vae_dtype: of the VAE, if another. On the CPU, tensors that need no cast stay memory-mapped.
     Raises ValueError for a tensor that is not finite in its new dtype.
     """
-    source, networks = model
+    source, networks = model.source, model.networks
     for name, module in modules(*networks).items():
         wanted = (vae_dtype or dtype) if name == "vae" else dtype
         fill(module, source.parts[name], dtype=wanted, device=torch.device(device))
@@ -174,11 +158,11 @@ def convert(
     _check_target(Path(target), layout, overwrite)
     if not replace and is_pickle(Path(path)):
         tensors = PickledTensors(Path(path))
-        if not find(tensors).whole:
+        if not all(find(tensors)):
             _rewrite(tensors, Path(target).resolve(), layout, dtype)
             return []
     model = identify(path, prediction=prediction, ema=ema, replace=replace, pickles=True)
-    left = left_out(*model)
+    left = left_out(model.source, model.networks)
     save(read(model, dtype=dtype), target, layout=layout, dtype=dtype, overwrite=overwrite)
     return left
 

@@ -17,7 +17,7 @@ from ldm.checkpoint.configs import Json
 from ldm.checkpoint.identify import Place, check_inputs, padded_as_official, recognize, text_part, vae_part
 from ldm.checkpoint.parts import TOWERS, Model, ModelLike, Part, Source, collect
 from ldm.checkpoint.pickles import PickledTensors
-from ldm.checkpoint.tensors import TensorFiles, Tensors, check_file, some, write_tensors
+from ldm.checkpoint.tensors import TensorFiles, Tensors, check_file, parse_object, some, write_tensors
 from ldm.config import SD15, ModelConfig, Prediction, TextConfig, VAEConfig, from_dict
 from ldm.models.text import EOS, Tokenizer
 from ldm.models.vae import VAE
@@ -266,13 +266,7 @@ def _config(folder: Path, part: str = "", name: str = "config.json") -> tuple[Js
 def _read_json(path: Path) -> Json:
     """Read the JSON object at `path`. Raises ValueError if there is none."""
     check_file(path, "fetch the folder again")
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): fetch it again") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
-    return value
+    return parse_object(path.read_bytes(), path)
 
 
 def _weight_files(folder: Path, stem: str) -> list[Path]:

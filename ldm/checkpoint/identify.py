@@ -74,11 +74,6 @@ class Contents(NamedTuple):
     vae: Place | None
     towers: tuple[Tower, ...]
 
-    @property
-    def whole(self) -> bool:
-        """Whether the file may be a model, and not parts of one."""
-        return bool(self.unet and self.vae and self.towers)
-
 
 def find(tensors: Tensors) -> Contents:
     """Look for networks under each of the prefixes and names that files in use have."""

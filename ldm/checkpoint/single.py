@@ -13,7 +13,7 @@ from ldm.checkpoint import identify, tables
 from ldm.checkpoint.identify import FAMILIES, Contents, Decision, Tower
 from ldm.checkpoint.known import KnownFile, kind_of
 from ldm.checkpoint.parts import TOWERS, Model, ModelLike, Source, collect
-from ldm.checkpoint.tensors import Tensors, write_tensors
+from ldm.checkpoint.tensors import Tensors, parse_object, some, write_tensors
 from ldm.config import SD21_BASE, SD_TURBO, SDXL_BASE, DiffusionConfig, ModelConfig, Prediction, TextConfig, from_dict
 from ldm.models.text import Tokenizer, official_vocabulary
 
@@ -32,7 +32,8 @@ def open_single(
     """
     contents = identify.find(tensors)
     if contents == Contents(None, None, ()):
-        _refuse(tensors)
+        what = kind_of(tensors) or f"no Stable Diffusion checkpoint, it has {some(sorted(tensors.shapes))}"
+        raise ValueError(f"{tensors} is {what}: give a full checkpoint or a model folder")
     identify.check_stored_plainly(tensors)
     if METADATA_KEY in tensors.metadata:
         config, why, notes = _from_metadata(tensors, prediction)
@@ -128,12 +129,7 @@ def _stand_ins(text: TextConfig, tower: Mapping[str, Tensor]) -> dict[str, Tenso
 def _from_metadata(tensors: Tensors, prediction: Prediction | None) -> tuple[ModelConfig, str, tuple[str, ...]]:
     """Read the configuration that this package wrote into a file: it, why, and notes."""
     where = f"{tensors}, metadata {METADATA_KEY}"
-    try:
-        table = json.loads(tensors.metadata[METADATA_KEY])
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is not valid JSON: {error}") from error
-    if not isinstance(table, dict):
-        raise ValueError(f"{where} must be a JSON object, got {type(table).__name__}")
+    table = parse_object(tensors.metadata[METADATA_KEY], where)
     table.pop("micro_conditioning", None)  # in files of version 0.1; it follows from the rest
     config = from_dict(table, ModelConfig, where, may_lack=_NEW_FIELDS)
     if "overflows_fp16" not in table["vae"]:
@@ -141,12 +137,11 @@ def _from_metadata(tensors: Tensors, prediction: Prediction | None) -> tuple[Mod
         config = dataclasses.replace(config, vae=vae)
     text, notes = identify.padded_as_official(config.text, ours=True)
     config = dataclasses.replace(config, text=text)
-    why = "it carries its configuration in its metadata"
-    if prediction is None:
-        return config, f"{why}, which says {config.diffusion.prediction}", notes
-    diffusion = dataclasses.replace(config.diffusion, prediction=prediction)
-    config = dataclasses.replace(config, diffusion=diffusion)
-    return config, f"{why}; you asked for {prediction}", notes
+    why = f"it carries its configuration in its metadata, which says {config.diffusion.prediction}"
+    if prediction is not None:
+        config = dataclasses.replace(config, diffusion=dataclasses.replace(config.diffusion, prediction=prediction))
+        why += f"; you asked for {prediction}"
+    return config, why, notes
 
 
 def _from_shapes(
@@ -191,12 +186,3 @@ def _text(contents: Contents, like: ModelConfig) -> tuple[TextConfig, ...]:
         text if tower is None else dataclasses.replace(text, vocab_size=tower.vocab_size)
         for tower, text in zip(_towers(contents, like.text), like.text, strict=True)
     )
-
-
-def _refuse(tensors: Tensors) -> None:
-    """Raise ValueError saying what the file is instead of a model."""
-    what = kind_of(tensors)
-    if what is not None:
-        raise ValueError(f"{tensors} is {what}, not a model: give a full checkpoint or a model folder")
-    names = ", ".join(sorted(tensors.shapes)[:3]) or "no tensors"
-    raise ValueError(f"{tensors} is no Stable Diffusion checkpoint, it lacks {tables.UNET_PREFIX}*; it has {names}")

@@ -110,19 +110,12 @@ class TensorFiles(Tensors):
                 raise ValueError(f"{name} in {self} is stored as {self.dtypes[name]}, allowed are {', '.join(DTYPES)}")
         for path in self.paths:
             if found := [name for name in wanted if self._places[name].path == path]:
-                yield from (self._mapped if mapped else self._copied)(path, found)
+                yield from self._mapped(path, found) if mapped else self._copied(path, found)
 
     def _mapped(self, path: Path, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
         """Yield tensors that share a private mapping of the file. Making them reads none of the data."""
-        end = max(self._places[name].start + self._places[name].size for name in names)
-        if path.stat().st_size < end:
-            raise ValueError(f"{path} became shorter while it was read: fetch it again")
-        whole = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=end)
-        for name in names:
-            _, start, size = self._places[name]
-            value = torch.empty(0, dtype=DTYPES[self.dtypes[name]])
-            value.set_(whole[start : start + size])
-            yield name, value.reshape(self.shapes[name])
+        with safe_open(path, framework="pt") as file:
+            yield from ((name, file.get_tensor(name)) for name in names)
 
     def _copied(self, path: Path, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
         """Yield tensors that share one buffer, into which they are read one after the other."""
@@ -165,6 +158,17 @@ def read_header(path: Path) -> tuple[int, dict[str, Any]]:
             ) from error
         raise ValueError(f"{path} is damaged: {error}") from error
     return 8 + length, json.loads(text)
+
+
+def parse_object(text: str | bytes, where: object) -> dict[str, Any]:
+    """Return the JSON object that `text` is. Raises ValueError naming `where` if it is none."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is not valid JSON ({error}): fetch it again") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} must hold a JSON object, got {type(value).__name__}")
+    return value
 
 
 def check_file(path: Path, advice: str) -> None:
