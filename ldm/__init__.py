@@ -1,8 +1,9 @@
 """Latent diffusion from scratch in pure PyTorch."""
 
-from ldm.config import PRESETS, SD15, SD21, SD21_BASE, SD_TURBO, SDXL_BASE, SDXL_REFINER, SDXL_TURBO, TINY, ModelConfig
+from ldm.config import ModelConfig
 from ldm.memory import Placement
 from ldm.pipeline import Pipeline, load
+from ldm.presets import PRESETS, SD15, SD21, SD21_BASE, SD_TURBO, SDXL_BASE, SDXL_REFINER, SDXL_TURBO, TINY
 from ldm.request import Request
 
 __version__ = "0.1.0"  # pyproject.toml reads it from here

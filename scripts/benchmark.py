@@ -32,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.checkpoint import files
 from ldm.checkpoint.parts import Model
-from ldm.config import SD15, SD21, SDXL_BASE, TextConfig, UNetConfig, VAEConfig
+from ldm.config import TextConfig, UNetConfig, VAEConfig
 from ldm.memory import DECODE, slab_budget
 from ldm.models.attention import math_attention, set_attention, sliced_attention
 from ldm.models.slabs import encode_slabs
@@ -41,6 +41,7 @@ from ldm.models.tiles import encode_tiles
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
 from ldm.offload import Streamed
+from ldm.presets import SD15, SD21, SDXL_BASE
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))

@@ -7,16 +7,8 @@ from typing import Literal
 
 import pytest
 
-from ldm.config import (
-    PRESETS,
-    RELATIVES,
-    SD15,
-    SD21,
-    SDXL_BASE,
-    SDXL_REFINER,
-    UNetConfig,
-    from_toml,
-)
+from ldm.config import UNetConfig, from_toml
+from ldm.presets import PRESETS, RELATIVES, SD15, SD21, SDXL_BASE, SDXL_REFINER
 
 
 @dataclass(frozen=True)

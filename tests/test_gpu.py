@@ -15,7 +15,7 @@ import torch
 import ldm
 from ldm.checkpoint import files
 from ldm.checkpoint.parts import Model
-from ldm.config import SD15, SDXL_BASE, UNetConfig
+from ldm.config import UNetConfig
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.graphs import Recording
 from ldm.memory import Placement, compile_blocks
@@ -26,6 +26,7 @@ from ldm.models.unet import UNet
 from ldm.models.vae import VAE
 from ldm.offload import Streamed, pin, tensors_of
 from ldm.pipeline import Pipeline
+from ldm.presets import SD15, SDXL_BASE
 from tests.tiny import TINY_RANDOM, TINY_SDXL, random_networks
 
 pytestmark = [

@@ -10,7 +10,6 @@ from torch import nn
 import ldm
 from ldm import memory
 from ldm.checkpoint import files
-from ldm.config import SD15, SD21, SDXL_BASE
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.graphs import Graphs
 from ldm.memory import ATTENTION, DECODE, Placement, compile_blocks, find_device, slab_budget
@@ -21,6 +20,7 @@ from ldm.models.unet import UNet
 from ldm.models.vae import VAE
 from ldm.offload import Moved, Streamed, tensors_of
 from ldm.pipeline import Pipeline
+from ldm.presets import SD15, SD21, SDXL_BASE
 from tests.recorded import record_on_the_cpu
 from tests.tiny import TINY_RANDOM, TINY_SDXL, random_networks
 

@@ -12,12 +12,12 @@ from PIL import Image
 from torch import nn
 
 from ldm.checkpoint import files
-from ldm.config import SD15, SD_TURBO, SDXL_BASE, SDXL_REFINER
 from ldm.diffusion.denoiser import guided
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.memory import Placement
 from ldm.models.attention import math_attention
 from ldm.pipeline import Pipeline, _check_finite, load
+from ldm.presets import SD15, SD_TURBO, SDXL_BASE, SDXL_REFINER
 from ldm.request import Request
 from tests.tiny import TINY_REFINER, TINY_SDXL, random_networks
 

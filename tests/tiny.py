@@ -5,12 +5,7 @@ import dataclasses
 import torch
 from torch import nn
 
-from ldm.config import (
-    ModelConfig,
-    TextConfig,
-    UNetConfig,
-    VAEConfig,
-)
+from ldm.config import ModelConfig, TextConfig, UNetConfig, VAEConfig
 from ldm.models.text import BOS, EOS, TextEncoder, Tokenizer, byte_alphabet
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE

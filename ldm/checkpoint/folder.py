@@ -14,13 +14,14 @@ from torch import Tensor
 
 from ldm.checkpoint import configs, tables
 from ldm.checkpoint.configs import Json
-from ldm.checkpoint.identify import Place, check_inputs, padded_as_official, recognize, text_part, vae_part
+from ldm.checkpoint.identify import Place, check_inputs, padded_as_official, text_part, vae_part
 from ldm.checkpoint.parts import TOWERS, Model, ModelLike, Part, Source, collect
 from ldm.checkpoint.pickles import PickledTensors
 from ldm.checkpoint.tensors import TensorFiles, Tensors, check_file, parse_object, some, write_tensors
-from ldm.config import SD15, ModelConfig, Prediction, TextConfig, VAEConfig, from_dict
+from ldm.config import ModelConfig, Prediction, TextConfig, VAEConfig, from_dict
 from ldm.models.text import EOS, Tokenizer
 from ldm.models.vae import VAE
+from ldm.presets import SD15, recognize
 
 _NETWORK, _TOWER = "diffusion_pytorch_model", "model"  # stems of the files with the weights
 _COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")

@@ -10,31 +10,15 @@ from ldm.checkpoint.keymap import Rule, translate
 from ldm.checkpoint.known import NAMES, KnownFile
 from ldm.checkpoint.parts import Part
 from ldm.checkpoint.tensors import Tensors
-from ldm.config import (
-    PRESETS,
-    SD15,
-    SD21,
-    SD21_BASE,
-    SD_TURBO,
-    SDXL_BASE,
-    SDXL_REFINER,
-    SDXL_TURBO,
-    DiffusionConfig,
-    ModelConfig,
-    Prediction,
-    TextConfig,
-    UNetConfig,
-    VAEConfig,
-)
+from ldm.config import ModelConfig, Prediction, TextConfig, UNetConfig, VAEConfig
+from ldm.presets import FAMILIES, PRESETS, SD15, SD21, SD21_BASE, VARIANTS, tells
 
 ENOUGH_EMA = 100  # tensors that make an averaged copy; pruned files keep two counters of it
-FAMILIES = (SD15, SD21_BASE, SDXL_BASE, SDXL_REFINER)  # each with the architecture of a family
 OTHER_INPUTS = {  # UNets that take more than a prompt can give, by their input channels
     5: "Stable Diffusion 2 depth-to-image, which needs a depth map",
     7: "the Stable Diffusion x4 upscaler, which needs a small picture",
     13: "a virtual try-on model, which needs pictures of a person and of clothes",
 }
-_VARIANTS = {4: "", 8: "-instruct-pix2pix", 9: "-inpainting"}  # by the UNet's input channels
 
 # Tensors that stand beside a model and are of no use to it: the noise schedule (computed anew, because files in fp16
 # lose its low end), averaged copies, leftovers of training, and constants.
@@ -217,7 +201,7 @@ def unet_of(tensors: Tensors, place: Place) -> tuple[UNetConfig, ModelConfig, st
 
     seen = f"{channels[0]} model channels and text of width {context}"
     check_inputs(inputs, tensors)
-    family = [p for p in FAMILIES if _tells(p.unet) == (channels[0], context, vector)]
+    family = [p for p in FAMILIES if tells(p.unet) == (channels[0], context, vector)]
     if not family:
         name = "Stable unCLIP" if vector and context == 1024 else "no family known here"
         raise ValueError(
@@ -248,34 +232,9 @@ def unet_of(tensors: Tensors, place: Place) -> tuple[UNetConfig, ModelConfig, st
 
 def check_inputs(channels: int, where: object) -> None:
     """Raise ValueError for a UNet whose input is more than a prompt, a picture or a mask can give."""
-    if channels not in _VARIANTS:
+    if channels not in VARIANTS:
         name = OTHER_INPUTS.get(channels, "no model that is known here")
         raise ValueError(f"{where} is {name} ({channels} input channels): it is not supported")
-
-
-def recognize(
-    unet: UNetConfig, vae: VAEConfig, text: tuple[TextConfig, ...], diffusion: DiffusionConfig, *, turbo: bool = False
-) -> ModelConfig:
-    """Complete an architecture with its name, and with the image size, guidance and steps that suit it.
-
-    turbo: whether something says that it is SD-Turbo or SDXL-Turbo, whose networks are those of SD 2 and SDXL.
-    """
-    family = next((p for p in FAMILIES if _tells(p.unet) == _tells(unet)), None)
-    like = family or (SD15 if unet.vector_dim is None else SDXL_BASE)
-    if like is SD21_BASE:
-        like = SD_TURBO if turbo else SD21 if diffusion.prediction == "v" else SD21_BASE
-    elif like is SDXL_BASE and turbo:
-        like = SDXL_TURBO
-    own = dataclasses.replace(like, unet=unet, vae=vae, text=text, diffusion=diffusion)
-    if unet.guidance_dim is not None:
-        diffusion = dataclasses.replace(diffusion, spacing="lcm")
-        own = dataclasses.replace(own, diffusion=diffusion, sampler="lcm", steps=4, guidance_scale=8.5)
-    plain = dataclasses.replace(
-        unet, in_channels=4, upcast_attention=like.unet.upcast_attention, linear_projection=like.unet.linear_projection
-    )
-    same = (plain, [t.width for t in text]) == (like.unet, [t.width for t in like.text])
-    name = like.name + _VARIANTS[unet.in_channels] if same and unet.in_channels in _VARIANTS else "custom"
-    return dataclasses.replace(own, name=name)
 
 
 def padded_as_official(text: tuple[TextConfig, ...], *, ours: bool) -> tuple[tuple[TextConfig, ...], tuple[str, ...]]:
@@ -293,11 +252,6 @@ def padded_as_official(text: tuple[TextConfig, ...], *, ours: bool) -> tuple[tup
             notes.append(note)
         found.append(config)
     return tuple(found), tuple(notes)
-
-
-def _tells(unet: UNetConfig) -> tuple[int, int, int | None]:
-    """What tells the UNets of the families apart."""
-    return unet.channels[0], unet.context_dim, unet.vector_dim
 
 
 # What the UNet predicts.

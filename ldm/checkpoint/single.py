@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoint import identify, tables
-from ldm.checkpoint.identify import FAMILIES, Contents, Decision, Tower
+from ldm.checkpoint.identify import Contents, Decision, Tower
 from ldm.checkpoint.known import KnownFile, kind_of
 from ldm.checkpoint.parts import TOWERS, Model, ModelLike, Source, collect
 from ldm.checkpoint.tensors import Tensors, parse_object, some, write_tensors
-from ldm.config import SD21_BASE, SD_TURBO, SDXL_BASE, DiffusionConfig, ModelConfig, Prediction, TextConfig, from_dict
+from ldm.config import DiffusionConfig, ModelConfig, Prediction, TextConfig, from_dict
 from ldm.models.text import Tokenizer, official_vocabulary
+from ldm.presets import FAMILIES, SD21_BASE, SD_TURBO, SDXL_BASE, recognize
 
 METADATA_KEY = "ldm.config"  # a file that this package wrote carries its ModelConfig there, as JSON
 _NEW_FIELDS = {"overflows_fp16", "up_depth", "mid", "guidance_dim"}  # files of version 0.1 lack them
@@ -162,7 +163,7 @@ def _from_shapes(
     diffusion, turbo = _diffusion(tensors, like, decision, known)
     upcast = like is SD21_BASE and decision.prediction == "v"
     unet = dataclasses.replace(unet, upcast_attention=upcast)
-    config = identify.recognize(unet, like.vae, _text(contents, like), diffusion, turbo=turbo)
+    config = recognize(unet, like.vae, _text(contents, like), diffusion, turbo=turbo)
     return config, f"{why}; it predicts {decision.prediction}: {decision.why}", decision.notes
 
 

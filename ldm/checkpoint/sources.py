@@ -8,16 +8,17 @@ from typing import get_args
 import torch
 
 from ldm.checkpoint.folder import open_folder
-from ldm.checkpoint.identify import IGNORED, recognize
+from ldm.checkpoint.identify import IGNORED
 from ldm.checkpoint.known import KNOWN_SIZES, known_file
 from ldm.checkpoint.parts import TOWERS, Source, check, modules
 from ldm.checkpoint.pickles import PickledTensors, is_pickle
 from ldm.checkpoint.single import open_single
 from ldm.checkpoint.tensors import TensorFiles, Tensors, some
-from ldm.config import SD15, Prediction
+from ldm.config import Prediction
 from ldm.models.text import TextEncoder
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
+from ldm.presets import SD15, recognize
 
 Networks = tuple[UNet, VAE, TextEncoder]
 REPLACEABLE = ("unet", "vae", "text_encoder")

@@ -7,10 +7,11 @@ from torch import Tensor
 
 from ldm.checkpoint.parts import Model
 from ldm.checkpoint.single import ldm_tensors
-from ldm.config import PRESETS, ModelConfig, TextConfig
+from ldm.config import ModelConfig, TextConfig
 from ldm.models.text import TextEncoder, Tokenizer
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
+from ldm.presets import PRESETS
 
 FAMILIES = ("sd15", "sd21-base", "sd21", "sd-turbo", "sdxl-base", "sdxl-refiner", "sdxl-turbo")
 

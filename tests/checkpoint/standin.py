@@ -15,10 +15,11 @@ from torch import Tensor
 
 from ldm.checkpoint.parts import Model
 from ldm.checkpoint.single import ldm_tensors
-from ldm.config import PRESETS, ModelConfig
+from ldm.config import ModelConfig
 from ldm.models.text import TextEncoder, Tokenizer
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
+from ldm.presets import PRESETS
 
 SCHEDULE = (  # the twelve buffers of LDM's training code, 1000 numbers each
     *("betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod"),

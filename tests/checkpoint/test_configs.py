@@ -8,19 +8,8 @@ import torch
 from transformers import CLIPTextConfig
 
 from ldm.checkpoint import configs
-from ldm.checkpoint.parts import recognise
-from ldm.config import (
-    PRESETS,
-    SD15,
-    SD21,
-    SD21_BASE,
-    SD_TURBO,
-    SDXL_BASE,
-    DiffusionConfig,
-    TextConfig,
-    UNetConfig,
-    VAEConfig,
-)
+from ldm.config import DiffusionConfig, TextConfig, UNetConfig, VAEConfig
+from ldm.presets import PRESETS, SD15, SD21, SD21_BASE, SD_TURBO, SDXL_BASE
 
 # What the folder of SD 1.5 says (without what its libraries ignore), written by diffusers 0.6
 SD15_UNET = {
@@ -221,14 +210,14 @@ def test_what_the_layout_cannot_express_is_refused():
         configs.text_to_json(TextConfig(output_layer=-2), 0, 2, sdxl=False)
 
 
-def test_an_architecture_is_recognised_with_its_prediction_and_its_input_channels():
+def test_an_architecture_is_recognized_with_its_prediction_and_its_input_channels():
     sd2, v = (SD21.vae, SD21.text), DiffusionConfig(prediction="v")
-    assert recognise(SD21_BASE.unet, *sd2, DiffusionConfig()) == SD21_BASE
-    assert recognise(SD21.unet, *sd2, v) == SD21
+    assert recognize(SD21_BASE.unet, *sd2, DiffusionConfig()) == SD21_BASE
+    assert recognize(SD21.unet, *sd2, v) == SD21
     turbo = DiffusionConfig(spacing="trailing")
-    assert recognise(SD21_BASE.unet, *sd2, turbo) == SD_TURBO
+    assert recognize(SD21_BASE.unet, *sd2, turbo) == SD_TURBO
     inpainting = dataclasses.replace(SD15.unet, in_channels=9)
-    assert recognise(inpainting, SD15.vae, SD15.text, v).name == "sd15-inpainting"
-    assert recognise(SDXL_BASE.unet, VAEConfig(), SDXL_BASE.text, v).name == "custom"
+    assert recognize(inpainting, SD15.vae, SD15.text, v).name == "sd15-inpainting"
+    assert recognize(SDXL_BASE.unet, VAEConfig(), SDXL_BASE.text, v).name == "custom"
     with pytest.raises(ValueError, match="wants a vector of 2816 beside a pooled text of 0"):
-        recognise(SDXL_BASE.unet, VAEConfig(), SD15.text, v)
+        recognize(SDXL_BASE.unet, VAEConfig(), SD15.text, v)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from ldm.checkpoint.files import convert, load, save
 from ldm.checkpoint.pickles import TORCH_NEEDED
 from ldm.checkpoint.single import ldm_tensors
-from ldm.config import SD15
+from ldm.presets import SD15
 from tests.checkpoint.families import official_tensors, small_model
 from tests.checkpoint.standin import hollow_model, standin_tensor
 from tests.checkpoint.test_families import same_bits, same_tensors, write

@@ -11,7 +11,7 @@ from ldm.checkpoint.files import convert, identify, load, load_vae, save
 from ldm.checkpoint.parts import Model, ema_name
 from ldm.checkpoint.single import METADATA_KEY, _without_none
 from ldm.checkpoint.sources import merge, open_source
-from ldm.config import SDXL_BASE
+from ldm.presets import SDXL_BASE
 from tests.checkpoint.families import FAMILIES, official_tensors, small_model
 
 UNET = "model.diffusion_model."

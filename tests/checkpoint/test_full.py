@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from ldm.checkpoint.files import convert, identify
-from ldm.config import PRESETS
+from ldm.presets import PRESETS
 from tests.checkpoint.standin import official_shapes, write_standin
 
 pytestmark = pytest.mark.full

@@ -18,16 +18,17 @@ from typing import Any
 
 import pytest
 import torch
+from ldm.checkpoint.inspection import Report, inspect
+from ldm.checkpoint.strict_json import MAX_BYTES, MAX_VALUES
 from safetensors.torch import load_file, save_file
 
 from ldm.checkpoint.files import Identity, identify, load, save
-from ldm.checkpoint.inspection import Report, inspect
 from ldm.checkpoint.parts import Model
 from ldm.checkpoint.single import METADATA_KEY, _without_none, ldm_tensors
-from ldm.checkpoint.strict_json import MAX_BYTES, MAX_VALUES
 from ldm.checkpoint.tensors import TensorFiles
-from ldm.config import PRESETS, ModelConfig
+from ldm.config import ModelConfig
 from ldm.models.text import Tokenizer
+from ldm.presets import PRESETS
 from tests.checkpoint.growth import MB, growth, in_fresh_process, measurable
 from tests.checkpoint.standin import BITS, hollow_model, write_hollow
 from tests.tiny import TINY_RANDOM, TINY_SDXL, random_networks

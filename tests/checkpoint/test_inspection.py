@@ -3,10 +3,10 @@
 import json
 
 import pytest
+from ldm.checkpoint.inspection import inspect
 
 from ldm.checkpoint import inspection
 from ldm.checkpoint.files import save
-from ldm.checkpoint.inspection import inspect
 from ldm.checkpoint.known import KnownFile
 from tests.checkpoint.families import small_model
 from tests.checkpoint.standin import SCHEDULE, ema_shapes, official_shapes, write_hollow

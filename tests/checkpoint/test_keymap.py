@@ -3,17 +3,7 @@
 import pytest
 import torch
 
-from ldm.checkpoint.keymap import (
-    EITHER_RANK,
-    PIXELS,
-    SAME,
-    TRANSPOSED,
-    WHOLE,
-    Piece,
-    Rule,
-    inverse,
-    key_map,
-)
+from ldm.checkpoint.keymap import EITHER_RANK, PIXELS, SAME, TRANSPOSED, WHOLE, Piece, Rule, inverse, key_map
 
 RULES = (
     Rule("down.{i}.res", "blocks.{i}.0", (Rule("conv", "layers.2"), Rule("norm", "layers.0"))),

@@ -4,7 +4,7 @@ import hashlib
 import re
 
 from ldm.checkpoint.known import _FILES, KNOWN, digest
-from ldm.config import PRESETS
+from ldm.presets import PRESETS
 
 
 def test_every_known_digest_is_one_sha256_of_one_preset():

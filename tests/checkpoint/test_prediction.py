@@ -6,17 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from ldm.checkpoint.prediction import EDM_MARKERS, MARKERS, MAX_SIDECAR, PROBED, Decision, decide
 from torch import Tensor
 
 from ldm.checkpoint.known import KNOWN, KnownFile
-from ldm.checkpoint.prediction import (
-    EDM_MARKERS,
-    MARKERS,
-    MAX_SIDECAR,
-    PROBED,
-    Decision,
-    decide,
-)
 from ldm.checkpoint.tensors import DTYPES
 
 UNET = "model.diffusion_model."

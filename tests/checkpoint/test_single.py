@@ -12,25 +12,10 @@ from ldm.checkpoint.known import KnownFile
 from ldm.checkpoint.parts import collect
 from ldm.checkpoint.single import METADATA_KEY
 from ldm.checkpoint.sources import check_fits, merge, open_source
-from ldm.config import (
-    PRESETS,
-    SD15,
-    SD21,
-    SD21_BASE,
-    SD_TURBO,
-    SDXL_BASE,
-    SDXL_REFINER,
-    SDXL_TURBO,
-    UNetConfig,
-)
+from ldm.config import UNetConfig
 from ldm.models.unet import UNet
-from tests.checkpoint.standin import (
-    SCHEDULE,
-    ema_shapes,
-    hollow_model,
-    official_shapes,
-    write_hollow,
-)
+from ldm.presets import PRESETS, SD15, SD21, SD21_BASE, SD_TURBO, SDXL_BASE, SDXL_REFINER, SDXL_TURBO
+from tests.checkpoint.standin import SCHEDULE, ema_shapes, hollow_model, official_shapes, write_hollow
 
 UNET, VAE = tables.UNET_PREFIX, tables.VAE_PREFIX
 TEXT = "cond_stage_model.transformer.text_model."

@@ -16,20 +16,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from ldm.checkpoint import configs, tables
 from ldm.checkpoint.keymap import key_map
 from ldm.checkpoint.parts import collect
-from ldm.config import (
-    RELATIVES,
-    SD15,
-    SD21,
-    SDXL_BASE,
-    SDXL_REFINER,
-    TINY,
-    TextConfig,
-    UNetConfig,
-    VAEConfig,
-)
+from ldm.config import TextConfig, UNetConfig, VAEConfig
 from ldm.models.text import TextTower
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
+from ldm.presets import RELATIVES, SD15, SD21, SDXL_BASE, SDXL_REFINER, TINY
 from tests.checkpoint.standin import official_shapes
 
 PRESETS = {p.name: p.unet for p in (SD15, SD21, SDXL_BASE, SDXL_REFINER, TINY)}

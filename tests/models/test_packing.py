@@ -7,15 +7,7 @@ import torch
 from torch import nn
 
 from ldm.config import UNetConfig, VAEConfig
-from ldm.models.packing import (
-    Packed,
-    PackedConv2d,
-    PackedLinear,
-    PackedPixelwise,
-    can_pack,
-    pack,
-    unpack,
-)
+from ldm.models.packing import Packed, PackedConv2d, PackedLinear, PackedPixelwise, can_pack, pack, unpack
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.config import SD15, VAEConfig
+from ldm.config import VAEConfig
 from ldm.models.attention import math_attention, set_attention
 from ldm.models.packing import can_pack, pack
 from ldm.models.slabs import decode_slabs, encode_slabs
 from ldm.models.vae import VAE
+from ldm.presets import SD15
 from tests.live_bytes import LiveBytes
 
 SMALL = VAEConfig(channels=(8, 16, 16), res_blocks=1, norm_groups=4, scaling_factor=0.5)

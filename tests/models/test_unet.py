@@ -6,9 +6,10 @@ import pytest
 import torch
 from diffusers import LatentConsistencyModelPipeline
 
-from ldm.config import PRESETS, RELATIVES, UNetConfig
+from ldm.config import UNetConfig
 from ldm.models.layers import guidance_embedding, timestep_embedding
 from ldm.models.unet import UNet
+from ldm.presets import PRESETS, RELATIVES
 
 SMALL = UNetConfig(channels=(16, 32), depth=(1, 1), heads=(2, 4), context_dim=12, norm_groups=4)
 

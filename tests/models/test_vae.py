@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from ldm.config import SD15, VAEConfig
+from ldm.config import VAEConfig
 from ldm.models.vae import VAE, Gaussian
+from ldm.presets import SD15
 
 SMALL = VAEConfig(channels=(8, 16), res_blocks=1, norm_groups=4, scaling_factor=0.5)
 

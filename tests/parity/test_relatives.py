@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 import ldm
 from ldm.checkpoint import configs, files, identify, tables
 from ldm.checkpoint.keymap import key_map
-from ldm.config import RELATIVES, SD15, SDXL_BASE
 from ldm.models.unet import UNet
+from ldm.presets import RELATIVES, SD15, SDXL_BASE
 from tests.parity import compare, reference
 
 RELATIVE = 1e-5  # of the largest value, in fp32: both may sum in their own order

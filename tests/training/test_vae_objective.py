@@ -6,16 +6,7 @@ from torch.distributions import Normal, kl_divergence
 from ldm.config import VAEConfig
 from ldm.models.discriminator import PatchDiscriminator
 from ldm.models.vae import VAE, Gaussian
-from ldm.training.vae import (
-    VAELoss,
-    VAEObjective,
-    gradient_l1,
-    hinge_losses,
-    init,
-    kl,
-    latent_std,
-    random_crop,
-)
+from ldm.training.vae import VAELoss, VAEObjective, gradient_l1, hinge_losses, init, kl, latent_std, random_crop
 
 SMALL = VAEConfig(channels=(8, 16), res_blocks=1, norm_groups=2, scaling_factor=1.0)
 
