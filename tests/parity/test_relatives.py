@@ -205,8 +205,19 @@ def test_such_a_model_is_told_its_guidance_in_one_call_a_step(lcm):
 
 
 @pytest.mark.parametrize(
-    "change", [{"guidance_interval": (0.5, 5.0)}, {"guidance_rescale": 0.7}], ids=str
+    "change",
+    [{"negative_prompt": "b"}, {"guidance_interval": (0.5, 5.0)}, {"guidance_rescale": 0.7}],
+    ids=str,
 )
-def test_guidance_between_two_predictions_is_refused_where_there_is_one(lcm, change):
-    with pytest.raises(ValueError, match=f"{next(iter(change))} steers between two predictions"):
+def test_what_needs_two_predictions_is_refused_where_there_is_one(lcm, change):
+    with pytest.raises(
+        ValueError, match=f"{next(iter(change))} is for guidance by two predictions"
+    ):
         lcm[0].generate(ldm.Request("a", width=64, height=64, **change))
+
+
+def test_a_request_whose_defaults_are_filled_in_can_be_made_again(lcm):
+    config = lcm[0].config
+    resolved = ldm.Request("a", width=64, height=64).resolved(config)
+    assert (resolved.negative_prompt, resolved.guidance_scale) == ("", 8.5)
+    assert resolved.resolved(config) == resolved
