@@ -109,12 +109,12 @@ class Request:
             width=_either(self.width, config.image_size),
             height=_either(self.height, config.image_size),
         )
-        if config.unet.guidance_dim and (self.guidance_interval or self.guidance_rescale):
-            name = "guidance_interval" if self.guidance_interval else "guidance_rescale"
-            raise ValueError(
-                f"{name} steers between two predictions, and the model {config.name} makes one: its UNet is told the "
-                "guidance scale; leave it out"
-            )
+        for name in ("negative_prompt", "guidance_interval", "guidance_rescale"):
+            if config.unet.guidance_dim and getattr(self, name):
+                raise ValueError(
+                    f"{name} is for guidance by two predictions, and the model {config.name} makes one: its UNet is "
+                    "told the guidance scale; leave it out"
+                )
         factor = config.vae.factor
         for name in ("width", "height"):
             size = getattr(request, name)

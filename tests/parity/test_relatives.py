@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import cache
 from types import SimpleNamespace
 
 import numpy as np
@@ -58,9 +59,9 @@ def test_diffusers_and_we_build_the_same_network_from_the_published_config(name)
         again = UNet2DConditionModel.from_config(configs.unet_to_json(config, 64))
     assert config == OURS[name]
     names = key_map(ours.state_dict(), tables.diffusers_unet(config))
-    assert {
-        names[key].name: tuple(value.shape) for key, value in ours.state_dict().items()
-    } == shapes(theirs.state_dict())
+    assert {names[key].name: tuple(value.shape) for key, value in ours.state_dict().items()} == shapes(
+        theirs.state_dict()
+    )
     assert shapes(again.state_dict()) == shapes(theirs.state_dict())
 
 
@@ -88,10 +89,7 @@ def test_a_folder_of_diffusers_gives_a_unet_that_computes_the_same(name, tmp_pat
     context = torch.randn(2, 7, config.context_dim)
     given, vector, guidance = {}, None, None
     if config.vector_dim:
-        pooled, sizes = (
-            torch.randn(2, 16),
-            torch.tensor([[1024.0, 768.0, 0.0, 16.0, 512.0, 640.0]] * 2),
-        )
+        pooled, sizes = (torch.randn(2, 16), torch.tensor([[1024.0, 768.0, 0.0, 16.0, 512.0, 640.0]] * 2))
         given["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": sizes}
         embedded = compare.timestep_embedding(sizes.flatten(), 256).reshape(2, -1)
         vector = torch.cat([pooled, embedded], dim=1)
@@ -106,16 +104,11 @@ def test_a_folder_of_diffusers_gives_a_unet_that_computes_the_same(name, tmp_pat
             "down_block_additional_residuals": residuals[:-1],
             "mid_block_additional_residual": residuals[-1],
         }
-        for what, one, other in (
-            ("alone", None, given),
-            ("with a ControlNet's residuals", residuals, controlled),
-        ):
+        for what, one, other in (("alone", None, given), ("with a ControlNet's residuals", residuals, controlled)):
             expected = theirs(x, t, context, **other).sample
             got = ours(x, t, context, vector, one, guidance)
             difference = compare.relative(got, expected)
-            print(
-                name, what, f"{float((got - expected).abs().max()):.1e}, relative {difference:.1e}"
-            )
+            print(name, what, f"{float((got - expected).abs().max()):.1e}, relative {difference:.1e}")
             assert difference < RELATIVE
 
 
@@ -124,39 +117,64 @@ def load(unet, tensors):
     state = unet.state_dict()
     names = key_map(state, tables.diffusers_unet(unet.config))
     assert {stored.name for stored in names.values()} == tensors.keys()
-    unet.load_state_dict(
-        {key: names[key].form.restore(tensors[names[key].name], state[key].shape) for key in state}
-    )
+    unet.load_state_dict({key: names[key].form.restore(tensors[names[key].name], state[key].shape) for key in state})
     return unet.eval()
 
 
-# ------------------------------------------------------------------ a latent consistency model
+# ------------------------------------------------------------------ whole models
 
 
 @pytest.fixture(scope="module")
-def lcm(tmp_path_factory):
-    """A small latent consistency model, loaded by us and by diffusers."""
-    folder = tmp_path_factory.mktemp("lcm")
-    reference.build(folder, reference.small(reference.LCM))
-    return ldm.load(folder, ldm.Placement("cpu")), reference.load(folder)
+def both(tmp_path_factory):
+    """Small models with such UNets, loaded by us and by diffusers."""
+    families = {
+        "LCM": reference.LCM,
+        "SSD-1B": dataclasses.replace(reference.FAMILIES["sdxl-base"], unet=reference.RELATIVES["SSD-1B"]),
+    }
+
+    @cache
+    def load(name):
+        folder = tmp_path_factory.mktemp(name)
+        reference.build(folder, reference.small(families[name]))
+        return ldm.load(folder, ldm.Placement("cpu")), reference.load(folder)
+
+    return load
+
+
+@pytest.fixture
+def lcm(both):
+    """A latent consistency model."""
+    return both("LCM")
+
+
+def test_pictures_of_ssd_1b_equal_those_of_diffusers(both):
+    ours, theirs = both("SSD-1B")
+    assert ours.unet.config.mid == "residual"
+    assert ours.unet.config.depths()[1][1] == (2, 1, 1)
+    request = ldm.Request(
+        *reference.PROMPTS, steps=4, guidance_scale=7.5, sampler="euler", spacing="leading", width=64, height=64
+    )
+    (got, _), (expected, _) = compare.pictures(ours, request), reference.pictures(theirs, request)
+    assert expected.std() > 20  # flat pictures would be equal whatever the networks did
+    print("levels of 255:", compare.levels(got, expected))
+    assert compare.levels(got, expected) <= 1
 
 
 @pytest.mark.parametrize("layout", ["ldm", "diffusers"])
-def test_a_saved_latent_consistency_model_is_the_same_model(lcm, layout, tmp_path):
-    ours, _ = lcm
+@pytest.mark.parametrize("name", ["LCM", "SSD-1B"])
+def test_saved_in_either_layout_they_are_the_same_models(name, layout, both, tmp_path):
+    ours, theirs = both(name)
     path = tmp_path / ("model.safetensors" if layout == "ldm" else "model")
     files.save(ours, path, layout=layout)
     again = ldm.load(path, ldm.Placement("cpu"))
     assert again.config == ours.config
-    assert (again.config.sampler, again.config.steps, again.config.guidance_scale) == (
-        "lcm",
-        4,
-        8.5,
-    )
     state = again.unet.state_dict()
     assert all(torch.equal(state[key], value) for key, value in ours.unet.state_dict().items())
-    if layout == "diffusers":  # and diffusers finds its own pipeline, for one told its guidance
-        assert isinstance(reference.load(path), reference.LCM.pipeline)
+    if layout == "diffusers":
+        read = reference.load(path)
+        assert isinstance(read, type(theirs))
+        state = read.unet.state_dict()
+        assert all(torch.equal(state[key], value) for key, value in theirs.unet.state_dict().items())
 
 
 def made(pipe, request):
@@ -164,9 +182,7 @@ def made(pipe, request):
 
 
 @pytest.mark.parametrize(
-    "change",
-    [{}, {"guidance_scale": 1.0}, {"guidance_scale": 12.3, "steps": 7}, {"seed": 5, "images": 1}],
-    ids=str,
+    "change", [{}, {"guidance_scale": 1.0}, {"guidance_scale": 12.3, "steps": 7}, {"seed": 5, "images": 1}], ids=str
 )
 def test_a_latent_consistency_model_makes_the_pictures_of_diffusers(lcm, change):
     ours, theirs = lcm
@@ -184,9 +200,7 @@ def test_a_latent_consistency_model_makes_the_pictures_of_diffusers(lcm, change)
     assert expected.std() > 20  # flat pictures would be equal whatever the networks did
     assert isinstance(theirs.scheduler, LCMScheduler)
     # sampler, spacing, steps and guidance where nothing is asked are the model's own
-    got = made(
-        ours, ldm.Request(prompt, width=64, height=64, **({"seed": 42, "images": 2} | change))
-    )
+    got = made(ours, ldm.Request(prompt, width=64, height=64, **({"seed": 42, "images": 2} | change)))
     print(change, "levels of 255:", compare.levels(got, expected))
     assert compare.levels(got, expected) <= 1
 
@@ -205,8 +219,16 @@ def test_such_a_model_is_told_its_guidance_in_one_call_a_step(lcm):
 
 
 @pytest.mark.parametrize(
-    "change", [{"guidance_interval": (0.5, 5.0)}, {"guidance_rescale": 0.7}], ids=str
+    "change", [{"negative_prompt": "b"}, {"guidance_interval": (0.5, 5.0)}, {"guidance_rescale": 0.7}], ids=str
 )
-def test_guidance_between_two_predictions_is_refused_where_there_is_one(lcm, change):
-    with pytest.raises(ValueError, match=f"{next(iter(change))} steers between two predictions"):
+def test_what_needs_two_predictions_is_refused_where_there_is_one(lcm, change):
+    with pytest.raises(ValueError, match=f"{next(iter(change))} is for guidance by two predictions"):
         lcm[0].generate(ldm.Request("a", width=64, height=64, **change))
+
+
+def test_a_request_whose_defaults_are_filled_in_can_be_made_again(lcm):
+    config = lcm[0].config
+    resolved = ldm.Request("a", width=64, height=64).resolved(config)
+    assert (resolved.sampler, resolved.spacing, resolved.steps) == ("lcm", "lcm", 4)
+    assert (resolved.negative_prompt, resolved.guidance_scale) == ("", 8.5)
+    assert resolved.resolved(config) == resolved
