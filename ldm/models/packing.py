@@ -1,9 +1,9 @@
 """Convolutions and linear layers on a CPU with their weights in the order that oneDNN computes in.
 
 PyTorch reorders the weight of a convolution at each call: most of the work, where there are few pixels. A packed layer
-does so once. oneDNN's order depends on the sizes of the input and the number of threads, so a layer is packed when it is
-first called, and again when another order is wanted. fp32 linear layers run in oneDNN too, instead of MKL. The numbers
-are those of the plain layers but for the order of summation.
+does so once. oneDNN's order depends on the sizes of the input and the number of threads: a layer is packed when first
+called, and again when another order is wanted. fp32 linear layers run in oneDNN too, instead of MKL. The numbers are
+those of the plain layers but for the order of summation.
 """
 
 from collections.abc import Mapping
@@ -70,7 +70,8 @@ class PackedConv2d(Packed, nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """Do what the plain layer does; the output's channels are last in memory whatever the input's layout."""
         if torch.is_grad_enabled() and x.requires_grad:
-            return self._conv_forward(x, self.dense(), self.bias)
+            plain: Tensor = self._conv_forward(x, self.dense(), self.bias)
+            return plain
         geometry = self.padding, self.stride, self.dilation, self.groups
         weight, order = self.held
         wanted = _order(weight.shape, x.shape, x.dtype, geometry, torch.get_num_threads())
@@ -118,7 +119,7 @@ def _replace(network: nn.Module, kinds: Mapping[type, type]) -> None:
             setattr(network, name, _rebuild(layer, kind))
 
 
-def _rebuild(layer: Any, kind: Any) -> nn.Module:
+def _rebuild(layer: Any, kind: Any) -> Any:
     """Return a layer of class `kind` with the geometry, weight and bias of another."""
     if isinstance(layer, nn.Linear):
         new = kind(layer.in_features, layer.out_features, device="meta")
@@ -126,9 +127,9 @@ def _rebuild(layer: Any, kind: Any) -> nn.Module:
         geometry = layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups
         new = kind(layer.in_channels, layer.out_channels, *geometry, device="meta")
     new.bias = layer.bias
-    if isinstance(new, Packed):
+    if isinstance(layer, Packed):
+        new.weight = nn.Parameter(layer.dense(), requires_grad=False)
+    else:
         new.weight = None
         new.held = layer.weight.detach(), PLAIN
-    else:
-        new.weight = nn.Parameter(layer.dense(), requires_grad=False)
     return new.train(layer.training)
