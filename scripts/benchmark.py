@@ -41,7 +41,7 @@ from ldm.models.tiles import encode_tiles
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
 from ldm.offload import Streamed
-from ldm.presets import SD15, SD21, SDXL_BASE
+from ldm.presets import SD15, SD21, SDXL_BASE, SDXL_REFINER, TINY
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -54,7 +54,15 @@ CUT_DOWN = replace(
     vae=VAEConfig(channels=(32, 32, 64, 64), res_blocks=1),
     text=(TextConfig(width=64, layers=2, heads=2, mlp=128),),
 )
-CASES = {  # architecture and pixels
+REFINER_WIDTHS = replace(  # the refiner's widths at a tenth of its size, to run anywhere
+    SDXL_REFINER,
+    name="refiner-widths",
+    unet=replace(SDXL_REFINER.unet, res_blocks=1, depth=(0, 1, 1, 0), mid_depth=1),
+    vae=CUT_DOWN.vae,
+    text=(replace(CUT_DOWN.text[0], width=1280, projection=1280),),
+)
+CASES = {  # architecture and pixels, in the order of the tables
+    "bundled-64": (TINY, 64),
     "cut-down-64": (CUT_DOWN, 64),
     "sd15-256": (SD15, 256),
     "sd15-512": (SD15, 512),
@@ -62,6 +70,7 @@ CASES = {  # architecture and pixels
     "sd15-2048": (SD15, 2048),
     "sd21-768": (SD21, 768),
     "sdxl-1024": (SDXL_BASE, 1024),
+    "refiner-widths-256": (REFINER_WIDTHS, 256),
 }
 DEFAULTS = {  # cases, dtypes, and steps of a picture
     "cpu": (["sd15-256", "sd15-512"], ["float32", "bfloat16"], 4),
@@ -69,9 +78,12 @@ DEFAULTS = {  # cases, dtypes, and steps of a picture
 }
 PLANS = {  # what is measured where no case, part or variant is chosen
     "cpu": [
+        "--parts command --cases bundled-64",
+        "--parts step decode txt2img --cases bundled-64 --variants ldm ldm-not-packed ldm-library",
+        "--parts step --cases refiner-widths-256 --variants ldm ldm-not-packed",
         "--parts memory --cases sd15-512 sd15-1024 sd15-2048 sd21-768 sdxl-1024",
         "--parts import text decode encode txt2img --cases sd15-256",
-        "--parts step --cases sd15-256 --variants ldm ldm-library ldm-not-packed ldm-library-packed",
+        "--parts step --cases sd15-256 --variants ldm ldm-library ldm-not-packed ldm-library-fast",
         "--parts step --cases sd15-256 --against diffusers-kept-memory",
         "--parts step --cases sd15-256 --variants ldm-sequential --against ldm",
         "--parts step decode txt2img --cases sd15-512",
@@ -79,6 +91,7 @@ PLANS = {  # what is measured where no case, part or variant is chosen
         "--parts load_file load_folder ready_file --cases sd15-256 --variants ldm ldm-library",
     ],
     "cuda": [
+        "--parts command --cases bundled-64",
         "--parts memory --cases sd15-512 sd15-1024 sd15-2048 sd21-768 sdxl-1024",
         "--parts import text step decode encode txt2img",
         "--parts step txt2img --variants ldm-no-graph ldm-compiled",
@@ -91,11 +104,12 @@ PLANS = {  # what is measured where no case, part or variant is chosen
 COMPUTING = ["text", "step", "decode", "encode", "txt2img"]
 STARTING = ["ready_file", "ready_folder"]
 TIMED = ["load_file", "load_folder", *STARTING, *COMPUTING]
-PARTS = ["memory", "import", *TIMED]
+PROCESSES = ["command", "import"]  # each run is a process
+PARTS = ["memory", *PROCESSES, *TIMED]
 SIDES = {  # what is not as in `DEFAULT`; the name begins with the library's
     "ldm": {},
-    "ldm-library": {"command": False},
-    "ldm-library-packed": {"command": False, "placement": {"packed": True}},
+    "ldm-library": {"command": False, "fast": False},
+    "ldm-library-fast": {"command": False},
     "ldm-not-packed": {"placement": {"packed": False}},
     "ldm-channels-last": {"placement": {"packed": False}, "changes": ["channels last"]},
     "ldm-sdpa": {"placement": {"attention": "sdpa"}},
@@ -116,14 +130,24 @@ SIDES = {  # what is not as in `DEFAULT`; the name begins with the library's
 }
 DEFAULT = {
     "env": {},  # of the process
-    "command": True,  # what the `ldm` command does: it keeps freed memory, and packs weights on a CPU
-    "placement": {},  # options of ldm.Placement beside device and dtype
+    "command": True,  # as the `ldm` command does, keep freed memory
+    "fast": True,  # take ldm.Placement.fast and not ldm.Placement
+    "placement": {},  # its fields beside device and dtype
     "changes": [],  # what `change` of benchmark_worker does to the loaded pipeline
 }
 QUIET = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONWARNINGS": "ignore"}
 QUIET |= {"DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}
-IMPORTS = {  # else the name; torchao would be imported unasked, for seconds
-    "diffusers": "import sys; sys.modules['torchao'] = None; from diffusers import StableDiffusionPipeline"
+CODE = {  # of a process, by part and library; else the library is imported
+    ("import", "diffusers"): (  # torchao would be imported unasked, for seconds
+        "import sys; sys.modules['torchao'] = None; from diffusers import StableDiffusionPipeline"
+    ),
+    ("command", "ldm"): """
+import contextlib, sys, tempfile, ldm.cli
+with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+    sys.argv = ["ldm", "txt2img", "a frog on the grass", "--out", f"{folder}/out.png"]
+    if ldm.cli.main():
+        raise SystemExit("the command failed")
+""",
 }
 
 
@@ -303,12 +327,15 @@ def check_room(case, dtype, device):
 
 
 def write_model(config, path):
-    """Write random weights in fp16 into the folder `path`, in both layouts."""
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float16)
-    text = TextEncoder(config.text, [Tokenizer.official()] * len(config.text))
-    model = Model(config, UNet(config.unet), VAE(config.vae), text)
-    torch.set_default_dtype(torch.float32)
+    """Write a model in fp16 into the folder `path`, in both layouts: the bundled one, or one of random weights."""
+    if config is TINY:
+        model = files.load(ROOT / "weights" / "tiny", dtype=torch.float16)
+    else:
+        torch.manual_seed(0)
+        torch.set_default_dtype(torch.float16)
+        text = TextEncoder(config.text, [Tokenizer.official()] * len(config.text))
+        model = Model(config, UNet(config.unet), VAE(config.vae), text)
+        torch.set_default_dtype(torch.float32)
     files.save(model, path / "folder", dtype=torch.float16)
     files.save(model, path / "file.safetensors", layout="ldm", dtype=torch.float16)
 
@@ -320,8 +347,9 @@ class Worker:
         self.side, library = side, side.split("-")[0]
         task = {"library": library} | DEFAULT | SIDES.get(side, {}) | task
         command = [Path(__file__).with_name("benchmark_worker.py"), json.dumps(task)]
-        if task["part"] == "import":
-            command = ["-c", f"{IMPORTS.get(library, f'import {library}')}; print('{{}}')"]
+        if task["part"] in PROCESSES:
+            code = CODE.get((task["part"], library), f"import {library}")
+            command = ["-c", f"{code}\nprint('{{}}')"]
         self.process = subprocess.Popen(
             [sys.executable, *command],
             env=os.environ | QUIET | task["env"],
@@ -365,7 +393,7 @@ def measure(sides, task, rounds):
     """Time a task on two sides; returns what a row says of it. Raises FailedError if one fails or they differ."""
     peaks = [{}, {}]
     with ExitStack() as stack:
-        if task["part"] in ["import", *STARTING]:
+        if task["part"] in [*PROCESSES, *STARTING]:
             pairs = alternate(*(partial(start, side, task) for side in sides), rounds)
         else:
             workers = [stack.enter_context(closing(Worker(side, task))) for side in sides]
@@ -390,7 +418,7 @@ def fill(row, models, steps, rounds, rates):
     """Measure what a row names and add it; `models` is a folder. Raises FailedError if that cannot be done."""
     case, part, name = row["case"], row["part"], row["dtype"]
     sides, dtype = (row["side"], row["against"]), getattr(torch, name, None)
-    if part == "import":
+    if part in PROCESSES:
         row |= measure(sides, {"part": part}, rounds)
         return
     check_room(case, dtype, row["device"])
@@ -444,6 +472,12 @@ def table(rows):
     return "".join(f"| {' | '.join(line)} |\n" for line in [head, ["---"] * len(head), *lines])
 
 
+def place(key):
+    """Where the row of a key stands: by machine, then as in `CASES`."""
+    machine, case, *rest = key
+    return machine or "", [*CASES, case].index(case), case, [str(name) for name in rest]
+
+
 def publish(folder, new):
     """Write results into the folder, if any, in the place of the same rows there, and keep the others."""
     if folder is None:
@@ -453,7 +487,7 @@ def publish(folder, new):
     merged = {}
     for kind in old:
         rows = {tuple(row.get(name) for name in KEY): row for row in old[kind] + new[kind]}
-        merged[kind] = [rows[key] for key in sorted(rows)]
+        merged[kind] = [rows[key] for key in sorted(rows, key=place)]
     file.write_text(json.dumps(merged, indent=1) + "\n")
     text, (begin, end) = file.with_suffix(".md"), MARKS
     written = (
@@ -488,6 +522,8 @@ def arguments(words):
 
 def jobs(args):
     """The rows to measure: case, part, dtype, side and the other side. Loading is timed without a cast, too."""
+    if "command" in args.parts:
+        yield "bundled-64", "command", "", "ldm", "torch"
     if "import" in args.parts:
         yield from (("", "import", "", "ldm", other) for other in ["diffusers", "torch"])
     for case, part in product(args.cases, [part for part in args.parts if part in TIMED]):

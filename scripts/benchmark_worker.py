@@ -33,7 +33,6 @@ def ours():
     """This package as the `ldm` command or a program uses it, but for the VAE, whose dtype is that of the rest."""
     import ldm
     from ldm.cli.allocator import keep_freed_memory
-    from ldm.cli.options import read_placement
     from ldm.memory import DECODE
 
     if TASK["command"]:
@@ -45,10 +44,9 @@ def ours():
         path = FILE if "file" in PART else FOLDER
         if not GPU and TASK["dtype"] == "float16":  # to be mapped, not to be computed in
             return ldm.checkpoint.files.load(path, dtype=DTYPE)
-        if not TASK["command"]:
-            return ldm.load(path, ldm.Placement(DEVICE, DTYPE, DTYPE, **TASK["placement"]))
-        words = {"device": TASK["device"], "dtype": TASK["dtype"], "vae_dtype": TASK["dtype"]}
-        return ldm.load(path, read_placement(words | TASK["placement"]))
+        place = ldm.Placement.fast if TASK["fast"] else ldm.Placement
+        chosen = {"device": DEVICE, "dtype": DTYPE, "vae_dtype": DTYPE} | TASK["placement"]
+        return ldm.load(path, place(**chosen))
 
     def steps(pipe):
         for step in pipe.stream(request):

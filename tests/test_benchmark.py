@@ -75,6 +75,14 @@ def test_both_sides_do_the_same_step_in_turn_and_the_row_has_all_figures(
     assert f"| {row['s']:.4g} |" in text
 
 
+def test_the_first_row_is_the_command_that_everybody_runs_first(benchmark, monkeypatch, tmp_path):
+    words = ["--cases", "bundled-64", "--parts", "command", "--rounds", "1", "--write", tmp_path]
+    assert run(benchmark, monkeypatch, *words) == 0
+    (row,) = json.loads((tmp_path / "performance.json").read_text())["rows"]
+    assert (row["part"], row["side"], row["against"]) == ("command", "ldm", "torch")
+    assert row["s"] > row["its s"]  # it draws a picture, and imports torch for it
+
+
 def test_without_a_choice_the_whole_plan_is_measured_each_row_once(benchmark, monkeypatch):
     done, cases = [], []
     monkeypatch.setattr(benchmark, "counted", lambda case: cases.append(case) or [])
@@ -90,6 +98,9 @@ def test_without_a_choice_the_whole_plan_is_measured_each_row_once(benchmark, mo
     with pytest.raises(SystemExit, match="False"):
         benchmark.main()
     assert len(done) == len(set(done))
+    assert done[0] == ("bundled-64", "command", "", "ldm", "torch")
+    assert ("bundled-64", "step", "bfloat16", "ldm-not-packed", "diffusers") in done
+    assert ("refiner-widths-256", "step", "float32", "ldm", "diffusers") in done
     assert ("sd15-512", "txt2img", "bfloat16", "ldm", "diffusers") in done
     assert ("sd15-256", "step", "float32", "ldm-sequential", "ldm") in done
     assert ("sd15-256", "load_file", "float16", "ldm-library", "diffusers") in done
@@ -127,7 +138,7 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(benchmark, mon
 def test_a_process_that_ends_or_reports_an_error_is_a_failed_row(
     benchmark, monkeypatch, code, reason
 ):
-    monkeypatch.setitem(benchmark.IMPORTS, "ldm", code)
+    monkeypatch.setitem(benchmark.CODE, ("import", "ldm"), code)
     with pytest.raises(benchmark.FailedError, match=f"ldm: {reason}"):
         benchmark.start("ldm", {"part": "import"})
 
@@ -152,6 +163,10 @@ def test_a_later_run_replaces_its_own_rows_and_keeps_the_others(benchmark, tmp_p
     )
     results = json.loads((tmp_path / "performance.json").read_text())
     assert [r["s"] for r in results["rows"]] == [3.75, 2.5, 4.0]
+    first = row("bundled-64", "command", 5.5)
+    benchmark.publish(tmp_path, {"rows": [first], "memory": []})
+    results = json.loads((tmp_path / "performance.json").read_text())
+    assert [r["s"] for r in results["rows"]] == [5.5, 3.75, 2.5, 4.0]
     assert results["memory"] == memory
     text = (tmp_path / "performance.md").read_text()
     assert "3.75" in text

@@ -15,6 +15,7 @@ from ldm.graphs import Graphs
 from ldm.memory import ATTENTION, DECODE, Placement, compile_blocks, find_device, slab_budget
 from ldm.models.attention import math_attention, sdpa, sliced_attention
 from ldm.models.layers import ResBlock
+from ldm.models.packing import can_pack, unpack
 from ldm.models.transformer import TransformerBlock
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
@@ -416,7 +417,63 @@ def test_packed_weights_change_a_picture_by_rounding_only(model_folder):
     assert abs(difference).max() <= 1  # a value on the boundary of two levels
 
 
-@pytest.mark.parametrize("other", [{"compile": True}])
-def test_packed_weights_are_for_plain_blocks(other):
-    with pytest.raises(ValueError, match="packed weights are for a CPU"):
-        Placement(**{"device": "cpu", "packed": True, **other}).resolve()
+def test_packed_weights_are_for_plain_blocks():
+    with pytest.raises(ValueError, match="packed weights need a CPU, a PyTorch with oneDNN"):
+        Placement("cpu", compile=True, packed=True).resolve()
+
+
+# ------------------------------------------------------------------ the fastest
+
+
+@pytest.mark.skipif(not can_pack(BF16), reason="needs oneDNN, in bf16 too")
+@pytest.mark.parametrize(
+    ("chosen", "attention", "packed"),
+    [
+        ({}, None, True),
+        ({"dtype": FP32, "vae_memory": "tiles"}, None, True),
+        ({"dtype": BF16}, "sliced", True),
+        ({"dtype": BF16, "attention": "sdpa"}, "sdpa", True),
+        ({"packed": False}, None, False),
+        ({"compile": True}, None, False),
+    ],
+)
+def test_on_a_cpu_the_fast_placement_packs_and_slices_where_nothing_else_is_chosen(
+    chosen, attention, packed
+):
+    placement = Placement.fast(device="cpu", **chosen)
+    expected = Placement("cpu", **(chosen | {"attention": attention, "packed": packed}))
+    assert placement == expected
+
+
+def test_a_processor_without_bf16_in_onednn_is_given_nothing_that_needs_it(monkeypatch):
+    monkeypatch.setattr(memory, "can_pack", lambda dtype: dtype != BF16)
+    assert Placement.fast(device="cpu", dtype=BF16) == Placement("cpu", BF16)
+    assert Placement.fast(device="cpu", vae_dtype=BF16) == Placement("cpu", vae_dtype=BF16)
+    assert Placement.fast(device="cpu", dtype=FP32).packed
+    with pytest.raises(ValueError, match="for bfloat16 a processor that oneDNN supports"):
+        Placement("cpu", BF16, packed=True).resolve()
+
+
+def test_on_a_gpu_the_fast_placement_is_the_default(gpu):
+    assert Placement.fast() == Placement()
+    assert Placement.fast(dtype=BF16) == Placement(dtype=BF16)
+
+
+def test_the_fast_placement_is_checked():
+    with pytest.raises(ValueError, match="dtype float16 is up to 200 times slower"):
+        Placement.fast(device="cpu", dtype=FP16)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'speed'"):
+        Placement.fast(speed=2)
+
+
+@pytest.mark.skipif(not can_pack(), reason="needs oneDNN")
+def test_unpacking_what_was_loaded_fast_gives_the_plain_network(model_folder):
+    plain = ldm.load(model_folder, Placement("cpu")).unet
+    unet = ldm.load(model_folder, Placement.fast(device="cpu")).unet
+    names = [name for name, _ in plain.named_parameters()]
+    assert len([*unet.parameters()]) < len(names)
+    unpack(unet)
+    assert [name for name, _ in unet.named_parameters()] == names
+    assert all(
+        torch.equal(a, b) for a, b in zip(unet.parameters(), plain.parameters(), strict=True)
+    )

@@ -15,7 +15,7 @@ import torch
 import ldm
 from ldm.config import Prediction, Spacing
 from ldm.diffusion.samplers import SAMPLERS
-from ldm.memory import ATTENTION, DECODE, DTYPES, GUIDANCE, OFFLOAD, find_device
+from ldm.memory import ATTENTION, DECODE, DTYPES, GUIDANCE, OFFLOAD
 from ldm.pipeline import BUNDLED, locate
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -205,21 +205,9 @@ def given(args: argparse.Namespace, options: Sequence[tuple[str, str, str]]) -> 
 
 
 def read_placement(names: dict[str, Any]) -> ldm.Placement:
-    """Return a Placement from words, checked against this machine.
-
-    On a CPU it is the fast one where nothing else is said: of packed weights, and in bf16 with attention in slices.
-    """
-    dtypes: dict[str, Any] = {
-        n: read_dtype(n, names[n]) for n in ("dtype", "vae_dtype") if n in names
-    }
-    placement = ldm.Placement(**(names | dtypes))
-    resolved = placement.resolve()
-    slices = resolved.dtype == torch.bfloat16 and find_device(placement.device).type == "cpu"
-    return dataclasses.replace(
-        placement,
-        attention=placement.attention or ("sliced" if slices else None),
-        packed=names.get("packed", placement.packable),
-    )
+    """Return the fast placement with the fields that are given in words, checked against this machine."""
+    dtypes = {n: read_dtype(n, names[n]) for n in ("dtype", "vae_dtype") if n in names}
+    return ldm.Placement.fast(**(names | dtypes))
 
 
 def read_dtype(name: str, word: str) -> torch.dtype:

@@ -1,61 +1,46 @@
 """Convolutions and linear layers on a CPU with their weights in the order that oneDNN computes in.
 
-A weight is put into that order once and not at every call, which is most of the work of a convolution over few pixels;
-and fp32 products run in oneDNN, which is faster than what PyTorch takes for them on some processors. The kernels are
-PyTorch's own, and so are the numbers: those of the plain convolution of a channels-last input, and those of the plain
-linear layer but for the order in which oneDNN sums.
+PyTorch reorders the weight of a convolution at each call: most of the work, where there are few pixels. A packed layer
+does so once. oneDNN's order depends on the sizes of the input and the number of threads: a layer is packed when first
+called, and again when another order is wanted. fp32 linear layers run in oneDNN too, instead of MKL. The numbers are
+those of the plain layers but for the order of summation.
 """
 
+from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
-# No public interface has them. They are in every build for CPUs with oneDNN since PyTorch 2.0.
+# PyTorch has no public names for these. Its builds for CPUs with oneDNN have them.
 _ONEDNN: Any = torch.ops.mkldnn
-_ALONE: Any = ("none", [], "")  # nothing is fused to follow it
+_CONVOLUTION = ("_reorder_convolution_weight", "_convolution_pointwise")
+_LINEAR = ("_reorder_linear_weight", "_linear_pointwise")
+_QUESTIONS = ("_get_mkldnn_serialized_md", "_is_mkldnn_bf16_supported")
+_NOTHING_FUSED: Any = ("none", [], "")
+
+PLAIN = b""  # the order of a weight that is not packed yet
 
 
 class Packed(nn.Module):
-    """A layer for inference that has its weight packed, and not as a parameter.
+    """A layer for inference. Its weight is no parameter; state dict, copies and pickles have it in its plain order.
 
-    It is in the state dict as ever. Where a gradient is wanted, the plain form is computed.
+    Where a gradient of the input is wanted, the plain layer is computed.
     """
 
-    packed: Tensor
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Do what the plain layer does; of pictures, the output has its channels last whatever the input's layout."""
-        if torch.is_grad_enabled() and x.requires_grad:
-            return self.plain(x, self.dense())
-        return self.run(x)
-
-    def run(self, x: Tensor) -> Tensor:
-        """Compute with the packed weight."""
-        raise NotImplementedError
-
-    def plain(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Compute with the plain weight."""
-        raise NotImplementedError
+    held: tuple[
+        Tensor, bytes
+    ]  # the weight and its order, in one value for threads that share the layer
 
     def dense(self) -> Tensor:
-        """Return the plain weight."""
-        return self.packed.to_dense()
-
-    def pack(self, weight: Tensor) -> Tensor:
-        """Return a plain weight in oneDNN's order, which suits any size of input."""
-        raise NotImplementedError
+        """Return the weight in its plain order."""
+        return self.held[0].to_dense()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copy and pickle the plain weight: a packed one cannot be."""
-        return self.__dict__ | {"packed": self.dense()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Pack the weight again."""
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.packed = self.pack(self.packed)
+        """Return what is copied and pickled; a packed weight cannot be."""
+        return self.__dict__ | {"held": (self.dense(), PLAIN)}
 
     def _save_to_state_dict(
         self, destination: dict[str, Tensor], prefix: str, keep_vars: bool
@@ -67,102 +52,84 @@ class Packed(nn.Module):
 class PackedLinear(Packed, nn.Linear):
     """A linear layer: ... d to ... d'."""
 
-    def pack(self, weight: Tensor) -> Tensor:
-        """Return a plain weight in oneDNN's order."""
-        out: Tensor = _ONEDNN._reorder_linear_weight(weight)
+    def forward(self, x: Tensor) -> Tensor:
+        """Do what the plain layer does."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            return F.linear(x, self.dense(), self.bias)
+        weight, order = self.held
+        if order == PLAIN:
+            weight = _ONEDNN._reorder_linear_weight(weight)
+            self.held = weight, b"any input"
+        out: Tensor = _ONEDNN._linear_pointwise(x, weight, self.bias, *_NOTHING_FUSED)
         return out
-
-    def run(self, x: Tensor) -> Tensor:
-        """Compute with the packed weight."""
-        out: Tensor = _ONEDNN._linear_pointwise(x, self.packed, self.bias, *_ALONE)
-        return out
-
-    def plain(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Compute with the plain weight."""
-        return F.linear(x, weight, self.bias)
 
 
 class PackedConv2d(Packed, nn.Conv2d):
     """A convolution: b c h w to b c' h' w'."""
 
-    def pack(self, weight: Tensor) -> Tensor:
-        """Return a plain weight in oneDNN's order."""
-        out: Tensor = _ONEDNN._reorder_convolution_weight(weight, *self._geometry())
-        return out
-
-    def run(self, x: Tensor) -> Tensor:
-        """Compute with the packed weight."""
+    def forward(self, x: Tensor) -> Tensor:
+        """Do what the plain layer does; the output's channels are last in memory whatever the input's layout."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            plain: Tensor = self._conv_forward(x, self.dense(), self.bias)
+            return plain
+        geometry = self.padding, self.stride, self.dilation, self.groups
+        weight, order = self.held
+        wanted = _order(weight.shape, x.shape, x.dtype, geometry, torch.get_num_threads())
+        if order != wanted:
+            weight = _ONEDNN._reorder_convolution_weight(weight.to_dense(), *geometry, x.shape)
+            self.held = weight, wanted
         out: Tensor = _ONEDNN._convolution_pointwise(
-            x, self.packed, self.bias, *self._geometry(), *_ALONE
+            x, weight, self.bias, *geometry, *_NOTHING_FUSED
         )
         return out
 
-    def plain(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Compute with the plain weight."""
-        out: Tensor = self._conv_forward(x, weight, self.bias)
-        return out
 
-    def _geometry(self) -> tuple[Any, ...]:
-        return self.padding, self.stride, self.dilation, self.groups
-
-
-class PackedPixelwise(Packed, nn.Conv2d):
-    """A convolution of one pixel, as the linear layer that it is: no order of its weight as one suits all sizes."""
-
-    def pack(self, weight: Tensor) -> Tensor:
-        """Return a plain weight in oneDNN's order."""
-        out: Tensor = _ONEDNN._reorder_linear_weight(weight.flatten(1))
-        return out
-
-    def dense(self) -> Tensor:
-        """Return the plain weight."""
-        return self.packed.to_dense()[:, :, None, None]
-
-    def run(self, x: Tensor) -> Tensor:
-        """Compute with the packed weight."""
-        pixels = rearrange(x, "b c h w -> b h w c")
-        out: Tensor = _ONEDNN._linear_pointwise(pixels, self.packed, self.bias, *_ALONE)
-        return rearrange(out, "b h w c -> b c h w")
-
-    def plain(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Compute with the plain weight."""
-        out: Tensor = self._conv_forward(x, weight, self.bias)
-        return out
+@cache
+def _order(
+    weight: torch.Size, x: torch.Size, dtype: torch.dtype, geometry: Any, threads: int
+) -> bytes:
+    """Describe the order that a weight should be in for an input, both of these shapes, by packing an empty one."""
+    empty = torch.empty(weight, dtype=dtype, memory_format=torch.channels_last)
+    packed = _ONEDNN._reorder_convolution_weight(empty, *geometry, x)
+    return bytes(_ONEDNN._get_mkldnn_serialized_md(packed).tolist())
 
 
-def can_pack() -> bool:
-    """Whether this build of PyTorch has oneDNN's layers of packed weights."""
-    runs = ("_convolution_pointwise", "_linear_pointwise")
-    packs = ("_reorder_convolution_weight", "_reorder_linear_weight")
-    return all(hasattr(_ONEDNN, name) for name in (*runs, *packs))
+def can_pack(dtype: torch.dtype | None = None) -> bool:
+    """Whether PyTorch and this processor have oneDNN's layers with packed weights for fp32 or bf16."""
+    built = all(hasattr(_ONEDNN, name) for name in (*_CONVOLUTION, *_LINEAR, *_QUESTIONS))
+    return built and (dtype != torch.bfloat16 or _ONEDNN._is_mkldnn_bf16_supported())
 
 
-def pack(module: nn.Module) -> None:
-    """Pack every convolution and linear layer in `module`, on the CPU and in fp32 or bf16. Undone by `unpack`."""
-    for part in module.modules():
-        kind = _packed_kind(part)
-        if kind is not None:
-            weight = part.get_parameter("weight").detach()
-            part.register_parameter("weight", None)
-            part.__class__ = kind
-            assert isinstance(part, Packed)
-            part.packed = part.pack(weight)
+def pack(network: nn.Module) -> None:
+    """Replace the convolutions and linear layers inside `network`, on the CPU in fp32 or bf16, by packed ones."""
+    _replace(network, {nn.Linear: PackedLinear, nn.Conv2d: PackedConv2d})
 
 
-def unpack(module: nn.Module) -> None:
-    """Undo `pack`: plain layers with the same weights."""
-    for part in module.modules():
-        if isinstance(part, Packed):
-            part.register_parameter("weight", nn.Parameter(part.dense(), requires_grad=False))
-            del part.packed
-            part.__class__ = nn.Conv2d if isinstance(part, nn.Conv2d) else nn.Linear  # type: ignore[assignment]
+def unpack(network: nn.Module) -> None:
+    """Undo `pack`: plain layers with the same weights, which want no gradient."""
+    _replace(network, {PackedLinear: nn.Linear, PackedConv2d: nn.Conv2d})
 
 
-def _packed_kind(layer: nn.Module) -> type[Packed] | None:
-    """What a layer becomes, if it is one to be packed."""
-    if type(layer) is nn.Linear:
-        return PackedLinear
-    if type(layer) is not nn.Conv2d or layer.padding_mode != "zeros":
-        return None
-    one = layer.kernel_size == layer.stride == (1, 1) and layer.padding == (0, 0)
-    return PackedPixelwise if one and layer.groups == 1 else PackedConv2d
+def _replace(network: nn.Module, kinds: Mapping[type, type]) -> None:
+    for name, layer in list(network.named_children()):
+        kind = kinds.get(type(layer))
+        if kind is None or getattr(layer, "padding_mode", "zeros") != "zeros":
+            _replace(layer, kinds)
+        else:
+            setattr(network, name, _rebuild(layer, kind))
+
+
+def _rebuild(layer: Any, kind: Any) -> Any:
+    """Return a layer of class `kind` with the geometry, weight and bias of another."""
+    if isinstance(layer, nn.Linear):
+        new = kind(layer.in_features, layer.out_features, device="meta")
+    else:
+        geometry = layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups
+        new = kind(layer.in_channels, layer.out_channels, *geometry, device="meta")
+    new.bias = layer.bias
+    if isinstance(layer, Packed):
+        new.weight = nn.Parameter(layer.dense(), requires_grad=False)
+    else:
+        new.weight = None
+        new.held = layer.weight.detach(), PLAIN
+    return new.train(layer.training)

@@ -1,17 +1,24 @@
 """Packed layers compute what plain ones do, and can be copied, saved and undone."""
 
 import copy
+import os
+import pickle
+import subprocess
+import sys
+import weakref
+from itertools import pairwise
 
 import pytest
 import torch
 from torch import nn
 
 from ldm.config import UNetConfig, VAEConfig
-from ldm.models.packing import Packed, PackedConv2d, PackedLinear, PackedPixelwise, can_pack, pack, unpack
+from ldm.models.packing import Packed, PackedConv2d, PackedLinear, can_pack, pack, unpack
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
 
 pytestmark = pytest.mark.skipif(not can_pack(), reason="this torch is built without oneDNN")
+DTYPES = [torch.float32, torch.bfloat16]
 ROUNDING = {  # sums in another order: a few units in the last place
     torch.float32: {"rtol": 1e-5, "atol": 1e-5},
     torch.bfloat16: {"rtol": 0.02, "atol": 0.02},
@@ -34,7 +41,14 @@ def call(unet: UNet) -> torch.Tensor:
         return unet(x, torch.tensor([3.0, 900.0]), context)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def packed(layer: nn.Module) -> nn.Module:
+    """The packed form of a layer, which stays as it is."""
+    network = nn.Sequential(layer)
+    pack(network)
+    return network[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "options",
     [
@@ -42,50 +56,96 @@ def call(unet: UNet) -> torch.Tensor:
         {"kernel_size": 3, "padding": 1, "stride": 2},
         {"kernel_size": 3, "stride": 2},
         {"kernel_size": 3, "padding": 1, "bias": False},
+        {"kernel_size": 3, "padding": 2, "dilation": 2, "groups": 4},
+        {"kernel_size": 1},
         {"kernel_size": 1, "stride": 2},
         {"kernel_size": 1, "padding": 1},
     ],
     ids=str,
 )
 def test_a_packed_convolution_is_the_plain_one_of_channels_last_bit_for_bit(options, dtype):
-    conv = nn.Conv2d(24, 40, **options).to(dtype).requires_grad_(False)
-    x = torch.randn(2, 24, 13, 8).to(dtype)
-    expected = conv(x.to(memory_format=torch.channels_last))
-    plain, weight = conv(x), conv.weight.clone()
-    pack(conv)
+    plain = nn.Conv2d(24, 40, **options).to(dtype).requires_grad_(False)
+    conv = packed(plain)
     assert type(conv) is PackedConv2d
-    for _ in range(2):
-        assert torch.equal(conv(x), expected)
-        assert torch.equal(conv(x.to(memory_format=torch.channels_last)), expected)
-    torch.testing.assert_close(expected, plain, **ROUNDING[dtype])
-    assert torch.equal(conv.state_dict()["weight"], weight)
+    for size in ((2, 24, 13, 8), (1, 24, 32, 32), (2, 24, 4, 4), (2, 24, 13, 8)):
+        x = torch.randn(size).to(dtype)
+        last = x.to(memory_format=torch.channels_last)
+        for _ in range(2):
+            assert torch.equal(conv(x), plain(last))
+            assert torch.equal(conv(last), plain(last))
+        assert conv(x).is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(conv(x), plain(x), **ROUNDING[dtype])
+        assert torch.equal(conv.state_dict()["weight"], plain.weight)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [(1,), (2, 77), (3, 5, 7)], ids=str)
 def test_a_packed_linear_layer_is_the_plain_one_but_for_rounding(rows, bias, dtype):
-    linear = nn.Linear(24, 40, bias=bias).to(dtype).requires_grad_(False)
-    x = torch.randn(*rows, 24).to(dtype)
-    expected, weight = linear(x), linear.weight.clone()
-    pack(linear)
+    plain = nn.Linear(24, 40, bias=bias).to(dtype).requires_grad_(False)
+    linear = packed(plain)
     assert type(linear) is PackedLinear
-    torch.testing.assert_close(linear(x), expected, **ROUNDING[dtype])
-    assert torch.equal(linear.state_dict()["weight"], weight)
+    x = torch.randn(*rows, 24).to(dtype)
+    for _ in range(2):
+        torch.testing.assert_close(linear(x), plain(x), **ROUNDING[dtype])
+    assert torch.equal(linear.state_dict()["weight"], plain.weight)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_a_convolution_of_one_pixel_becomes_a_linear_layer(layout, dtype):
-    conv = nn.Conv2d(24, 40, 1).to(dtype).requires_grad_(False)
-    x = torch.randn(2, 24, 13, 8).to(dtype, memory_format=layout)
-    expected, weight = conv(x), conv.weight.clone()
-    pack(conv)
-    assert type(conv) is PackedPixelwise
-    out = conv(x)
-    assert out.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(out, expected, **ROUNDING[dtype])
-    assert torch.equal(conv.state_dict()["weight"], weight)
+CALLS_TWICE = """
+import torch
+from torch import nn
+from ldm.models.packing import pack
+
+layers = [  # input channels, output channels, latent pixels: the bundled model's, SD 1.5's, the SDXL refiner's
+    *((4, 96, 16), (96, 96, 16), (256, 96, 16), (160, 160, 8), (352, 160, 8)),
+    *((192, 192, 4), (384, 192, 4), (192, 192, 8), (576, 576, 8), (320, 320, 32), (1280, 1280, 8)),
+    *((4, 384, 32), (384, 384, 32), (384, 384, 16), (768, 768, 16), (1536, 768, 16), (1536, 1536, 8)),
+]
+kinds = [
+    *(lambda i, o: nn.Conv2d(i, o, 3, padding=1), lambda i, o: nn.Conv2d(i, o, 3, 2, padding=1)),
+    *(lambda i, o: nn.Conv2d(i, o, 1), nn.Linear),
+]
+with torch.no_grad():
+    for dtype in (torch.float32, torch.bfloat16):
+        for i, o, side in layers:
+            for kind in kinds:
+                network = nn.Sequential(kind(i, o)).to(dtype)
+                pack(network)
+                size = (2 * side, i) if kind is nn.Linear else (2, i, side, side)
+                x = torch.randn(size).to(dtype)
+                if kind is not nn.Linear:
+                    x = x.to(memory_format=torch.channels_last)
+                network(x)
+                print("second call of", dtype, size, network, flush=True)
+                network(x)
+                print("end", flush=True)
+"""
+
+
+def test_no_weight_is_reordered_once_a_layer_was_called_with_that_size():
+    told = subprocess.run(
+        [sys.executable, "-c", CALLS_TWICE],
+        env=os.environ | {"ONEDNN_VERBOSE": "1"}, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    calls = [call.split("end\n")[0] for call in told.split("second call of ")[1:]]
+    assert len(calls) == 2 * 17 * 4
+    for call in calls:
+        # "onednn_verbose,...,exec,cpu,convolution,..."
+        done = [line.split("exec,cpu,")[1] for line in call.splitlines() if "exec,cpu," in line]
+        assert len(done) == 1, call
+        assert not done[0].startswith("reorder"), call
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [96, 192, 320])
+def test_sizes_in_turn_pack_a_weight_again_only_if_they_want_another_order(width, dtype):
+    conv = packed(nn.Conv2d(width, width, 3, padding=1).to(dtype).requires_grad_(False))
+    held = []
+    for batch, side in [(2, 16), (1, 16), (2, 16), (2, 4), (2, 16)]:
+        conv(torch.randn(batch, width, side, side).to(dtype))
+        held.append(conv.held)
+    for (before, old), (after, new) in pairwise(held):
+        assert (before is after) == (old == new)
 
 
 def test_a_network_of_packed_convolutions_computes_the_same_and_keeps_its_state(unet):
@@ -109,17 +169,24 @@ def test_it_is_undone_whether_or_not_it_was_used(unet):
         assert torch.equal(call(unet), expected)
 
 
-def test_a_packed_network_can_be_copied_and_pickled(unet):
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda u: pickle.loads(pickle.dumps(u))])
+def test_a_packed_network_can_be_copied_and_pickled_whether_or_not_it_was_used(unet, copied):
     pack(unet)
+    unused = copied(unet)
     expected = call(unet)
-    assert torch.equal(call(copy.deepcopy(unet)), expected)
+    assert torch.equal(call(unused), expected)
+    assert torch.equal(call(copied(unet)), expected)
     assert torch.equal(call(unet), expected)
 
 
-def test_the_plain_weights_are_let_go(unet):
+def test_the_plain_weights_are_let_go_when_they_are_packed(unet):
     pack(unet)
     layers = [part for part in unet.modules() if isinstance(part, nn.Conv2d | nn.Linear)]
+    plain = [weakref.ref(layer.held[0]) for layer in layers]
+    call(unet)
     assert all(isinstance(layer, Packed) and layer.weight is None for layer in layers)
+    assert all(layer.held[0].is_mkldnn for layer in layers)
+    assert not any(weight() is not None for weight in plain)
 
 
 def test_gradients_to_the_input_are_those_of_the_plain_convolution():
