@@ -6,7 +6,7 @@ import tomllib
 import types
 import typing
 from collections.abc import Container
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any, Literal, TypeVar
@@ -235,18 +235,20 @@ def from_dict(
     """
     hints = typing.get_type_hints(kind)
     fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    lacking = [n for n, hint in hints.items() if n not in table and type(None) not in typing.get_args(hint)]
-    if may_lack is not None and (lacking := [n for n in lacking if n not in may_lack]):
-        raise ValueError(f"{where} lacks {', '.join(lacking)}")
     unknown = sorted(set(table) - set(fields))
     if unknown:
         raise ValueError(
             f"{where}: unknown {', '.join(map(short, unknown[:3]))}; valid keys: {', '.join(fields)}"
         )
+    needed = {n for n, f in fields.items() if f.default is f.default_factory is MISSING}
+    if may_lack is not None:
+        needed |= {n for n, hint in hints.items() if n not in may_lack and type(None) not in typing.get_args(hint)}
+    if lacking := [n for n in fields if n in needed and n not in table]:
+        raise ValueError(f"{where} lacks {', '.join(lacking)}")
     values = {k: _convert(v, hints[k], f"{where}: {k}", may_lack) for k, v in table.items()}
     try:
         return kind(**values)
-    except (TypeError, ValueError) as error:  # a required key is missing; values do not go together
+    except ValueError as error:  # values do not go together
         raise ValueError(f"{where}: {error}") from error
 
 

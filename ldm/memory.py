@@ -97,8 +97,8 @@ class Placement:
             attention = attention or _attention(config, dtype, vae_dtype, device)
         for name, choice in (("dtype", dtype), ("vae_dtype", vae_dtype or dtype)):
             if choice not in DTYPES:
-                allowed = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
-                raise ValueError(f"{name} must be one of {allowed}, got {choice}")
+                allowed = ", ".join(map(str, DTYPES))
+                raise ValueError(f"{name} must be one of {allowed}, got {choice!r}")
             if choice == torch.float16 and device.type == "cpu":
                 raise ValueError(
                     f"{name} float16 is up to 200 times slower than float32 on a CPU; use float32 or bfloat16"

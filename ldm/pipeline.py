@@ -1,23 +1,24 @@
 """From a prompt to pictures: the loop that makes what a `Request` asks for."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm.checkpoint import files
 from ldm.config import ModelConfig, Prediction
+from ldm.diagnosis import not_finite
 from ldm.diffusion.denoiser import Denoiser, consistency, guided, parametrise, within
 from ldm.diffusion.samplers import SAMPLERS, Noise, Step, seeded_noise, start
 from ldm.diffusion.schedule import NoiseSchedule, to_vp
 from ldm.graphs import Graphs
 from ldm.images import to_pil
 from ldm.memory import DECODE, Placement, find_device
-from ldm.models.int8 import is_plain
 from ldm.models.layers import timestep_embedding
 from ldm.models.text import TextEncoder
 from ldm.models.transformer import Context
@@ -36,6 +37,7 @@ class Pipeline:
     unet, vae, text_encoder: plain modules. schedule: the `NoiseSchedule` they were trained on. config: `ModelConfig`.
     why: the reason for the configuration and for what the UNet predicts.
     placement: as `load` has applied it to the networks; the default leaves them where they are.
+    paths: the file or folder that each of "unet", "vae" and "text_encoder" came from, as far as that is known.
     """
 
     def __init__(
@@ -46,8 +48,10 @@ class Pipeline:
         text_encoder: TextEncoder,
         why: str = "",
         placement: Placement | None = None,
+        paths: Mapping[str, Path] | None = None,
     ) -> None:
         self.config, self.why, self.placement = config, why, placement or Placement()
+        self.paths = dict(paths or {})
         self.unet, self.vae, self.text_encoder = unet, vae, text_encoder
         networks = {"unet": unet, "vae": vae, "text_encoder": text_encoder}
         self._at_work = {name: self.placement.at_work(part) for name, part in networks.items()}
@@ -67,8 +71,13 @@ class Pipeline:
 
         A step's x is x0 + sigma noise, and its x0 the current estimate; both are latents, fp32: b c h w. Of the last
         step, x are the finished latents that `decode` takes.
-        Raises ValueError for a request that this model cannot follow.
+        Raises ValueError for a request that this model cannot follow. The iterator raises FloatingPointError where x
+        is no longer finite: on a CPU at that step, elsewhere at the last one, because each look waits for the device.
         """
+        if not isinstance(request, Request):
+            raise ValueError(
+                f"the request must be an ldm.Request, such as ldm.Request('a frog'), got {request!r}"
+            )
         request = request.resolved(self.config)
         channels, latent_channels = self.config.unet.in_channels, self.config.vae.latent_channels
         if channels != latent_channels:
@@ -109,15 +118,19 @@ class Pipeline:
         """Turn clean latents, b c h w, into pictures: the x of the last step, or the x0 of any.
 
         One picture at a time, so that memory does not grow with their number.
-        Raises FloatingPointError for latents or pictures with numbers that are not finite: a network overflowed, or its
-        weights are not finite themselves.
+        Raises FloatingPointError for latents or pictures with numbers that are not finite, and says what is known of
+        the reason.
         """
-        _check_finite(latents, {"UNet": self.unet, "text encoder": self.text_encoder}, "dtype")
+        if not latents.isfinite().all():
+            raise FloatingPointError("the latents hold NaN or Inf, of which no picture can be made")
         pictures = []
         with self._at_work["vae"]:
             for latent in latents.to(next(self.vae.parameters())):
                 image = DECODE[self.placement.vae_memory](self.vae, latent[None])
-                _check_finite(image, {"VAE": self.vae}, "vae_dtype")
+                if not image.isfinite().all():
+                    peak = float(latent.abs().max())
+                    causes = f"latents that reach {peak:.3g}, where 5 is usual, or a VAE of another kind of model"
+                    raise not_finite("vae", self.vae, self.paths.get("vae"), causes=causes)
                 pictures += to_pil(image)
         return pictures
 
@@ -133,8 +146,13 @@ class Pipeline:
         with self._at_work["unet"]:
             denoise = self._denoiser(request, *conditions)
             x = x.to(next(self.unet.parameters()).device)
+            finite: list[Tensor] = []
             for step in SAMPLERS[request.sampler](denoise, x, sigmas, noise=noise):
                 last = step.index == step.total - 1
+                finite.append(step.x.isfinite().all())
+                if (last or x.device.type == "cpu") and not finite[-1]:
+                    first = [bool(each) for each in finite].index(False)
+                    raise self._diverged(request, conditions, first, float(sigmas[first]))
                 yield dataclasses.replace(step, x=to_vp(step.x, step.sigma)) if last else step
 
     def _denoiser(self, request: Request, cond: Condition, uncond: Condition | None) -> Denoiser:
@@ -205,6 +223,23 @@ class Pipeline:
         cond, *uncond = zip(*(part.chunk(len(texts)) for part in repeated), strict=True)
         return cond, uncond[0] if uncond else None
 
+    def _diverged(
+        self, request: Request, conditions: Conditions, index: int, sigma: float
+    ) -> FloatingPointError:
+        """The error of a picture that is not finite from the step `index` on, which starts at noise level `sigma`."""
+        encoded = [part for condition in conditions for part in condition or ()]
+        if not all(part.isfinite().all() for part in encoded):
+            part, file = "text_encoder", self.paths.get("text_encoder")
+            return not_finite(part, self.text_encoder, file, causes="damaged numbers in its file")
+        where = f" at step {index + 1} of {request.steps}, from noise level {sigma:.3g}"
+        kind = self.config.diffusion.prediction
+        causes = (
+            f"a UNet that does not predict {kind} (see `prediction`), or parts of different models"
+        )
+        if conditions[1] is not None:
+            causes = f"too strong a guidance (guidance_scale {request.guidance_scale:g}), {causes}"
+        return not_finite("unet", self.unet, self.paths.get("unet"), causes=causes, where=where)
+
 
 def load(
     path: str | Path = BUNDLED,
@@ -226,9 +261,14 @@ def load(
     Raises ValueError for a model that is absent, damaged or not supported, for parts that do not fit together, and for
     a placement that cannot be used.
     """
+    if placement is not None and not isinstance(placement, Placement):
+        raise ValueError(
+            f"the placement must be an ldm.Placement, such as ldm.Placement(device='cuda'), got {placement!r}"
+        )
     placement = (placement or Placement()).resolve()
     parts = {"vae": vae, "unet": unet, "text_encoder": text_encoder}
-    replace = {name: locate(part) for name, part in parts.items() if part is not None}
+    paths = {name: locate(path if part is None else part) for name, part in parts.items()}
+    replace = {name: paths[name] for name, part in parts.items() if part is not None}
     found = files.identify(locate(path), prediction=prediction, ema=ema, replace=replace)
     placement = placement.resolve(found.config)
     model = files.read(
@@ -239,38 +279,19 @@ def load(
     )
     networks = model.unet, model.vae, model.text_encoder
     placement.apply(*networks)
-    return Pipeline(model.config, *networks, model.why, placement)
+    return Pipeline(model.config, *networks, model.why, placement, paths)
 
 
 def locate(path: str | Path) -> Path:
-    """Return `path`, or where the bundled model is if `path` is its name and nothing here has that name."""
+    """Return `path`, or where the bundled model is if `path` is its name and nothing here has that name.
+
+    Raises ValueError for what is no path.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise ValueError(f"a model's path must be a str or a pathlib.Path, got {path!r}")
     if Path(path) == Path(BUNDLED) and not Path(path).exists():
         package = Path(__file__).parent
         for root in (package.parent, package):  # the repository; the installed package
             if (root / BUNDLED).is_dir():
                 return root / BUNDLED
     return Path(path)
-
-
-def _check_finite(tensor: Tensor, networks: dict[str, nn.Module], option: str) -> None:
-    """Raise FloatingPointError, saying what to do, if `tensor` is not finite; it came from the first of `networks`."""
-    if tensor.isfinite().all():
-        return
-    for part, network in networks.items():
-        for name, weight in network.named_parameters():
-            if not is_plain(weight):
-                continue
-            # Casting to fp16 makes Inf of large numbers, so there only NaN proves anything.
-            damaged = weight.isnan() if weight.dtype == torch.float16 else ~weight.isfinite()
-            if damaged.any():
-                raise FloatingPointError(
-                    f"{name} of the {part} holds NaN or Inf: the model's file is damaged, get it again"
-                )
-    part, network = next(iter(networks.items()))
-    dtype = next(network.parameters()).dtype
-    cause = f"load the model with {option} float32"
-    if dtype == torch.float32:
-        cause = "its weights are damaged"
-    raise FloatingPointError(
-        f"the {part} gave numbers that are not finite in {str(dtype).removeprefix('torch.')}: {cause}"
-    )

@@ -15,6 +15,12 @@ from ldm.pipeline import Pipeline
 from ldm.request import Request
 
 KEY = "ldm"  # of the PNG's text chunk
+OTHERS = {  # the text chunks of other programs
+    "parameters": "AUTOMATIC1111's web UI, or of a program that writes as it does",
+    "workflow": "ComfyUI",
+    "invokeai_metadata": "InvokeAI",
+    "sd-metadata": "InvokeAI",
+}
 
 
 @dataclass(frozen=True)
@@ -153,9 +159,18 @@ def recall(path: str | Path) -> Record:
 
     Raises ValueError if that is no picture, holds no record, or one that this version cannot follow.
     """
-    text = read_texts(path).get(KEY)
+    texts = read_texts(path)
+    for key, program in OTHERS.items():
+        if key in texts and KEY not in texts:
+            raise ValueError(
+                f"{path} holds no record of ldm, but the {key!r} of {program}; give the prompt and options yourself: "
+                f"{texts[key][:500]!r}"
+            )
+    text = texts.get(KEY)
     if text is None:
-        raise ValueError(f"{path} holds no record of how ldm made it")
+        raise ValueError(
+            f"{path} holds no record of how ldm made it, or another program removed it; give the prompt and options"
+        )
     try:
         table = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -164,7 +179,12 @@ def recall(path: str | Path) -> Record:
         raise ValueError(f"{path}: its {KEY!r} chunk is not a JSON object")
     if isinstance(table.get("environment"), dict):  # the first pictures name its version, too
         table["environment"].pop("transformers", None)
-    record = from_dict(table, Record, where=str(path))
+    try:
+        record = from_dict(table, Record, where=f"the record in {path}")
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; ldm {ldm.__version__} cannot follow this record: give the prompt and options yourself"
+        ) from error
     if record.picture is not None and not 0 <= record.picture < record.request.images:
         raise ValueError(
             f"{path}: picture must be one of the {record.request.images} of its request, got {record.picture}"

@@ -3,11 +3,15 @@
 import dataclasses
 import math
 import secrets
+import sys
 from dataclasses import dataclass
 from typing import Any, get_args
 
 from ldm.config import ModelConfig, Spacing
 from ldm.diffusion.samplers import SAMPLERS
+
+LARGEST = 2**16  # pixels of a side
+MOST = 99_999  # pictures of a request
 
 
 @dataclass(frozen=True)
@@ -55,14 +59,14 @@ class Request:
             _check_integer("clip_skip", self.clip_skip, 1)
         if self.steps is not None:
             _check_integer("steps", self.steps, 1, 1000)
-        _check_integer("images", self.images, 1)
+        _check_integer("images", self.images, 1, MOST)
         for side in ("width", "height"):
             for name in (side, f"original_{side}", f"target_{side}"):
                 if getattr(self, name) is not None:
-                    _check_integer(name, getattr(self, name), 1)
+                    _check_integer(name, getattr(self, name), 1, LARGEST)
         for name in ("crop_top", "crop_left"):
             if getattr(self, name) is not None:
-                _check_integer(name, getattr(self, name), 0)
+                _check_integer(name, getattr(self, name), 0, LARGEST)
         for name in ("guidance_scale", "aesthetic_score", "negative_aesthetic_score"):
             if getattr(self, name) is not None:
                 _check_number(name, getattr(self, name), 0)
@@ -187,7 +191,8 @@ def _check_integer(
 
 def _check_number(name: str, value: Any, low: float, high: float = math.inf) -> None:
     real = isinstance(value, int | float) and not isinstance(value, bool)
-    if not real or not math.isfinite(value) or not low <= value <= high:
+    # True of no NaN, and of no integer that is too large for a float.
+    if not real or not abs(value) <= sys.float_info.max or not low <= value <= high:
         raise ValueError(f"{name} must be a finite number{_range(low, high)}, got {value!r}")
 
 

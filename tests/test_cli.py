@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from ldm.checkpoint import files
 from ldm.checkpoint.known import digest
 from ldm.cli import main
 from ldm.cli.options import PLACEMENT_OPTIONS, add_options, given, read_placement
+from ldm.cli.outputs import Outputs
 from ldm.images import read_texts, save_png
 from ldm.models.packing import can_pack
 from ldm.training import evaluate, scenes
@@ -380,11 +382,17 @@ def test_repeating_on_other_versions_or_hardware_says_what_differs(txt2img):
     ("changes", "message"),
     [
         ({"request": {"prompt": "a", "wings": 2}}, "b.png: request: unknown 'wings'"),
-        ({"request": {"steps": 2}}, "b.png: request: .*prompt"),
+        (
+            {"request": {"steps": 2}},
+            "b.png: request lacks prompt; .* give the prompt and options yourself",
+        ),
         ({"request": {"prompt": "a", "steps": 0}}, "steps must be a whole number"),
         ({"command": "rm"}, "b.png: command must be one of 'txt2img', got 'rm'"),
         ({"picture": 1}, "b.png: picture must be one of the 1 of its request, got 1"),
-        ({"placement": {"device": "cpu"}}, "b.png: placement: .* missing 2 required"),
+        (
+            {"placement": {"device": "cpu"}},
+            "the record in b.png: placement lacks dtype, vae_dtype; .* give the prompt",
+        ),
     ],
 )
 def test_a_record_that_cannot_be_followed_is_refused(txt2img, changes, message):
@@ -416,6 +424,12 @@ def test_a_picture_without_a_readable_record_cannot_be_repeated(txt2img, text, m
     [
         ([], "give a prompt in quotes, or --from a picture that ldm made"),
         (["a frog", "--steps", "0"], "steps must be a whole number from 1 to 1000, got 0"),
+        (
+            ["a frog", "--width", str(2**64)],
+            "width must be a whole number from 1 to 65536, got 1844",
+        ),
+        (["a frog", "--crop-top", str(2**64)], "crop_top must be a whole number from 0 to 65536"),
+        (["a frog", "--images", str(10**9)], "images must be a whole number from 1 to 99999"),
         (["a frog", "--steps", "many"], "argument --steps: invalid int value: 'many'"),
         (["a frog", "--guidance", "nan"], "guidance_scale must be a finite number, 0 or more"),
         (["a frog", "--guidance-interval", "1"], "--guidance-interval: expected 2 arguments"),
@@ -428,13 +442,15 @@ def test_a_picture_without_a_readable_record_cannot_be_repeated(txt2img, text, m
         ),
         (["a frog", "--crop-top", "9"], "crop_top is 9, and the model random is conditioned on"),
         (["a frog", "--aesthetic-score", "7"], "aesthetic_score is 7.0, and the model random"),
-        (["a frog", "--images", "0"], "images must be a whole number, 1 or more"),
+        (["a frog", "--images", "0"], "images must be a whole number from 1 to 99999, got 0"),
         (["a frog", "--dtype", "float16"], "dtype float16 is up to 200 times slower"),
         (["a frog", "--dtype", "int8"], "dtype must be one of float32, float16, bfloat16"),
         (["a frog", "--device", "cuda:99"], "device cuda:99 is not available"),
         (["a frog", "--attention", "flash"], "attention must be one of sdpa, sliced, math"),
-        (["a frog", "--out", "a.jpg"], "--out must end in .png, got 'a.jpg'"),
-        (["a frog", "--out", ""], "--out must end in .png, got '.'"),
+        (["a frog", "--out", "a.jpg"], "--out must end in .png, such as a.png, got 'a.jpg'"),
+        (["a frog", "--out", ""], "--out must end in .png, such as out.png, got '.'"),
+        (["a frog", "--out", "folder.png/"], "folder.png exists; choose another --out"),
+        (["a frog", "--out", "a"], "--out must end in .png, such as a.png, got 'a'"),
         (["a frog", "--out", "no/a.png"], "there is no folder no to write a.png into"),
         (["a frog", "--out", "folder.png", "--overwrite"], "folder.png is a folder"),
         (["a frog", "--out", "x" * 300 + ".png"], "File name too long"),
@@ -443,7 +459,10 @@ def test_a_picture_without_a_readable_record_cannot_be_repeated(txt2img, text, m
         (["a frog", "--ema"], "holds one set of weights: leave out ema"),
         (["a frog", "--prediction", "w"], "prediction must be one of eps, v, x0, got 'w'"),
         (["a frog", "--model", "text.safetensors"], "text.safetensors"),
-        (["a frog", "--from", "no.png"], "no.png is not a readable picture"),
+        (
+            ["a frog", "--from", "no.png"],
+            "the picture no.png cannot be read: No such file or directory",
+        ),
         (["a frog", "on grass"], "unrecognized arguments: on grass"),
         (["a frog", "--wings", "2"], "unrecognized arguments: --wings"),
     ],
@@ -532,9 +551,150 @@ def test_the_command_runs_as_a_process_of_its_own_without_importing_transformers
 
 def test_a_picture_too_large_to_be_a_picture_is_refused_as_a_source(txt2img, monkeypatch):
     save_png(Image.new("RGB", (100, 100)), "x.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    assert "x.png is not a readable picture" in txt2img("--from", "x.png", model=False)[2]
+    monkeypatch.setattr("ldm.images.MAX_PIXELS", 9999)
+    err = txt2img("--from", "x.png", model=False)[2]
+    assert "x.png cannot be read: it has 100 x 100 pixels, of at most 9,999 in all" in err
     assert PngImagePlugin.MAX_TEXT_CHUNK == 2**20  # what bounds a record
+
+
+@pytest.fixture
+def meanwhile(monkeypatch):
+    """Let another program write files while the command works."""
+    load = ldm.load
+
+    def write(*names: str) -> None:
+        def loading(*args: object, **options: object) -> ldm.Pipeline:
+            for name in names:
+                Path(name).write_bytes(b"precious")
+            return load(*args, **options)
+
+        monkeypatch.setattr(ldm, "load", loading)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("words", "taken", "made"),
+    [
+        ([], ["out.png"], ["out-00001.png"]),
+        ([], ["out.png", "out-00004.png"], ["out-00005.png"]),
+        (["--images", "2"], ["out-00001.png"], ["out-00002.png", "out-00003.png"]),
+        (["--images", "2"], ["out-00002.png"], ["out-00001.png", "out-00003.png"]),
+        (["--images", "2", "--grid"], ["out.png"], ["out-00001.png"]),
+    ],
+)
+def test_a_name_that_is_taken_during_the_work_costs_no_picture(
+    txt2img, meanwhile, here, words, taken, made
+):
+    meanwhile(*taken)
+    assert txt2img("a frog", *words) == (0, "".join(f"{name}\n" for name in made), "")
+    assert all(pixels(name).shape[2] == 3 for name in made)
+    assert [Path(name).read_bytes() for name in taken] == [b"precious"] * len(taken)
+    assert sorted(os.listdir(here)) == sorted(taken + made)
+
+
+def test_a_given_name_that_is_taken_during_the_work_is_an_error_and_the_picture_is_kept(
+    txt2img, meanwhile, here
+):
+    meanwhile("a.png", "b-00002.png")
+    code, out, err = txt2img("a frog", "--out", "a.png")
+    assert (code, out) == (2, "a-00001.png\n")
+    assert err == (
+        "ldm: error: another program wrote a.png during the work, so the pictures are kept as a-00001.png; "
+        "choose another --out, or add --overwrite\n"
+    )
+    assert Path("a.png").read_bytes() == b"precious"
+    Path("b-00002.png").unlink()
+    code, out, err = txt2img("a frog", "--images", "3", "--out", "b.png", "--json")
+    files = ["b-00001.png", "b-00002-00001.png", "b-00003.png"]
+    assert (code, json.loads(out)["files"]) == (2, files)
+    assert [read_texts(file)["parameters"].count("Seed: 1,") for file in files] == [0, 1, 0]
+    assert Path("b-00002.png").read_bytes() == b"precious"
+    Path("a.png").unlink()
+    assert txt2img("a frog", "--out", "a.png", "--overwrite")[:2] == (0, "a.png\n")
+
+
+def test_commands_that_save_at_one_time_each_keep_all_their_pictures(here):
+    def save(level: int) -> list[Path]:
+        outputs = Outputs(None, 4)
+        outputs.check()
+        return [outputs.save(i, Image.new("L", (64, 64), level), {}) for i in range(4)]
+
+    with ThreadPoolExecutor(8) as pool:
+        files = list(pool.map(save, range(8)))
+    for level, names in enumerate(files):
+        assert [pixels(name).max() for name in names] == [level] * 4
+    assert sorted(os.listdir(here)) == sorted(str(name) for names in files for name in names)
+
+
+def test_what_a_kill_left_long_ago_is_cleared_and_nothing_else(txt2img, here):
+    names = [".ldm-0123456789abcdef", ".ldm-0123456789abcdef.png", ".ldm-notes", "ldm-old.png"]
+    for name in (*names, ".ldm-fedcba9876543210"):
+        Path(name).touch()
+    for name in names:
+        os.utime(name, (0, 0))
+    assert txt2img("a frog")[0] == 0
+    assert sorted(os.listdir(here)) == [
+        *(".ldm-fedcba9876543210", ".ldm-notes", "ldm-old.png", "out.png"),
+    ]
+
+
+def test_what_cannot_be_a_source_is_said(txt2img, here):
+    os.mkfifo("pipe.png")
+    (here / "folder.png").mkdir()
+    (here / "empty.png").touch()
+    for name, reason in (
+        ("pipe.png", "it is not a regular file"),
+        ("folder.png", "it is a folder"),
+        ("empty.png", "it is none of PNG, JPEG, WEBP, BMP, TIFF, GIF, or damaged"),
+        ("x" * 300, "File name too long"),
+        ("", "it is a folder"),
+    ):
+        code, _, err = txt2img("--from", name, model=False)
+        assert code == 2
+        assert err == f"ldm: error: the picture {name or '.'} cannot be read: {reason}\n"
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (
+            {"parameters": "a cat\nSteps: 20"},
+            r"'parameters' of AUTOMATIC1111's .* 'a cat\\nSteps: 20'",
+        ),
+        ({"prompt": "{}", "workflow": "graph"}, r"'workflow' of ComfyUI; .* 'graph'"),
+        ({"invokeai_metadata": "steps"}, r"'invokeai_metadata' of InvokeAI; .* 'steps'"),
+    ],
+)
+def test_a_picture_of_another_program_is_called_that(txt2img, texts, message):
+    save_png(Image.new("RGB", (1, 1)), "x.png", texts)
+    code, _, err = txt2img("--from", "x.png", model=False)
+    assert code == 2
+    assert re.search("x.png holds no record of ldm, but the " + message, err)
+
+
+def test_a_record_of_the_first_words_only_is_refused_in_plain_words(txt2img):
+    save_png(Image.new("RGB", (1, 1)), "x.png", {"ldm": '{"command": "txt2img"}'})
+    assert txt2img("--from", "x.png", model=False)[2] == (
+        "ldm: error: the record in x.png lacks request, model, placement, environment; "
+        f"ldm {ldm.__version__} cannot follow this record: give the prompt and options yourself\n"
+    )
+
+
+def test_what_a_file_says_cannot_command_the_terminal(txt2img):
+    txt2img("a frog", "--out", "a.png")
+    edit_record("a.png", "b.png", command="\x1b[31mrm\x07")
+    err = txt2img("--from", "b.png", model=False)[2]
+    assert "\\x1b[31mrm\\x07" in err
+    assert all(c.isprintable() for c in err.removesuffix("\n"))
+
+
+def test_a_prompt_may_hold_any_character(txt2img):
+    for i, prompt in enumerate(("", "a\0frog", "🐸👩‍🌾", "\n\x1b[31m")):
+        assert txt2img(prompt, "--out", f"{i}.png")[0] == 0
+        assert json.loads(read_texts(f"{i}.png")["ldm"])["request"]["prompt"] == prompt
+        assert txt2img("--from", f"{i}.png", "--out", f"{i}b.png", model=False)[0] == 0
+        assert Path(f"{i}.png").read_bytes() == Path(f"{i}b.png").read_bytes()
 
 
 def test_train_follows_a_recipe_and_says_where_the_result_is(here, capsys):

@@ -124,7 +124,8 @@ def test_whether_there_is_a_fused_kernel_is_pytorchs_own_answer(monkeypatch):
     [
         ({"dtype": torch.float16}, "dtype float16 is up to 200 times slower"),
         ({"vae_dtype": torch.float16}, "vae_dtype float16 is up to 200 times slower"),
-        ({"dtype": torch.float64}, "dtype must be one of float32, float16, bfloat16"),
+        ({"dtype": torch.float64}, "dtype must be one of torch.float32, .* got torch.float64"),
+        ({"dtype": "float16"}, "dtype must be one of torch.float32, .* got 'float16'"),
         ({"attention": "flash"}, "attention must be one of sdpa, sliced, math, got 'flash'"),
         ({"guidance": "twice"}, "guidance must be one of batched, sequential, got 'twice'"),
         ({"vae_memory": "little"}, "vae_memory must be one of whole, slabs, tiles, got 'little'"),

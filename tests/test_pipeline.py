@@ -12,16 +12,19 @@ from PIL import Image
 from torch import nn
 
 from ldm.checkpoint import files
+from ldm.diagnosis import not_finite
 from ldm.diffusion.denoiser import guided
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.memory import Placement
 from ldm.models.attention import math_attention
-from ldm.pipeline import Pipeline, _check_finite, load
+from ldm.models.packing import can_pack
+from ldm.pipeline import Pipeline, load
 from ldm.presets import SD15, SD_TURBO, SDXL_BASE, SDXL_REFINER
 from ldm.request import Request
 from tests.tiny import TINY_REFINER, TINY_SDXL, random_networks
 
 FROG = Request("a frog on the grass", steps=3)
+needs_packing = pytest.mark.skipif(not can_pack(), reason="this torch is built without oneDNN")
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +55,11 @@ def pixels(picture: Image.Image) -> np.ndarray:
         ({"steps": True}, "steps must be a whole number from 1 to 1000, got True"),
         ({"guidance_scale": math.nan}, "guidance_scale must be a finite number, 0 or more"),
         ({"guidance_scale": math.inf}, "guidance_scale must be a finite number, 0 or more"),
+        ({"guidance_scale": 10**400}, "guidance_scale must be a finite number, 0 or more"),
+        (
+            {"width": 2**64},
+            "width must be a whole number from 1 to 65536, got 18446744073709551616",
+        ),
         ({"guidance_scale": -1.0}, "guidance_scale must be a finite number, 0 or more, got -1.0"),
         ({"guidance_rescale": 2}, "guidance_rescale must be a finite number from 0 to 1, got 2"),
         (
@@ -72,18 +80,21 @@ def pixels(picture: Image.Image) -> np.ndarray:
         ({"guidance_interval": ("a", 1)}, "guidance_interval must be a finite number.* got 'a'"),
         ({"sampler": "plms"}, f"sampler must be one of {', '.join(SAMPLERS)}, got 'plms'"),
         ({"spacing": "even"}, "spacing must be one of leading, trailing, linspace, karras"),
-        ({"width": 0}, "width must be a whole number, 1 or more, got 0"),
-        ({"height": -8}, "height must be a whole number, 1 or more, got -8"),
+        ({"width": 0}, "width must be a whole number from 1 to 65536, got 0"),
+        ({"height": -8}, "height must be a whole number from 1 to 65536, got -8"),
         ({"seed": "7"}, "seed must be a whole number, got '7'"),
         ({"seed": 2**64}, "seeds must lie below 2\\^64"),
         ({"seed": 2**64 - 1, "images": 2}, "seeds must lie below 2\\^64"),
-        ({"images": 0}, "images must be a whole number, 1 or more, got 0"),
-        ({"original_width": 0}, "original_width must be a whole number, 1 or more, got 0"),
-        ({"original_height": 1.5}, "original_height must be a whole number, 1 or more, got 1.5"),
-        ({"target_width": -1}, "target_width must be a whole number, 1 or more, got -1"),
-        ({"target_height": "9"}, "target_height must be a whole number, 1 or more, got '9'"),
-        ({"crop_top": -1}, "crop_top must be a whole number, 0 or more, got -1"),
-        ({"crop_left": 0.5}, "crop_left must be a whole number, 0 or more, got 0.5"),
+        ({"images": 0}, "images must be a whole number from 1 to 99999, got 0"),
+        ({"original_width": 0}, "original_width must be a whole number from 1 to 65536, got 0"),
+        (
+            {"original_height": 1.5},
+            "original_height must be a whole number from 1 to 65536, got 1.5",
+        ),
+        ({"target_width": -1}, "target_width must be a whole number from 1 to 65536, got -1"),
+        ({"target_height": "9"}, "target_height must be a whole number from 1 to 65536, got '9'"),
+        ({"crop_top": -1}, "crop_top must be a whole number from 0 to 65536, got -1"),
+        ({"crop_left": 0.5}, "crop_left must be a whole number from 0 to 65536, got 0.5"),
         ({"aesthetic_score": math.nan}, "aesthetic_score must be a finite number, 0 or more"),
         ({"negative_aesthetic_score": -1}, "negative_aesthetic_score must be a finite number"),
     ],
@@ -404,50 +415,114 @@ def test_bf16_networks_make_nearly_the_same_picture_with_an_fp32_sampler(pipe, m
 @pytest.mark.parametrize(
     ("part", "dtype", "message"),
     [
-        ("unet.conv_out", torch.float32, "UNet gave .* in float32: its weights are damaged"),
-        ("unet.conv_out", torch.bfloat16, "UNet gave .* in bfloat16: .* with dtype float32"),
-        ("vae.decoder", torch.float32, "VAE gave .* in float32: its weights are damaged"),
-        ("vae.decoder", torch.bfloat16, "VAE gave .* in bfloat16: .* with vae_dtype float32"),
+        (
+            "unet.conv_out",
+            torch.float32,
+            r"the UNet gave .* in float32 at step 1 of 3, .*UNet that",
+        ),
+        ("unet.conv_out", torch.bfloat16, r"the UNet gave .* in bfloat16 at step 1 of 3, .*UNet"),
+        ("vae.decoder", torch.float32, "the VAE gave .* in float32, .* latents that reach"),
+        ("text_encoder", torch.float32, "the text encoder gave .* in float32, "),
     ],
 )
 def test_numbers_that_are_not_finite_are_an_error_and_never_a_black_picture(
     model_folder, part, dtype, message
 ):
     broken = load(model_folder, Placement(device="cpu", dtype=dtype, vae_dtype=dtype))
+    weights = next(operator.attrgetter(part)(broken).parameters())
     with torch.no_grad():
-        next(operator.attrgetter(part)(broken).parameters()).fill_(3e38)
-    with pytest.raises(FloatingPointError, match=message):
+        weights.fill_(3e38)
+        weights.flatten()[::2] *= -1  # so that a norm meets an infinite sum, too
+    with pytest.raises(FloatingPointError, match=message) as caught:
         broken.generate(FROG)
+    assert f"from finite weights (up to {float(weights.abs().max()):.3g}); usual causes" in str(
+        caught.value
+    )
+    assert "damaged, get" not in str(caught.value)
 
 
+def test_the_step_whose_numbers_are_not_finite_first_is_named_and_the_last(pipe, monkeypatch):
+    forward, calls = pipe.unet.forward, []
+
+    def overflow(x, *args, **options):
+        calls.append(x)
+        return forward(x, *args, **options) * (math.inf if len(calls) == 2 else 1)
+
+    monkeypatch.setattr(pipe.unet, "forward", overflow)
+    sigma = pipe.schedule.steps(3, "leading", offset=1, final="zero")[1]
+    with pytest.raises(FloatingPointError, match=rf"step 2 of 3, from noise level {sigma:.3g}"):
+        pipe.generate(FROG)
+    assert len(calls) == 2
+
+
+def test_guidance_that_is_too_strong_is_named_as_a_cause(pipe):
+    request = dataclasses.replace(FROG, guidance_scale=1e38)
+    with pytest.raises(FloatingPointError, match=r"finite weights .* \(guidance_scale 1e\+38\)"):
+        pipe.generate(request)
+
+
+@pytest.mark.parametrize("packed", [False, pytest.param(True, marks=needs_packing)])
 @pytest.mark.parametrize("number", [math.nan, math.inf])
 @pytest.mark.parametrize(
     ("part", "message"),
     [
-        (
-            "unet.mid.res_in.conv1",
-            "mid.res_in.conv1.weight of the UNet holds NaN or Inf: .* damaged",
-        ),
-        ("vae.decoder", r"decoder\..* of the VAE holds NaN or Inf: the model's file is damaged"),
-        ("text_encoder", r"towers.0\..* of the text encoder holds NaN or Inf: .* damaged"),
+        ("unet", r"mid.res_in.conv1.weight of the UNet holds NaN or Inf: the file \S*u is damaged"),
+        ("vae", r"decoder.conv_in.weight of the VAE holds NaN or Inf: the file \S*v is damaged"),
+        ("text_encoder", r"towers.0\..* of the text encoder holds NaN or Inf: the file \S*t is"),
     ],
 )
-def test_a_damaged_weight_is_named(model_folder, part, number, message):
-    broken = load(model_folder, Placement(device="cpu"))
+def test_a_damaged_weight_is_named_with_the_file_that_holds_it(
+    model_folder, tmp_path, part, number, packed, message
+):
+    model = files.load(model_folder)
+    layers = {
+        "unet": model.unet.mid.res_in.conv1,
+        "vae": model.vae.decoder.conv_in,
+        "text_encoder": model.text_encoder,
+    }
     with torch.no_grad():
-        next(operator.attrgetter(part)(broken).parameters())[:] = number
+        next(layers[part].parameters())[:] = number
+    files.save(model, tmp_path / part[0])
+    placement = Placement(device="cpu", packed=packed)
+    broken = load(model_folder, placement, **{part: tmp_path / part[0]})
     with pytest.raises(FloatingPointError, match=message):
         broken.generate(FROG)
 
 
-def test_inf_in_fp16_weights_may_be_of_the_cast_and_asks_for_fp32_first():
-    networks = {"UNet": nn.Linear(1, 1).half()}
-    networks["UNet"].weight.data.fill_(math.inf)
-    with pytest.raises(FloatingPointError, match="in float16: load the model with dtype float32"):
-        _check_finite(torch.tensor(math.nan), networks, "dtype")
-    networks["UNet"].weight.data.fill_(math.nan)
-    with pytest.raises(FloatingPointError, match="weight of the UNet holds NaN or Inf"):
-        _check_finite(torch.tensor(math.nan), networks, "dtype")
+@pytest.mark.parametrize(("part", "option"), [("unet", "dtype"), ("vae", "vae_dtype")])
+def test_inf_in_fp16_weights_may_be_of_the_cast_and_asks_for_fp32_first(part, option):
+    network = nn.Linear(1, 1).half()
+    network.weight.data.fill_(math.inf)
+    assert str(not_finite(part, network, None, causes="", where=" at step 3")).endswith(
+        "gave numbers that are not finite in float16 at step 3, which ends at 65504 (its weights reach inf): "
+        f"load the model with {option} float32"
+    )
+    network.weight.data.fill_(math.nan)
+    error = str(not_finite(part, network, None, causes=""))
+    assert error.startswith("weight of the ")
+    assert error.endswith("holds NaN or Inf: the model's file is damaged, get it again")
+
+
+def test_latents_that_are_not_finite_are_not_decoded(pipe):
+    with pytest.raises(FloatingPointError, match="the latents hold NaN or Inf"):
+        pipe.decode(torch.full((1, 4, 8, 8), math.nan))
+
+
+@pytest.mark.parametrize("path", [5, None, b"weights/tiny"])
+def test_what_is_no_path_is_named(path, model_folder):
+    with pytest.raises(ValueError, match=r"path must be a str or a pathlib\.Path, got (5|None|b')"):
+        load(path)
+    if path is not None:
+        with pytest.raises(ValueError, match=r"path must be a str or a pathlib\.Path, got (5|b')"):
+            load(model_folder, vae=path)
+
+
+def test_a_word_in_the_place_of_a_placement_or_a_request_is_told_what_to_write(pipe, model_folder):
+    with pytest.raises(ValueError, match=r"ldm\.Placement\(device='cuda'\), got 'cuda'"):
+        load(model_folder, "cuda")
+    for take in (pipe.stream, pipe.generate):
+        with pytest.raises(ValueError, match=r"ldm\.Request\('a frog'\), got 'a cat'"):
+            take("a cat")
 
 
 def test_a_model_whose_unet_takes_more_than_latents_is_refused(pipe):

@@ -1,11 +1,13 @@
 """The `ldm` command: one subcommand per task, its arguments generated from the dataclass that they fill.
 
-Whatever is wrong with the input is one sentence on stderr and exit code 2, before anything is written. A run that fails
-for lack of memory or precision ends with exit code 1.
+Whatever is wrong with the input is one sentence on stderr and exit code 2, before anything is written. So is a name for
+a picture that another program took during the work; that picture gets another name. A run that fails for lack of
+memory or precision ends with exit code 1.
 """
 
 import argparse
 import sys
+import unicodedata
 import warnings
 from collections.abc import Sequence
 from typing import NoReturn, TextIO
@@ -81,4 +83,6 @@ def _fail(reason: str, code: int) -> int:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    """`text` in one line, without control characters: it may quote a file, and a terminal would obey them."""
+    words = " ".join(text.split())
+    return "".join(repr(c)[1:-1] if unicodedata.category(c) == "Cc" else c for c in words)

@@ -3,8 +3,6 @@
 import argparse
 import dataclasses
 import json
-import re
-import secrets
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -29,7 +27,8 @@ from ldm.cli.options import (
     given,
     read_placement,
 )
-from ldm.images import grid, save_png
+from ldm.cli.outputs import Outputs
+from ldm.images import grid
 from ldm.memory import find_device
 from ldm.record import Environment, ModelUsed, PartUsed, environment, recall, remember
 from ldm.request import default_conditioning
@@ -64,7 +63,8 @@ def add(commands: Commands) -> None:
 def _txt2img(args: argparse.Namespace) -> None:
     """Make the pictures, write them, and print where they are."""
     job = _plan_job(args)
-    files = _plan_files(args.out, job.count, overwrite=args.overwrite)
+    outputs = Outputs(args.out, job.count, args.overwrite)
+    outputs.check()
     seconds: dict[str, float] = {}
 
     with _timed("load", seconds):
@@ -90,9 +90,10 @@ def _txt2img(args: argparse.Namespace) -> None:
 
     with _timed("save", seconds):
         shown = {None: grid(pictures)} if job.grid else dict(zip(chosen, pictures, strict=True))
-        for (index, picture), file in zip(shown.items(), files, strict=True):
+        files = []
+        for i, (index, picture) in enumerate(shown.items()):
             texts = {} if args.no_metadata else record.texts(index)
-            save_png(picture, file, texts, overwrite=args.overwrite)
+            files.append(outputs.save(i, picture, texts))
 
     results = {
         "files": [str(file) for file in files],
@@ -101,6 +102,13 @@ def _txt2img(args: argparse.Namespace) -> None:
         "settings": record.as_dict(),
     }
     print(json.dumps(results) if args.json else "\n".join(map(str, files)))
+    moved = [(want, file) for want, file in zip(outputs.wanted, files, strict=True) if want != file]
+    if moved and args.out is not None:
+        taken, kept = (", ".join(map(str, names)) for names in zip(*moved, strict=True))
+        raise ValueError(
+            f"another program wrote {taken} during the work, so the pictures are kept as {kept}; "
+            "choose another --out, or add --overwrite"
+        )
 
 
 @contextmanager
@@ -207,44 +215,3 @@ def _compare(then: Environment, now: Environment, source: Path) -> None:
             f"{source} was made with {', '.join(changed)}; the new picture may differ in last bits",
             stacklevel=2,
         )
-
-
-def _plan_files(out: Path | None, count: int, *, overwrite: bool) -> list[Path]:
-    """Choose the names of `count` files and make sure that they can be written, before the work begins."""
-    wanted = out if out is not None else Path("out.png")
-    if wanted.suffix.lower() != ".png":
-        raise ValueError(f"--out must end in .png, got {str(wanted)!r}")
-    if not wanted.parent.is_dir():
-        raise ValueError(f"there is no folder {wanted.parent} to write {wanted.name} into")
-
-    def numbered(number: int) -> Path:
-        return wanted.with_stem(f"{wanted.stem}-{number:05d}")
-
-    files = [wanted] if count == 1 else [numbered(i + 1) for i in range(count)]
-    taken = [file for file in files if _present(file)]
-    if taken and not overwrite:
-        if out is not None:
-            raise ValueError(f"{taken[0]} exists; choose another --out, or add --overwrite")
-        pattern = re.compile(re.escape(wanted.stem) + r"-(\d{5})\.png")
-        found = [pattern.fullmatch(file.name) for file in wanted.parent.iterdir()]
-        last = max((int(match[1]) for match in found if match), default=0)
-        files = [numbered(last + 1 + i) for i in range(count)]
-    for file in files:
-        if file.is_dir():
-            raise ValueError(f"{file} is a folder; --out names a file")
-    probe = wanted.parent / f".ldm-{secrets.token_hex(8)}"
-    try:
-        probe.touch(exist_ok=False)
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(f"cannot write into {wanted.parent}: {error.strerror}") from error
-    return files
-
-
-def _present(file: Path) -> bool:
-    """Whether there is anything of that name; an impossible name is an OSError, unlike with `exists`."""
-    try:
-        file.lstat()
-    except FileNotFoundError:
-        return False
-    return True

@@ -9,6 +9,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from ldm.images import open_picture
 from ldm.training.loop import Dataset
 from ldm.training.scenes import FONT, Scenes, emoji_sprites
 
@@ -54,18 +55,16 @@ class Folder:
                 f"no pictures in {path}: need {', '.join(SUFFIXES)} files with captions"
             )
         for picture, _ in self.items:
-            _open(picture).close()  # the headers now, rather than an error hours into a training
+            with open_picture(picture):
+                pass  # the headers now, rather than an error hours into a training
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, index: int) -> tuple[Tensor, str]:
         path, text = self.items[index]
-        with _open(path) as picture:
-            try:
-                upright = ImageOps.exif_transpose(picture)
-            except (OSError, SyntaxError, ValueError) as error:  # what Pillow's decoders raise
-                raise ValueError(f"the picture {path} is damaged: {error}") from error
+        with open_picture(path) as picture:
+            upright = ImageOps.exif_transpose(picture)
         square = ImageOps.fit(_on_white(upright), (self.size, self.size), Image.Resampling.LANCZOS)
         pixels = torch.from_numpy(np.array(square))  # h w 3
         return pixels.permute(2, 0, 1).contiguous(), text
@@ -99,17 +98,6 @@ def _read_captions(folder: Path) -> list[tuple[Path, str]]:
     return [
         (path, path.with_suffix(".txt").read_text(encoding="utf-8").strip()) for path in pictures
     ]
-
-
-def _open(path: Path) -> Image.Image:
-    try:
-        return Image.open(path)
-    except FileNotFoundError:
-        raise ValueError(
-            f"the picture {path}, which metadata.jsonl lists, does not exist"
-        ) from None
-    except (OSError, Image.DecompressionBombError) as error:
-        raise ValueError(f"the picture {path} cannot be read: {error}") from error
 
 
 def _on_white(picture: Image.Image) -> Image.Image:

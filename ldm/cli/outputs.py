@@ -1,0 +1,86 @@
+"""Where a command's pictures go: checked before the work, and each name taken only when its picture is saved."""
+
+import itertools
+import re
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from ldm.images import clear_temporary, save_png
+
+DEFAULT = Path("out.png")
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """The PNG files of one command; several get numbers.
+
+    Without `out` they are out.png or out-00001.png and so on, from the first number that is free. Files of a given name
+    must not exist, or are replaced with `overwrite`.
+    """
+
+    out: Path | None
+    count: int
+    overwrite: bool = False
+
+    @property
+    def wanted(self) -> list[Path]:
+        """The names of the files, if no other program takes one of them during the work."""
+        path = self.out or DEFAULT
+        return [path] if self.count == 1 else [_numbered(path, i + 1) for i in range(self.count)]
+
+    def check(self) -> None:
+        """Raise ValueError if it is certain before the work that the files cannot be written."""
+        path = self.out or DEFAULT
+        if path.suffix.lower() != ".png":
+            example = path / DEFAULT if path.is_dir() else path.with_suffix(".png")
+            raise ValueError(f"--out must end in .png, such as {example}, got {str(path)!r}")
+        if not path.parent.is_dir():
+            raise ValueError(f"there is no folder {path.parent} to write {path.name} into")
+        for file in self.wanted:
+            if self.out and not self.overwrite and _present(file):
+                raise ValueError(f"{file} exists; choose another --out, or add --overwrite")
+            if self.overwrite and file.is_dir():
+                raise ValueError(f"{file} is a folder; --out names a file")
+        probe = path.parent / f".ldm-{secrets.token_hex(8)}"
+        try:
+            probe.touch(exist_ok=False)
+            probe.unlink()
+        except OSError as error:
+            raise ValueError(f"cannot write into {path.parent}: {error.strerror}") from error
+        clear_temporary(path.parent)
+
+    def save(self, index: int, picture: Image.Image, texts: Mapping[str, str]) -> Path:
+        """Write picture `index` of `count` and return where: under the next free number if its name was taken."""
+        wanted = self.wanted[index]
+        for file in itertools.chain([wanted], _free_numbers(wanted if self.out else DEFAULT)):
+            if self.overwrite or not _present(file):
+                with suppress(FileExistsError):  # taken in this moment
+                    save_png(picture, file, texts, overwrite=self.overwrite)
+                    break
+        return file
+
+
+def _free_numbers(path: Path) -> Iterator[Path]:
+    """Yield `path` with the numbers after the last one that is there."""
+    pattern = re.compile(re.escape(path.stem) + r"-(\d{5,})\.png", re.IGNORECASE)
+    found = [pattern.fullmatch(file.name) for file in path.parent.iterdir()]
+    last = max((int(match[1]) for match in found if match), default=0)
+    yield from (_numbered(path, number) for number in itertools.count(last + 1))
+
+
+def _numbered(path: Path, number: int) -> Path:
+    return path.with_stem(f"{path.stem}-{number:05d}")
+
+
+def _present(file: Path) -> bool:
+    """Whether there is anything of that name; an impossible name is an OSError, unlike with `exists`."""
+    try:
+        file.lstat()
+    except FileNotFoundError:
+        return False
+    return True
