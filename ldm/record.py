@@ -1,6 +1,7 @@
 """What a picture remembers: all it takes to make it again bit for bit, as JSON in a text chunk of its PNG."""
 
 import dataclasses
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,3 +195,20 @@ def recall(path: str | Path) -> Record:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def digest(path: str | Path) -> str:
+    """Return the sha256 that identifies a model: the file's own, or of the list of a folder's files and theirs.
+
+    A folder's files are those that can change a picture: .safetensors, .json and .txt, in it and below.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    parts = sorted(
+        (part.relative_to(path).as_posix(), digest(part))
+        for part in path.rglob("*")
+        if part.suffix in (".safetensors", ".json", ".txt") and part.is_file()
+    )
+    return hashlib.sha256("".join(f"{n} {d}\n" for n, d in parts).encode()).hexdigest()

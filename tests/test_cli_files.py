@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 
 import ldm
 from ldm.checkpoint import files
-from ldm.checkpoint.known import digest
 from ldm.checkpoint.parts import Model, ema_name
 from ldm.cli import main
 from ldm.models.text import Tokenizer
+from ldm.record import digest
 from tests.checkpoint.conftest import SMALL
 from tests.tiny import random_networks
 

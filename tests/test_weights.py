@@ -15,7 +15,7 @@ import torch
 
 import ldm
 from ldm.checkpoint.files import convert, identify
-from ldm.checkpoint.known import KNOWN, digest
+from ldm.record import digest
 
 pytestmark = pytest.mark.weights
 FOLDER = Path(os.environ.get("LDM_WEIGHTS") or Path(__file__).parent.parent / "weights")

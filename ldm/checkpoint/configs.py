@@ -59,9 +59,8 @@ _LEADING_BY_DEFAULT = ("PNDM", "DDIM", "DDPM", "TCD")
 
 # What a file may say of things that are fixed here. The first value is the default of the class.
 _UNET_FIXED: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("class_embed_type", "num_class_embeds", "encoder_hid_dim"), (None,)),
-    **dict.fromkeys(("encoder_hid_dim_type", "num_attention_heads", "timestep_post_act"), (None,)),
-    **dict.fromkeys(("time_embedding_act_fn", "time_embedding_dim"), (None,)),
+    **dict.fromkeys(("class_embed_type", "num_class_embeds", "encoder_hid_dim", "encoder_hid_dim_type"), (None,)),
+    **dict.fromkeys(("num_attention_heads", "time_embedding_act_fn", "time_embedding_dim"), (None,)),
     **dict.fromkeys(("center_input_sample", "dual_cross_attention"), (False,)),
     **dict.fromkeys(("attention_type", "resnet_time_scale_shift"), ("default",)),
     **dict.fromkeys(("conv_in_kernel", "conv_out_kernel"), (3,)),
@@ -90,8 +89,7 @@ _TEXT_FIXED: dict[str, tuple[Any, ...]] = {
 }
 _SCHEDULER_FIXED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("sigma_max", "sigma_min", "trained_betas"), (None,)),
-    **dict.fromkeys(("thresholding", "use_lu_lambdas"), (False,)),
-    **dict.fromkeys(("use_beta_sigmas", "use_flow_sigmas"), (False,)),
+    **dict.fromkeys(("thresholding", "use_lu_lambdas", "use_beta_sigmas", "use_flow_sigmas"), (False,)),
     "interpolation_type": ("linear",),
     "timestep_type": ("discrete",),
 }
@@ -282,21 +280,14 @@ def _per_level(value: Any, levels: int) -> list[Any]:
 
 def _depth(types: list[Any], layers: list[Any], kind: str, where: str) -> list[Any]:
     """The depth of each level: what `layers` says, or 0 where the block of this `kind` does not attend."""
-    if (
-        not isinstance(types, list)
-        or len(types) != len(layers)
-        or not all(name in (kind, f"CrossAttn{kind}") for name in types)
-    ):
+    pairs = list(zip(types, layers, strict=False)) if isinstance(types, list) and len(types) == len(layers) else []
+    attends = f"CrossAttn{kind}"
+    if not pairs or not all(name == kind or (name == attends and 0 not in _per_level(n, 1)) for name, n in pairs):
         raise ValueError(
             f"{where}: blocks {short(types)} with transformer layers {short(layers)} are not supported; allowed is one "
-            f"(CrossAttn){kind}, and one number or list of transformer layers, per entry of block_out_channels"
+            f"(CrossAttn){kind}, and one number or list of transformer layers from 1, per entry of block_out_channels"
         )
-    depth = [n if name != kind else 0 for name, n in zip(types, layers, strict=True)]
-    if any(name != kind and 0 in _per_level(n, 1) for name, n in zip(types, depth, strict=True)):
-        raise ValueError(
-            f"{where}: {short(layers)} transformer layers in {short(types)}: a block that attends needs 1 or more"
-        )
-    return depth
+    return [n if name == attends else 0 for name, n in pairs]
 
 
 def _layers(depth: Depths) -> list[int | list[int]]:

@@ -13,7 +13,7 @@ from ldm.checkpoint.known import kind_of
 from ldm.checkpoint.parts import Layout, Model, ModelLike, Source, check, fill, modules
 from ldm.checkpoint.pickles import PickledTensors, is_pickle
 from ldm.checkpoint.single import write_single
-from ldm.checkpoint.sources import Networks, check_complete, check_fits, left_out, merge, open_source
+from ldm.checkpoint.sources import Networks, check_complete, check_fits, merge, open_source
 from ldm.checkpoint.tensors import write_tensors
 from ldm.config import ModelConfig, Prediction
 from ldm.models.vae import VAE
@@ -28,6 +28,7 @@ class Identity(NamedTuple):
     preset: str
     prediction: Prediction
     why: str  # the reason for the architecture and the prediction, and notes for the user
+    left: list[str]  # names of the tensors that no network uses
 
 
 def identify(
@@ -48,9 +49,9 @@ def identify(
     """
     source = merge(open_source(path, prediction=prediction, ema=ema, pickles=pickles), replace)
     check_complete(source, path)
-    networks, source = check_fits(source, path)
+    networks, source, left = check_fits(source, path)
     config, why = source.config, "; ".join([source.why, *source.notes])
-    return Identity(source, networks, config, config.name, config.diffusion.prediction, why)
+    return Identity(source, networks, config, config.name, config.diffusion.prediction, why, left)
 
 
 def read(
@@ -162,9 +163,8 @@ def convert(
             _rewrite(tensors, Path(target).resolve(), layout, dtype)
             return []
     model = identify(path, prediction=prediction, ema=ema, replace=replace, pickles=True)
-    left = left_out(model.source, model.networks)
     save(read(model, dtype=dtype), target, layout=layout, dtype=dtype, overwrite=overwrite)
-    return left
+    return model.left
 
 
 def save_vae(vae: VAE, path: str | Path, *, image_size: int) -> None:

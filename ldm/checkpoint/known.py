@@ -1,10 +1,8 @@
 """What is known of files: published models by their digests, and files that are no models by the names in them."""
 
-import hashlib
 import json
 import re
 from importlib import resources
-from pathlib import Path
 from typing import NamedTuple
 
 from ldm.checkpoint.tensors import Tensors
@@ -34,23 +32,6 @@ def known_file(sha256: str | None) -> KnownFile | None:
     files = json.loads(resources.files("ldm.checkpoint").joinpath("known.json").read_text())
     found = ((preset, names[sha256]) for preset, names in files.items() if sha256 in names)
     return next((KnownFile(name, None if preset == "part" else preset) for preset, name in found), None)
-
-
-def digest(path: str | Path) -> str:
-    """Return the sha256 that identifies a model: the file's own, or of the list of a folder's files and theirs.
-
-    A folder's files are those that can change a picture: .safetensors, .json and .txt, in it and below.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    parts = sorted(
-        (part.relative_to(path).as_posix(), digest(part))
-        for part in path.rglob("*")
-        if part.suffix in (".safetensors", ".json", ".txt") and part.is_file()
-    )
-    return hashlib.sha256("".join(f"{n} {d}\n" for n, d in parts).encode()).hexdigest()
 
 
 _KINDS = (  # what a file is, if one of its names matches
@@ -86,12 +67,11 @@ def kind_of(tensors: Tensors) -> str | None:
 
 def _for_family(tensors: Tensors, kind: str) -> str:
     """Say for which models an adapter is made, told from how wide a text it attends to or holds."""
-    if "clip_l" in tensors.shapes and "clip_g" in tensors.shapes:
-        return f" for {NAMES[2048]}"
     embedding = kind.startswith("a textual")
     widths = [
         shape[-1 if embedding else 1]
         for name, shape in tensors.shapes.items()
         if (embedding and shape) or (len(shape) >= 2 and _TO_TEXT.search(name))
     ]
-    return f" for {NAMES[widths[0]]}" if widths and widths[0] in NAMES else ""
+    width = sum(widths) if {"clip_l", "clip_g"} <= tensors.shapes.keys() else next(iter(widths), 0)
+    return f" for {NAMES[width]}" if width in NAMES else ""

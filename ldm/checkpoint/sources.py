@@ -126,27 +126,17 @@ def check_complete(source: Source, path: str | Path) -> None:
             raise ValueError(f"{path} has no {name}, only {', '.join(source.parts)}: {hint}")
 
 
-def check_fits(source: Source, path: str | Path) -> tuple[Networks, Source]:
-    """Return the networks on the meta device, and the source with a note about the tensors that none of them uses.
+def check_fits(source: Source, path: str | Path) -> tuple[Networks, Source, list[str]]:
+    """Return the networks on the meta device, the source, and the tensors that no network uses: a note names them.
 
     Raises ValueError for a configuration that describes no model, and for tensors that do not fit it.
     """
     networks = build(source, path)
-    left = [name for name in left_out(source, networks) if not is_known(name)]
-    if left:
-        what = f"left out {len(left)} tensors that no network here uses: {some(left)}"
+    left = check(modules(*networks), source.parts, source.dropped)
+    if strange := [name for name in left if not IGNORED.fullmatch(name)]:
+        what = f"left out {len(strange)} tensors that no network here uses: {some(strange)}"
         source = dataclasses.replace(source, notes=(*source.notes, what))
-    return networks, source
-
-
-def left_out(source: Source, networks: Networks) -> list[str]:
-    """Return the names of the tensors in a source's files that none of its networks uses."""
-    return check(modules(*networks), source.parts, source.dropped)
-
-
-def is_known(name: str) -> bool:
-    """Whether a tensor that no network uses is one of those that are known to stand beside models."""
-    return IGNORED.fullmatch(name) is not None
+    return networks, source, left
 
 
 def build(source: Source, path: str | Path) -> Networks:

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ldm.checkpoint.identify import count_ema
+from ldm.checkpoint.identify import IGNORED, count_ema
 from ldm.checkpoint.keymap import inverse
-from ldm.checkpoint.known import digest, kind_of, known_file
+from ldm.checkpoint.known import kind_of, known_file
 from ldm.checkpoint.parts import compare, modules
-from ldm.checkpoint.sources import build, check_complete, is_known, open_source
+from ldm.checkpoint.sources import build, check_complete, open_source
 from ldm.checkpoint.tensors import TensorFiles, Tensors
 from ldm.config import Prediction
+from ldm.record import digest
 
 SHOWN = 10  # names of a list that the text shows; `as_dict` has all
 _LONGEST = 200  # characters of a metadata value that are shown; some hold a picture
@@ -143,8 +144,8 @@ def inspect(path: str | Path, *, prediction: Prediction | None = None, check_sha
         components=tuple(components),
         missing=tuple(name for differs in mismatches.values() for name in differs["missing"]),
         misshapen=tuple(name for differs in mismatches.values() for name in differs["misshapen"]),
-        unknown=tuple(name for name in left if not is_known(name)),
-        left_out=tuple(name for name in left if is_known(name)),
+        unknown=tuple(name for name in left if not IGNORED.fullmatch(name)),
+        left_out=tuple(name for name in left if IGNORED.fullmatch(name)),
     )
 
 

@@ -16,7 +16,6 @@ import torch
 from tqdm import tqdm
 
 import ldm
-from ldm.checkpoint.known import digest
 from ldm.cli.options import (
     MODEL_OPTIONS,
     PLACEMENT_OPTIONS,
@@ -30,7 +29,7 @@ from ldm.cli.options import (
 from ldm.cli.outputs import Outputs
 from ldm.images import grid
 from ldm.memory import find_device
-from ldm.record import Environment, ModelUsed, PartUsed, environment, recall, remember
+from ldm.record import Environment, ModelUsed, PartUsed, digest, environment, recall, remember
 from ldm.request import default_conditioning
 
 
