@@ -15,13 +15,14 @@ import torch
 
 import ldm
 from ldm.checkpoint.files import convert, identify
+from ldm.checkpoint.known import known_files
 from ldm.record import digest
 
 pytestmark = pytest.mark.weights
 FOLDER = Path(os.environ.get("LDM_WEIGHTS") or Path(__file__).parent.parent / "weights")
 
 DIGESTS = defaultdict(set)  # by published file name; one name may have several revisions
-for _sha256, _known in KNOWN.items():
+for _sha256, _known in known_files().items():
     if _known.name.split(" ")[0].endswith((".safetensors", ".ckpt")):
         DIGESTS[_known.name.split(" ")[0]].add(_sha256)
 
@@ -101,7 +102,7 @@ def test_an_official_file_is_whole_and_taken_for_what_it_is(name):
     path = find(name)
     found = digest(path)
     assert found in DIGESTS[name], f"{path} has sha256 {found}: damaged, or not the published file"
-    preset = KNOWN[found].preset
+    preset = known_files()[found].preset
     if preset is not None and path.suffix == ".safetensors":
         assert identify(path).preset == preset
 

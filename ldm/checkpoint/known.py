@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import cache
 from importlib import resources
 from typing import NamedTuple
 
@@ -27,11 +28,12 @@ class KnownFile(NamedTuple):
 KNOWN_SIZES = {6_938_081_905: KnownFile("sd_xl_turbo_1.0_fp16.safetensors", "sdxl-turbo", "size in bytes")}
 
 
-def known_file(sha256: str | None) -> KnownFile | None:
-    """Look a file up by its digest, in a list from publishers' pages. A file that is not there is not suspicious."""
-    files = json.loads(resources.files("ldm.checkpoint").joinpath("known.json").read_text())
-    found = ((preset, names[sha256]) for preset, names in files.items() if sha256 in names)
-    return next((KnownFile(name, None if preset == "part" else preset) for preset, name in found), None)
+@cache
+def known_files() -> dict[str, KnownFile]:
+    """Return the known files by their digests, from publishers' pages. A file that is not there is not suspicious."""
+    table = json.loads(resources.files("ldm.checkpoint").joinpath("known.json").read_text())
+    files = ((sha, name, preset) for preset, names in table.items() for sha, name in names.items())
+    return {sha: KnownFile(name, None if preset == "part" else preset) for sha, name, preset in files}
 
 
 _KINDS = (  # what a file is, if one of its names matches

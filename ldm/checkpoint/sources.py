@@ -9,7 +9,7 @@ import torch
 
 from ldm.checkpoint.folder import open_folder
 from ldm.checkpoint.identify import IGNORED
-from ldm.checkpoint.known import KNOWN_SIZES, known_file
+from ldm.checkpoint.known import KNOWN_SIZES, known_files
 from ldm.checkpoint.parts import TOWERS, Source, check, modules
 from ldm.checkpoint.pickles import PickledTensors, is_pickle
 from ldm.checkpoint.single import open_single
@@ -50,7 +50,7 @@ def open_source(
             )
         return open_folder(path, prediction=prediction, pickles=pickles)
     tensors: Tensors = PickledTensors(path) if pickles and is_pickle(path) else TensorFiles([path])
-    known = known_file(sha256) or KNOWN_SIZES.get(path.stat().st_size)
+    known = known_files().get(sha256) if sha256 else KNOWN_SIZES.get(path.stat().st_size)
     return open_single(tensors, prediction=prediction, ema=ema, known=known)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ldm.checkpoint.identify import IGNORED, count_ema
 from ldm.checkpoint.keymap import inverse
-from ldm.checkpoint.known import kind_of, known_file
+from ldm.checkpoint.known import kind_of, known_files
 from ldm.checkpoint.parts import compare, modules
 from ldm.checkpoint.sources import build, check_complete, open_source
 from ldm.checkpoint.tensors import TensorFiles, Tensors
@@ -102,7 +102,7 @@ def inspect(path: str | Path, *, prediction: Prediction | None = None, check_sha
     """
     path = Path(path)
     sha256 = digest(path) if check_sha256 and path.exists() else None
-    known = known_file(sha256)
+    known = known_files().get(sha256) if sha256 else None
     report = Report(str(path), sha256=sha256, known_as=known.name if known else None)
     tensors = None if path.is_dir() else TensorFiles([path])
     if tensors is not None:
