@@ -24,8 +24,6 @@ from ldm.models.vae import VAE
 from ldm.presets import SD15, recognize
 
 _NETWORK, _TOWER = "diffusion_pytorch_model", "model"  # stems of the files with the weights
-_COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-_SECOND = ("text_encoder_2", "tokenizer_2")  # of SDXL, whose refiner has these alone
 _REFUSED = ("controlnet", "adapter", "motion_adapter", "prior", "prior_prior", "transformer", "low_res_scheduler")
 _CLASSES = {  # of diffusers and transformers; another class computes something else
     "unet": ("UNet2DConditionModel",),
@@ -236,17 +234,15 @@ def _read_index(folder: Path) -> tuple[Json, tuple[str, ...], tuple[str, ...]]:
     present = [name for name in index if _class(index, name)]
     if refused := sorted(set(present) & set(_REFUSED)):
         raise ValueError(f"{folder} is a {pipeline} with {some(refused)}, which is not supported")
-    second = any(name in present for name in _SECOND)
-    first = not second or "text_encoder" in present
-    needed = [name for name in _COMPONENTS if first or name not in ("text_encoder", "tokenizer")]
-    for name in [*needed, *(_SECOND if second else ())]:
+    towers = tuple(name for name in TOWERS if name in present) or TOWERS[:1]  # SDXL's refiner has the second alone
+    needed = ["unet", "vae", "scheduler", *towers, *(name.replace("text_encoder", "tokenizer") for name in towers)]
+    for name in needed:
         if name not in present or not (folder / name).is_dir():
             raise ValueError(f"{folder} lacks its {name}: fetch the whole folder again")
         if (kind := _class(index, name)) not in (allowed := _CLASSES.get(name, (kind,))):
             raise ValueError(f"the {name} of {folder} is {kind}, supported are {', '.join(allowed)}")
-    others = sorted(set(present) - {*_COMPONENTS, *_SECOND, "safety_checker", "feature_extractor"})
-    notes = (f"its {some(others)} is not used",) if others else ()
-    return index, tuple(name for name in TOWERS if name in present), notes
+    others = sorted(set(present) - {*needed, "safety_checker", "feature_extractor"})
+    return index, towers, (f"its {some(others)} is not used",) if others else ()
 
 
 def _class(index: Json, name: str) -> str:

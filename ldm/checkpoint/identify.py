@@ -105,11 +105,7 @@ def check_stored_plainly(tensors: Tensors) -> None:
 
 
 def unet_part(tensors: Tensors, place: Place, config: UNetConfig, *, ema: bool = False) -> Part:
-    """Return where a UNet's tensors are. Raises ValueError if `ema` is asked for and there is no averaged copy."""
-    if ema and count_ema(tensors) < ENOUGH_EMA:
-        raise ValueError(
-            f"{tensors} has no averaged copy (model_ema.*); its weights may be the averaged ones already: leave out ema"
-        )
+    """Return where a UNet's tensors are; ema: those of the averaged copy."""
     return Part(tensors, _unet_rules(tensors, place, config), place.prefix, ema=ema)
 
 

@@ -68,9 +68,7 @@ def key_map(keys: Iterable[str], rules: tuple[Rule, ...], prefix: str = "") -> d
 
     Raises ValueError for a key that no rule covers, and as `inverse` does.
     """
-    stored = {}
-    for key in keys:
-        stored[key] = translate(key, rules, prefix)
+    stored = {key: translate(key, rules, prefix) for key in keys}
     inverse(stored)
     return stored
 

@@ -41,13 +41,16 @@ def open_single(
     else:
         config, why, notes = _from_shapes(tensors, contents, prediction, known)
 
+    averaged = identify.count_ema(tensors) >= identify.ENOUGH_EMA
+    if ema and not (averaged and contents.unet):
+        raise ValueError(
+            f"{tensors} has no averaged copy (model_ema.*); its weights may be the averaged ones already: leave out ema"
+        )
+    if averaged and not ema:
+        notes += ("it also holds an averaged copy of the UNet, used with ema only",)
     parts = {}
     if contents.unet is not None:
         parts["unet"] = identify.unet_part(tensors, contents.unet, config.unet, ema=ema)
-        if not ema and (count := identify.count_ema(tensors)) >= identify.ENOUGH_EMA:
-            notes += (f"it also holds an averaged copy of the UNet ({count} tensors), used with ema only",)
-    elif ema:
-        raise ValueError(f"{tensors} holds no UNet, so it has no averaged copy of one")
     if contents.vae is not None:
         parts["vae"] = identify.vae_part(tensors, contents.vae, config.vae)
     for name, tower, text in zip(TOWERS, _towers(contents, config.text), config.text, strict=False):
