@@ -13,9 +13,7 @@ from ldm.models.packing import Packed
 NAMES = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder"}
 
 
-def not_finite(
-    part: str, network: nn.Module, file: Path | None, *, causes: str, where: str = ""
-) -> FloatingPointError:
+def not_finite(part: str, network: nn.Module, file: Path | None, *, causes: str, where: str = "") -> FloatingPointError:
     """Return the error to raise: of a damaged weight, of float16's range, or else of one of the usual causes.
 
     part: "unet", "vae" or "text_encoder". file: where its weights came from, if that is known. where: such as " at step
@@ -27,21 +25,15 @@ def not_finite(
         # A cast to float16 makes Inf of large numbers, so there only NaN is a sign of damage.
         if math.isnan(largest) or (math.isinf(largest) and dtype != torch.float16):
             source = f"the file {file}" if file else "the model's file"
-            return FloatingPointError(
-                f"{key} of the {name} holds NaN or Inf: {source} is damaged, get it again"
-            )
+            return FloatingPointError(f"{key} of the {name} holds NaN or Inf: {source} is damaged, get it again")
         peak = max(peak, largest)
-    gave = (
-        f"the {name} gave numbers that are not finite in {str(dtype).removeprefix('torch.')}{where}"
-    )
+    gave = f"the {name} gave numbers that are not finite in {str(dtype).removeprefix('torch.')}{where}"
     if dtype == torch.float16:
         option = "vae_dtype" if part == "vae" else "dtype"
         return FloatingPointError(
             f"{gave}, which ends at 65504 (its weights reach {peak:.3g}): load the model with {option} float32"
         )
-    return FloatingPointError(
-        f"{gave}, from finite weights (up to {peak:.3g}); usual causes: {causes}"
-    )
+    return FloatingPointError(f"{gave}, from finite weights (up to {peak:.3g}); usual causes: {causes}")
 
 
 def _weights(network: nn.Module) -> Iterator[tuple[str, Tensor]]:

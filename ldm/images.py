@@ -53,11 +53,7 @@ def grid(pictures: Sequence[Image.Image]) -> Image.Image:
 
 
 def save_png(
-    picture: Image.Image,
-    path: str | Path,
-    texts: Mapping[str, str] | None = None,
-    *,
-    overwrite: bool = False,
+    picture: Image.Image, path: str | Path, texts: Mapping[str, str] | None = None, *, overwrite: bool = False
 ) -> None:
     """Write `picture` with the text chunks `texts` to `path`, completely or not at all.
 
@@ -74,9 +70,7 @@ def save_png(
     try:
         with open(temporary, "xb") as file:
             file.write(encoded.getbuffer())
-        if (
-            not overwrite
-        ):  # take the name; not every file system has the hard links that take it in one step
+        if not overwrite:  # take the name; not every file system has the hard links that take it in one step
             path.touch(exist_ok=False)
         os.replace(temporary, path)
     except FileExistsError:
@@ -114,9 +108,7 @@ def open_picture(path: str | Path) -> Iterator[Image.Image]:
         with picture:
             if picture.width * picture.height > MAX_PIXELS:
                 size = f"{picture.width} x {picture.height}"
-                raise ValueError(
-                    f"it has {size} pixels, of at most {MAX_PIXELS:,} in all; make it smaller"
-                )
+                raise ValueError(f"it has {size} pixels, of at most {MAX_PIXELS:,} in all; make it smaller")
             yield picture
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)

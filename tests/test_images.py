@@ -142,10 +142,7 @@ def test_a_picture_starts_no_other_program(tmp_path, monkeypatch):
 
 def test_a_picture_of_too_many_pixels_is_refused_before_they_are_decoded(tmp_path):
     Image.new("1", (2**14, 2**13)).save(tmp_path / "a.png")
-    with (
-        warnings.catch_warnings(),
-        open_picture(tmp_path / "a.png") as picture,
-    ):
+    with warnings.catch_warnings(), open_picture(tmp_path / "a.png") as picture:
         warnings.simplefilter("error")
         assert picture.width * picture.height == MAX_PIXELS
     Image.new("1", (2**14, 2**13 + 1)).save(tmp_path / "a.png")

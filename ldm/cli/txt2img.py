@@ -41,9 +41,7 @@ def add(commands: Commands) -> None:
     add_options(command, ModelChoice, MODEL_OPTIONS)
     add_options(command, ldm.Request, REQUEST_OPTIONS)
     add_options(command, ldm.Placement, PLACEMENT_OPTIONS)
-    command.add_argument(
-        "--out", type=Path, help="the PNG to write; several pictures get numbers (default: out.png)"
-    )
+    command.add_argument("--out", type=Path, help="the PNG to write; several pictures get numbers (default: out.png)")
     command.add_argument("--overwrite", action="store_true", help="replace files that exist")
     command.add_argument("--grid", action="store_true", help="one file with all the pictures")
     command.add_argument(
@@ -53,9 +51,7 @@ def add(commands: Commands) -> None:
         type=Path,
         help="repeat the run that made this picture; other options change it",
     )
-    command.add_argument(
-        "--no-metadata", action="store_true", help="do not write into the PNG how it was made"
-    )
+    command.add_argument("--no-metadata", action="store_true", help="do not write into the PNG how it was made")
     command.add_argument("--json", action="store_true", help="print the results as JSON")
 
 
@@ -211,6 +207,5 @@ def _compare(then: Environment, now: Environment, source: Path) -> None:
     changed = [f"{name} {was[name]} (here {here[name]})" for name in was if was[name] != here[name]]
     if changed:
         warnings.warn(
-            f"{source} was made with {', '.join(changed)}; the new picture may differ in last bits",
-            stacklevel=2,
+            f"{source} was made with {', '.join(changed)}; the new picture may differ in last bits", stacklevel=2
         )

@@ -51,9 +51,7 @@ class Folder:
         listed = (path / "metadata.jsonl").is_file()
         self.items = _read_metadata(path) if listed else _read_captions(path)
         if not self.items:
-            raise ValueError(
-                f"no pictures in {path}: need {', '.join(SUFFIXES)} files with captions"
-            )
+            raise ValueError(f"no pictures in {path}: need {', '.join(SUFFIXES)} files with captions")
         for picture, _ in self.items:
             with open_picture(picture):
                 pass  # the headers now, rather than an error hours into a training
@@ -95,9 +93,7 @@ def _read_captions(folder: Path) -> list[tuple[Path, str]]:
             f"{len(missing)} of {len(pictures)} pictures in {folder} have no caption, such as {missing[0]}: "
             f"write {Path(missing[0]).with_suffix('.txt')} beside it, or list all in metadata.jsonl"
         )
-    return [
-        (path, path.with_suffix(".txt").read_text(encoding="utf-8").strip()) for path in pictures
-    ]
+    return [(path, path.with_suffix(".txt").read_text(encoding="utf-8").strip()) for path in pictures]
 
 
 def _on_white(picture: Image.Image) -> Image.Image:
