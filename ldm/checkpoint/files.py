@@ -131,11 +131,11 @@ def save(
     _check_target(Path(path), layout, overwrite)
     path = Path(path).resolve()
     with beside(path) as new:
+        (write_single if layout == "ldm" else write_folder)(new, model, dtype)
+        _check_target(path, layout, overwrite)  # again: another program may have taken the name meanwhile
         if layout == "ldm":
-            write_single(new, model, dtype)
             new.replace(path)
         else:
-            write_folder(new, model, dtype)
             replace_folder(path, new)
 
 

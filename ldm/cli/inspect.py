@@ -34,7 +34,7 @@ class Component:
 
 @dataclass(frozen=True)
 class Report:
-    """What is at a path, for `ldm inspect`. problem: why it cannot be loaded as it is, None if it can.
+    """What is at a path, for `ldm inspect`. problem: why it cannot be loaded as it is, "" if it can.
 
     prediction, why: what its UNet predicts, and what says so; None where there is none.
     missing, misshapen: names of tensors that do not fit the model. unknown: tensors that no network uses.
@@ -43,7 +43,7 @@ class Report:
 
     path: str
     kind: str = "tensors"
-    problem: str | None = None
+    problem: str = ""
     layout: str | None = None
     preset: str | None = None
     prediction: str | None = None
@@ -117,14 +117,14 @@ def inspect(path: str | Path, *, prediction: Prediction | None = None, check_sha
         whole = _component("tensors", tensors, tensors.shapes, "")
         kind = kind_of(tensors) or report.kind
         return dataclasses.replace(report, kind=kind, components=(whole,), problem=str(error))
-    problem, kind = None, "a model"
+    problem, kind = "", "a model"
     try:
         check_complete(source, path)
     except ValueError as error:
         problem, kind = str(error), f"a part of a model: {', '.join(source.parts)}"
     networks = modules(*build(source, path))
     mismatches, left = compare(networks, source.parts, source.dropped)
-    if mismatches and problem is None:
+    if mismatches and not problem:
         problem = "names or shapes of its tensors do not match its configuration"
     components = []
     for name, part in source.parts.items():
