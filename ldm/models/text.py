@@ -36,8 +36,8 @@ class TextTower(nn.Module):
     def __init__(self, config: TextConfig, tokenizer: Tokenizer) -> None:
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
-        self.token_embedding = nn.Embedding(config.vocab_size, config.width)
-        self.position_embedding = nn.Embedding(config.max_length, config.width)
+        self.token_embedding = _embedding(config.vocab_size, config.width)
+        self.position_embedding = _embedding(config.max_length, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
         self.projection = (
@@ -97,6 +97,11 @@ class TextTower(nn.Module):
                 layer.weight.normal_(std=special.get(name.split(".")[-1], into))
                 if layer.bias is not None:
                     layer.bias.zero_()
+
+
+def _embedding(count: int, width: int) -> nn.Embedding:
+    """An embedding without values: to draw them on "meta", as its class does, imports torch._dynamo, a second."""
+    return nn.Embedding.from_pretrained(torch.empty(count, width), freeze=False)
 
 
 class TextEncoder(nn.Module):

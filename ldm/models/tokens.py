@@ -207,8 +207,11 @@ def _pairs(merges: Iterable[Any], where: object) -> list[tuple[str, str]]:
     """The merges, each two tokens in a line of text or in a list."""
     pairs = []
     for merge in merges:
-        parts = merge.split() if isinstance(merge, str) else merge
-        if not isinstance(parts, list) or len(parts) != 2 or {*map(type, parts)} != {str}:
+        line = isinstance(merge, str)
+        parts = merge.split() if line else merge
+        if not (line or (isinstance(parts, list) and all(isinstance(p, str) for p in parts))) or (
+            len(parts) != 2
+        ):
             raise ValueError(f"{where}: a merge must be two tokens, got {short(merge)}")
         pairs.append((parts[0], parts[1]))
     return pairs
