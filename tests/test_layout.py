@@ -39,7 +39,6 @@ PACKAGES = {  # what each part of ldm may import of ldm, beside itself
 THIRD_PARTY = {
     "torch",
     "safetensors",
-    "transformers",
     "tokenizers",
     "einops",
     "numpy",
