@@ -99,7 +99,7 @@ class TextTower(nn.Module):
 
 def _embedding(count: int, width: int) -> nn.Embedding:
     """An embedding without values: to draw them on "meta", as its class does, imports torch._dynamo, a second."""
-    return nn.Embedding.from_pretrained(torch.empty(count, width), freeze=False)
+    return nn.Embedding(count, width, _weight=torch.empty(count, width))
 
 
 class TextEncoder(nn.Module):
