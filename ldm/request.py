@@ -28,7 +28,6 @@ class Request:
     negative_prompt: str | None = (
         None  # what guidance steers away from; None and "": see `resolved`
     )
-    clip_skip: int | None = None  # the text towers' layer that is used, counted from 1, the last
     steps: int | None = None  # 1 .. 1000
     guidance_scale: float | None = None  # 0 or more; guidance is off up to 1
     guidance_rescale: float = 0.0  # 0 .. 1, see `guided`
@@ -49,6 +48,7 @@ class Request:
     target_height: int | None = None
     aesthetic_score: float | None = None  # SDXL refiner: about 0 .. 10
     negative_aesthetic_score: float | None = None  # what guidance steers away from
+    clip_skip: int | None = None  # the text towers' layer that is used, counted from 1, the last
 
     def __post_init__(self) -> None:
         """Check what can be checked without a model, and draw the seed if it is to be random."""

@@ -19,7 +19,7 @@ from ldm.memory import Placement
 from ldm.models.attention import math_attention
 from ldm.models.packing import can_pack
 from ldm.pipeline import Pipeline, load
-from ldm.presets import SD15, SD_TURBO, SDXL_BASE, SDXL_REFINER
+from ldm.presets import SD15, SD21, SD_TURBO, SDXL_BASE, SDXL_REFINER
 from ldm.request import Request
 from tests.tiny import TINY_REFINER, TINY_SDXL, random_networks
 
@@ -97,6 +97,8 @@ def pixels(picture: Image.Image) -> np.ndarray:
         ({"crop_left": 0.5}, "crop_left must be a whole number from 0 to 65536, got 0.5"),
         ({"aesthetic_score": math.nan}, "aesthetic_score must be a finite number, 0 or more"),
         ({"negative_aesthetic_score": -1}, "negative_aesthetic_score must be a finite number"),
+        ({"clip_skip": 0}, "clip_skip must be a whole number, 1 or more, got 0"),
+        ({"clip_skip": 1.0}, "clip_skip must be a whole number, 1 or more, got 1.0"),
     ],
 )
 def test_a_request_that_no_model_can_follow_is_refused(choices, message):
@@ -130,6 +132,16 @@ def test_what_a_request_leaves_open_is_the_models_own_choice():
         height=16,
     )
     assert chosen.resolved(SD15) == chosen
+
+
+def test_a_clip_skip_beyond_the_layers_of_any_tower_is_refused():
+    assert Request("a frog", clip_skip=12).resolved(SDXL_BASE).clip_skip == 12
+    assert Request("a frog").resolved(SDXL_BASE).clip_skip is None
+    for config, skip, layers in ((SD15, 13, 12), (SD21, 24, 23), (SDXL_BASE, 13, 12)):
+        with pytest.raises(
+            ValueError, match=rf"clip_skip must be from 1 .* to {layers}, .* got {skip}"
+        ):
+            Request("a frog", clip_skip=skip).resolved(config)
 
 
 def test_only_where_zeros_stand_for_no_text_a_negative_prompt_stays_none():
@@ -303,7 +315,7 @@ def test_without_guidance_the_negative_prompt_is_not_encoded(pipe, monkeypatch):
     seen = []
     encode = pipe.text_encoder.encode
     monkeypatch.setattr(
-        pipe.text_encoder, "encode", lambda texts: seen.append(texts) or encode(texts)
+        pipe.text_encoder, "encode", lambda texts, skip: seen.append(texts) or encode(texts, skip)
     )
     for scale in (0.0, 1.0, 1.5):
         pipe.stream(dataclasses.replace(FROG, negative_prompt="bad", guidance_scale=scale))

@@ -40,8 +40,7 @@ class CausalAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map x: b n d to b n d."""
         q, k, v = (
-            rearrange(project(x), "b n (h d) -> b h n d", h=self.heads)
-            for project in (self.to_q, self.to_k, self.to_v)
+            rearrange(project(x), "b n (h d) -> b h n d", h=self.heads) for project in (self.to_q, self.to_k, self.to_v)
         )
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         out: Tensor = self.to_out(rearrange(attended, "b h n d -> b n (h d)"))

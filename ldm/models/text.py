@@ -36,13 +36,11 @@ class TextTower(nn.Module):
     def __init__(self, config: TextConfig, tokenizer: Tokenizer) -> None:
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
-        self.token_embedding = nn.Embedding(config.vocab_size, config.width)
-        self.position_embedding = nn.Embedding(config.max_length, config.width)
+        self.token_embedding = _embedding(config.vocab_size, config.width)
+        self.position_embedding = _embedding(config.max_length, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
-        self.projection = (
-            nn.Linear(config.width, config.projection, bias=False) if config.projection else None
-        )
+        self.projection = nn.Linear(config.width, config.projection, bias=False) if config.projection else None
         self._initialize()
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
@@ -99,6 +97,11 @@ class TextTower(nn.Module):
                     layer.bias.zero_()
 
 
+def _embedding(count: int, width: int) -> nn.Embedding:
+    """An embedding without values: to draw them on "meta", as its class does, imports torch._dynamo, a second."""
+    return nn.Embedding(count, width, _weight=torch.empty(count, width))
+
+
 class TextEncoder(nn.Module):
     """The towers of a model, their contexts joined along the width; the last pooled projection wins."""
 
@@ -106,8 +109,7 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.tokenizers = list(tokenizers)  # one per tower
         self.towers = nn.ModuleList(
-            TextTower(config, tokenizer)
-            for config, tokenizer in zip(configs, tokenizers, strict=True)
+            TextTower(config, tokenizer) for config, tokenizer in zip(configs, tokenizers, strict=True)
         )
 
     def encode(self, texts: list[str], clip_skip: int | None = None) -> Conditioning:
@@ -121,18 +123,14 @@ class TextEncoder(nn.Module):
         return Conditioning(context, vectors[-1] if vectors else None)
 
     @classmethod
-    def from_transformers(
-        cls, model: Any, tokenizer: Any, *, sdxl: bool | None = None
-    ) -> "TextEncoder":
+    def from_transformers(cls, model: Any, tokenizer: Any, *, sdxl: bool | None = None) -> "TextEncoder":
         """Wrap a `CLIPTextModel` or `CLIPTextModelWithProjection` of transformers and its tokenizer, or lists of them.
 
         The layers are shared, not copied. sdxl: take the hidden state before the last without the final norm, as SDXL
         does, and the pooled projection; None: where there are two models, or the one has a projection.
         Raises ValueError for a model that is no CLIP text tower as Stable Diffusion has it.
         """
-        models, tokenizers = (
-            list(v) if isinstance(v, list | tuple) else [v] for v in (model, tokenizer)
-        )
+        models, tokenizers = (list(v) if isinstance(v, list | tuple) else [v] for v in (model, tokenizer))
         if sdxl is None:
             sdxl = len(models) > 1 or hasattr(models[0], "text_projection")
         ours = [Tokenizer.from_json(t.backend_tokenizer.to_str()) for t in tokenizers]

@@ -13,9 +13,7 @@ from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
-_WORDS = (
-    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-)
+_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _JSON_FILES = ("vocab", "tokenizer", "tokenizer_config", "added_tokens")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token
 
@@ -29,10 +27,7 @@ class Tokenizer:
     """
 
     def __init__(
-        self,
-        vocab: Mapping[str, int],
-        merges: Sequence[tuple[str, str]],
-        added: Mapping[int, AddedToken] | None = None,
+        self, vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], added: Mapping[int, AddedToken] | None = None
     ) -> None:
         # A single character such as "!", the padding of SD 2, is listed at times. Added, it would be cut out of words.
         characters = set(byte_alphabet())
@@ -43,9 +38,7 @@ class Tokenizer:
             raise ValueError(f"the vocabulary lacks {' and '.join(missing)}")
         for token, i in self.base.items():
             if self.vocab[token] != i or (i in added and added[i].content != token):
-                raise ValueError(
-                    f"the vocabulary has {short(token)} as {i}, the added tokens do not"
-                )
+                raise ValueError(f"the vocabulary has {short(token)} as {i}, the added tokens do not")
         self.bos_id, self.eos_id = self.vocab[BOS], self.vocab[EOS]
         special = {self.vocab[t]: AddedToken(t, special=True, normalized=False) for t in (BOS, EOS)}
         self.added = special | added
@@ -53,9 +46,7 @@ class Tokenizer:
             # Padding is the tower's: as a special token, SD 2's "!" would swallow real ones.
             model = BPE(self.vocab, self.merges, unk_token=EOS, end_of_word_suffix="</w>")
         except Exception as error:  # the library's only class
-            raise ValueError(
-                f"the vocabulary and the merges do not go together: {error}"
-            ) from error
+            raise ValueError(f"the vocabulary and the merges do not go together: {error}") from error
         self._bpe = tokenizers.Tokenizer(model)
         self._bpe.normalizer = normalizers.Sequence(
             [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
@@ -103,9 +94,7 @@ class Tokenizer:
         elif whole:
             vocab, pairs = _model(whole, files["tokenizer"])
         else:
-            raise ValueError(
-                f"{folder} holds no tokenizer: need vocab.json and merges.txt, or tokenizer.json"
-            )
+            raise ValueError(f"{folder} holds no tokenizer: need vocab.json and merges.txt, or tokenizer.json")
         if "added_tokens_decoder" in config:
             added = _added(config["added_tokens_decoder"], files["tokenizer_config"])
         else:
@@ -197,9 +186,7 @@ def _ids(table: Any, where: object) -> dict[str, int]:
     ids = _object(table, where)
     for token, i in ids.items():
         if type(i) is not int or not 0 <= i < 2**31:
-            raise ValueError(
-                f"{where}: the id of {short(token)} must be a whole number, got {short(i)}"
-            )
+            raise ValueError(f"{where}: the id of {short(token)} must be a whole number, got {short(i)}")
     return ids
 
 
@@ -208,7 +195,7 @@ def _pairs(merges: Iterable[Any], where: object) -> list[tuple[str, str]]:
     pairs = []
     for merge in merges:
         parts = merge.split() if isinstance(merge, str) else merge
-        if not isinstance(parts, list) or len(parts) != 2 or {*map(type, parts)} != {str}:
+        if not isinstance(parts, list) or len(parts) != 2 or not type(parts[0]) is type(parts[1]) is str:
             raise ValueError(f"{where}: a merge must be two tokens, got {short(merge)}")
         pairs.append((parts[0], parts[1]))
     return pairs
@@ -238,7 +225,5 @@ def _added(table: Any, where: object) -> dict[int, AddedToken]:
         try:
             added[int(i)] = AddedToken(entry["content"], **flags)
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{where}: the added token {short(i)} is malformed: {error!r}"
-            ) from error
+            raise ValueError(f"{where}: the added token {short(i)} is malformed: {error!r}") from error
     return added

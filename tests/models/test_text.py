@@ -132,9 +132,7 @@ def test_a_tower_has_the_gradients_of_transformers(kind, tokenizer):
 def test_a_tower_starts_from_the_deviations_of_transformers(tokenizer):
     config = dataclasses.replace(small(KINDS["sdxl, second"]), width=128, heads=4, mlp=512)
     torch.manual_seed(0)
-    drawn = {
-        name: value.std().item() for name, value in tower(config, tokenizer).state_dict().items()
-    }
+    drawn = {name: value.std().item() for name, value in tower(config, tokenizer).state_dict().items()}
     kind = CLIPTextConfig(hidden_size=128, intermediate_size=512, num_hidden_layers=4)
     theirs = CLIPTextModelWithProjection(kind).state_dict()
     names = key_map(drawn, tables.hf_text("text_model"))
@@ -182,9 +180,7 @@ def test_the_layer_and_the_final_norm_are_chosen_by_the_config(layer, final, tok
 
 @pytest.mark.parametrize("skip", [1, 2, 3, 4])
 @pytest.mark.parametrize("kind", KINDS)
-def test_clip_skip_counts_from_the_last_layer_and_leaves_the_norm_and_the_pooled_text(
-    kind, skip, tokenizer
-):
+def test_clip_skip_counts_from_the_last_layer_and_leaves_the_norm_and_the_pooled_text(kind, skip, tokenizer):
     ours, model = check_equal(small(KINDS[kind]), tokenizer, kind)
     ids = ours.tokenize(TEXTS)
     got = ours(ids, clip_skip=skip)
@@ -273,9 +269,7 @@ def test_sdxls_two_models_are_wrapped_together_and_its_refiners_alone(tokenizer)
     refiner = TextEncoder.from_transformers(models[1], theirs[1])
     assert largest_difference(refiner.encode(TEXTS), expected[1]) == 0
     plain = TextEncoder.from_transformers(models[1], theirs[1], sdxl=False)
-    assert plain.towers[0].config == dataclasses.replace(
-        configs[1], projection=None, output_layer=-1, final_norm=True
-    )
+    assert plain.towers[0].config == dataclasses.replace(configs[1], projection=None, output_layer=-1, final_norm=True)
 
 
 def test_a_wrapped_models_added_tokens_come_with_it(tokenizer):
@@ -288,9 +282,7 @@ def test_a_wrapped_models_added_tokens_come_with_it(tokenizer):
 
 
 def test_a_text_model_of_another_kind_is_refused(tokenizer):
-    said = CLIPTextConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=1, hidden_act="relu"
-    )
+    said = CLIPTextConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, hidden_act="relu")
     model = CLIPTextModel(said)
     with pytest.raises(ValueError, match=r"an activation of quick_gelu, gelu, .* got relu, 1e-05"):
         TextEncoder.from_transformers(model, transformers_tokenizer(tokenizer))

@@ -62,9 +62,7 @@ def edit(path, **changes):
 
 
 def flags(token):
-    return {
-        name: getattr(token, name) for name in ("normalized", "lstrip", "rstrip", "single_word")
-    }
+    return {name: getattr(token, name) for name in ("normalized", "lstrip", "rstrip", "single_word")}
 
 
 @pytest.mark.parametrize("text", GOLDEN)
@@ -115,9 +113,7 @@ def test_added_tokens_have_the_ids_that_transformers_gives_them(tmp_path, tokeni
     theirs.add_tokens(ADDED)
     theirs.save_pretrained(tmp_path)  # today's form: tokenizer.json alone
     if files != "tokenizer.json":  # transformers 4.34 to 4.57 wrote this one
-        table = {
-            i: flags(t) | {"content": t.content} for i, t in theirs.added_tokens_decoder.items()
-        }
+        table = {i: flags(t) | {"content": t.content} for i, t in theirs.added_tokens_decoder.items()}
         edit(tmp_path / "tokenizer_config.json", added_tokens_decoder=table)
         (tmp_path / "vocab.json").write_text(json.dumps(tokenizer.vocab))
         (tmp_path / "merges.txt").write_text("".join(f"{a} {b}\n" for a, b in tokenizer.merges))
@@ -215,16 +211,8 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path):
         ("vocab.json", '{"a": -1}', r"vocab\.json: the id of 'a' must be"),
         ("vocab.json", '{"a": true}', r"vocab\.json: the id of 'a' must be"),
         ("vocab.json", '{"a": 4294967296}', r"vocab\.json: the id of 'a' must be"),
-        (
-            "vocab.json",
-            '{"a": 0}',
-            r"holds no tokenizer of CLIP: the vocabulary lacks <\|s",
-        ),
-        (
-            "merges.txt",
-            "#version: 0.2\na b c\n",
-            r"merges\.txt: a merge must be two tokens, got 'a",
-        ),
+        ("vocab.json", '{"a": 0}', r"holds no tokenizer of CLIP: the vocabulary lacks <\|s"),
+        ("merges.txt", "#version: 0.2\na b c\n", r"merges\.txt: a merge must be two tokens, got 'a"),
         ("merges.txt", "a\n", r"merges\.txt: a merge must be two tokens, got 'a'"),
         ("merges.txt", "zebra a\n", r"of CLIP: the vocabulary and the merges do not go"),
         ("merges.txt", b"\xff", r"merges\.txt is not UTF-8 text"),
@@ -274,22 +262,10 @@ def test_a_malformed_file_is_named(tmp_path, name, content, message):
     [
         ("[]", r"tokenizer\.json: expected a JSON object, got \[\]"),
         ('{"model": 1}', r"tokenizer\.json: expected a JSON object, got 1"),
-        (
-            '{"model": {"type": "Unigram", "vocab": []}}',
-            r"tokenizer\.json: the model has no list of m",
-        ),
-        (
-            '{"model": {"merges": [], "vocab": []}}',
-            r"tokenizer\.json: expected a JSON object, got \[",
-        ),
-        (
-            '{"model": {"merges": [["a"]], "vocab": {}}}',
-            r"tokenizer\.json: a merge must be two tok",
-        ),
-        (
-            '{"model": {"merges": [[1, 2]], "vocab": {}}}',
-            r"tokenizer\.json: a merge must be two tok",
-        ),
+        ('{"model": {"type": "Unigram", "vocab": []}}', r"tokenizer\.json: the model has no list of m"),
+        ('{"model": {"merges": [], "vocab": []}}', r"tokenizer\.json: expected a JSON object, got \["),
+        ('{"model": {"merges": [["a"]], "vocab": {}}}', r"tokenizer\.json: a merge must be two tok"),
+        ('{"model": {"merges": [[1, 2]], "vocab": {}}}', r"tokenizer\.json: a merge must be two tok"),
     ],
 )
 def test_a_malformed_tokenizer_json_alone_is_named(tmp_path, content, message):

@@ -99,6 +99,34 @@ def test_they_stay_equal_whatever_is_asked(sampler, change, both):
     assert_equal_pictures(*both("sd15"), dataclasses.replace(request, **({"steps": 4} | change)))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("skip", [1, 2, 3])
+def test_clip_skip_is_two_more_than_that_of_diffusers_for_sdxl(skip, both):
+    # Their code for SD 1 fails with transformers 5; tests/models/test_text.py compares its layers.
+    ours, theirs = both("sdxl-base")
+    context, vector = ours.text_encoder.encode(reference.PROMPTS, clip_skip=skip)
+    for i, text in enumerate(reference.PROMPTS):
+        expected, _, pooled, _ = theirs.encode_prompt(
+            text, device="cpu", do_classifier_free_guidance=False, clip_skip=skip - 2
+        )
+        difference = compare.relative(context[i : i + 1], expected)
+        print(f"clip_skip {skip}: largest difference {difference:.1e}")
+        assert max(difference, compare.relative(vector[i : i + 1], pooled)) < RELATIVE
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl-base"])
+def test_a_picture_follows_clip_skip(name, both):
+    ours = both(name)[0]
+    request = compare.requests("sd15", images=1)["10 euler leading"]
+    own = 2 if name == "sdxl-base" else 1
+    plain, same, other = (
+        compare.pictures(ours, dataclasses.replace(request, clip_skip=skip))[0]
+        for skip in (None, own, 3)
+    )
+    assert compare.levels(plain, same) == 0
+    assert compare.levels(plain, other) > 3 * LEVELS
+
+
 @pytest.mark.parametrize(
     ("name", "change"),
     [

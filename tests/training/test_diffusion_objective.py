@@ -102,7 +102,7 @@ def test_unet_and_text_encoder_learn_while_the_vae_stays(tokenizer):
         name.split(".")[0] for name, p in o.named_parameters() if not torch.equal(p, before[name])
     }
     assert changed == {"networks"}
-    texts = [name for name, p in o.named_parameters() if "layers.0.self_attn.q_proj.weight" in name]
+    texts = [name for name, p in o.named_parameters() if "blocks.0.attn.to_q.weight" in name]
     assert texts
     assert not torch.equal(dict(o.named_parameters())[texts[0]], before[texts[0]])
 
