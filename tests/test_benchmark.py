@@ -80,7 +80,6 @@ def test_the_first_row_is_the_command_that_everybody_runs_first(benchmark, monke
     assert run(benchmark, monkeypatch, *words) == 0
     (row,) = json.loads((tmp_path / "performance.json").read_text())["rows"]
     assert (row["part"], row["side"], row["against"]) == ("command", "ldm", "torch")
-    assert row["s"] > row["its s"]  # it draws a picture, and imports torch for it
 
 
 def test_without_a_choice_the_whole_plan_is_measured_each_row_once(benchmark, monkeypatch):
