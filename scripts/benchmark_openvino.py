@@ -1,6 +1,6 @@
 """Time a guided step of SD 1.5's UNet against OpenVINO: `pip install openvino; python scripts/benchmark_openvino.py`.
 
-Both have the same random weights and inputs, static shapes, and as many threads, and run in turn in one process: A B B A.
+Both have the same random weights, inputs and number of threads, and run in turn in one process: A B B A.
 """
 
 import argparse
@@ -45,9 +45,7 @@ def main():
     hints = {"INFERENCE_PRECISION_HINT": HINTS[args.dtype], "PERFORMANCE_HINT": "LATENCY"}
     hints["INFERENCE_NUM_THREADS"] = torch.get_num_threads()
     compiled, seconds = clocked(openvino.Core().compile_model, model, "CPU", hints)
-    print(
-        f"{args.dtype}, {args.pixels} pixels; OpenVINO {openvino.__version__} compiled in {seconds:.1f} s"
-    )
+    print(f"{args.dtype}, {args.pixels} pixels; OpenVINO {openvino.__version__} compiled in {seconds:.1f} s")
 
     placement = Placement.fast(device="cpu", dtype=dtype).resolve(SD15)
     unet.to(dtype)
