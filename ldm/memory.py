@@ -23,11 +23,7 @@ from ldm.models.unet import UNet
 from ldm.models.vae import VAE
 from ldm.offload import Moved, Streamed, pin, tensors_of
 
-ATTENTION: dict[str, Attend] = {
-    "sdpa": sdpa,
-    "sliced": sliced_attention,
-    "math": math_attention,
-}
+ATTENTION: dict[str, Attend] = {"sdpa": sdpa, "sliced": sliced_attention, "math": math_attention}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 DECODE: dict[str, Callable[[VAE, Tensor], Tensor]] = {
     "whole": lambda vae, latents: vae.decode(latents),
@@ -118,9 +114,7 @@ class Placement:
                 "packed weights need a CPU, a PyTorch with oneDNN, for bfloat16 a processor that oneDNN supports, and "
                 f"blocks that are not compiled; the device is {device}: leave it out"
             )
-        return dataclasses.replace(
-            self, device=device, dtype=dtype, vae_dtype=vae_dtype, attention=attention
-        )
+        return dataclasses.replace(self, device=device, dtype=dtype, vae_dtype=vae_dtype, attention=attention)
 
     @classmethod
     def fast(cls, **chosen: Any) -> "Placement":
@@ -201,9 +195,7 @@ def slab_budget(vae: VAE, latents: Tensor) -> int:
     latents: b c h w, of which one picture is meant.
     """
     pixels = latents[0, 0].numel() * vae.config.factor**2
-    whole = (
-        768 * latents.element_size() * pixels
-    )  # SD's decoder: 256 channels of full size three times
+    whole = 768 * latents.element_size() * pixels  # SD's decoder: 256 channels of full size three times
     return min(max(whole // 4, 384 * 2**20), 2**30)
 
 
@@ -228,9 +220,7 @@ def find_device(wanted: str | torch.device | None) -> torch.device:
             )
     elif device.type == "mps":
         if not torch.backends.mps.is_available():
-            raise ValueError(
-                f"device mps is not available to PyTorch {torch.__version__} here; use cpu"
-            )
+            raise ValueError(f"device mps is not available to PyTorch {torch.__version__} here; use cpu")
     elif device.type != "cpu":
         raise ValueError(f"device must be cpu, cuda, cuda:N or mps, got {wanted!r}")
     return device
@@ -244,9 +234,7 @@ def _vae_dtype(config: VAEConfig, dtype: torch.dtype, device: torch.device) -> t
     return torch.bfloat16 if bf16 else torch.float32
 
 
-def _attention(
-    config: ModelConfig, dtype: torch.dtype, vae_dtype: torch.dtype, device: torch.device
-) -> str:
+def _attention(config: ModelConfig, dtype: torch.dtype, vae_dtype: torch.dtype, device: torch.device) -> str:
     """The attention that holds no full matrix of scores on this device."""
     unet, vae = config.unet, config.vae
     upcast = unet.upcast_attention and dtype == torch.float16

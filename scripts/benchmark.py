@@ -194,10 +194,7 @@ def calls(case):
         "decode slabs": (vae.decoder, lambda: DECODE["slabs"](vae, latents[:1])),
         "decode tiles": (vae.decoder, lambda: DECODE["tiles"](vae, latents[:1])),
         "encode": (vae.encoder, lambda: vae.encode(image)),
-        "encode slabs": (
-            vae.encoder,
-            lambda: encode_slabs(vae, image, budget=slab_budget(vae, latents)),
-        ),
+        "encode slabs": (vae.encoder, lambda: encode_slabs(vae, image, budget=slab_budget(vae, latents))),
         "encode tiles": (vae.encoder, lambda: encode_tiles(vae, image)),
     }
 
@@ -490,9 +487,7 @@ def publish(folder, new):
         merged[kind] = [rows[key] for key in sorted(rows, key=place)]
     file.write_text(json.dumps(merged, indent=1) + "\n")
     text, (begin, end) = file.with_suffix(".md"), MARKS
-    written = (
-        text.read_text(encoding="utf-8") if text.is_file() else f"# Performance\n\n{begin}{end}\n"
-    )
+    written = text.read_text(encoding="utf-8") if text.is_file() else f"# Performance\n\n{begin}{end}\n"
     before, rest = written.split(begin)
     after = rest.split(end)[1]
     text.write_text(f"{before}{begin}\n{document(merged)}\n{end}{after}", encoding="utf-8")

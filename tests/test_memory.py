@@ -71,9 +71,7 @@ def test_a_gpu_computes_in_fp16_by_default(gpu, device):
         *((config, FP32, True, FP32) for config in (SD15, SDXL_BASE)),
     ],
 )
-def test_the_vae_computes_like_the_unet_unless_it_would_overflow(
-    gpu, monkeypatch, config, dtype, has_bf16, expected
-):
+def test_the_vae_computes_like_the_unet_unless_it_would_overflow(gpu, monkeypatch, config, dtype, has_bf16, expected):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
     assert Placement("cuda", dtype).resolve(config).vae_dtype == expected
     assert Placement("cuda", dtype, FP16).resolve(config).vae_dtype == FP16  # if one says so
@@ -151,8 +149,7 @@ def test_an_absent_mps_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("attention", "attend"),
-    [("sdpa", sdpa), ("sliced", sliced_attention), ("math", math_attention)],
+    ("attention", "attend"), [("sdpa", sdpa), ("sliced", sliced_attention), ("math", math_attention)]
 )
 def test_the_attention_reaches_every_layer(attention, attend):
     networks = random_networks()
@@ -285,9 +282,7 @@ def test_an_error_while_decoding_leaves_nothing_on_the_device():
 def test_sequential_guidance_makes_nearly_the_same_picture_in_calls_of_half_the_size(monkeypatch):
     plain, _ = pictures(None)
     batches, forward = [], UNet.forward
-    monkeypatch.setattr(
-        UNet, "forward", lambda self, x, *rest: batches.append(len(x)) or forward(self, x, *rest)
-    )
+    monkeypatch.setattr(UNet, "forward", lambda self, x, *rest: batches.append(len(x)) or forward(self, x, *rest))
     other, _ = pictures(Placement("cpu", FP32, FP32, "sdpa", "sequential"))
     assert batches[-8:] == [2, 2] * 4  # calls before them scaled the random weights
     assert abs(plain.astype(int) - other).max() <= 1  # a batch of two sums in another order
@@ -306,13 +301,7 @@ def test_the_vae_decodes_as_it_is_told(monkeypatch):
 
 @pytest.mark.parametrize(
     ("pixels", "dtype", "mib"),
-    [
-        (512, FP16, 384),
-        (1024, FP16, 384),
-        (1024, FP32, 768),
-        (2048, FP16, 1024),
-        (4096, FP16, 1024),
-    ],
+    [(512, FP16, 384), (1024, FP16, 384), (1024, FP32, 768), (2048, FP16, 1024), (4096, FP16, 1024)],
 )
 def test_slabs_take_a_quarter_of_the_whole_within_limits(pixels, dtype, mib):
     with torch.device("meta"):
@@ -322,9 +311,7 @@ def test_slabs_take_a_quarter_of_the_whole_within_limits(pixels, dtype, mib):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_recorded_calls_make_the_same_pictures(monkeypatch, sampler):
-    request = ldm.Request(
-        "a frog", steps=4, sampler=sampler, images=2, guidance_interval=(0.5, 5.0)
-    )
+    request = ldm.Request("a frog", steps=4, sampler=sampler, images=2, guidance_interval=(0.5, 5.0))
     plain, _ = pictures(None, request=request)
     recorded = record_on_the_cpu(monkeypatch)
     monkeypatch.setattr(Pipeline, "_network", lambda self, device: graphs(self))
@@ -358,9 +345,7 @@ def test_calls_are_recorded_only_where_the_weights_stay_on_cuda():
     assert pipe._network(CUDA) is first
     pipe.unet = UNet(TINY_SDXL.unet)
     assert pipe._network(CUDA).unet is pipe.unet
-    pipe.unet = nn.Sequential(
-        pipe.unet
-    )  # such as DeepCache, which does not do the same at each call
+    pipe.unet = nn.Sequential(pipe.unet)  # such as DeepCache, which does not do the same at each call
     assert pipe._network(CUDA) is pipe.unet
     for choice in ({"cuda_graph": False}, {"offload": "model"}):
         _, pipe = pictures(Placement("cpu", FP32, FP32, "sdpa", **choice))
@@ -438,9 +423,7 @@ def test_packed_weights_are_for_plain_blocks():
         ({"compile": True}, None, False),
     ],
 )
-def test_on_a_cpu_the_fast_placement_packs_and_slices_where_nothing_else_is_chosen(
-    chosen, attention, packed
-):
+def test_on_a_cpu_the_fast_placement_packs_and_slices_where_nothing_else_is_chosen(chosen, attention, packed):
     placement = Placement.fast(device="cpu", **chosen)
     expected = Placement("cpu", **(chosen | {"attention": attention, "packed": packed}))
     assert placement == expected
@@ -475,6 +458,4 @@ def test_unpacking_what_was_loaded_fast_gives_the_plain_network(model_folder):
     assert len([*unet.parameters()]) < len(names)
     unpack(unet)
     assert [name for name, _ in unet.named_parameters()] == names
-    assert all(
-        torch.equal(a, b) for a, b in zip(unet.parameters(), plain.parameters(), strict=True)
-    )
+    assert all(torch.equal(a, b) for a, b in zip(unet.parameters(), plain.parameters(), strict=True))

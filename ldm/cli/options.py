@@ -78,11 +78,7 @@ REQUEST_OPTIONS = (
     ),
     ("steps", "--steps", "denoising steps, 1 to 1000 (default: the model's)"),
     ("sampler", "--sampler", f"one of {', '.join(SAMPLERS)} (default: the model's)"),
-    (
-        "spacing",
-        "--schedule",
-        f"how steps are spread: one of {', '.join(get_args(Spacing))} (default: the model's)",
-    ),
+    ("spacing", "--schedule", f"how steps are spread: one of {', '.join(get_args(Spacing))} (default: the model's)"),
     (
         "guidance_scale",
         "--guidance",
@@ -106,17 +102,9 @@ REQUEST_OPTIONS = (
     ("original_height", "--original-height", "the same (default: the height)"),
     ("crop_top", "--crop-top", "SDXL: pixels cut off at the top of that image (default: 0)"),
     ("crop_left", "--crop-left", "the same at its left (default: 0)"),
-    (
-        "target_width",
-        "--target-width",
-        "SDXL: pixels that are left of that image (default: the width)",
-    ),
+    ("target_width", "--target-width", "SDXL: pixels that are left of that image (default: the width)"),
     ("target_height", "--target-height", "the same (default: the height)"),
-    (
-        "aesthetic_score",
-        "--aesthetic-score",
-        "SDXL refiner: how much people like it, about 0 to 10 (default: 6.0)",
-    ),
+    ("aesthetic_score", "--aesthetic-score", "SDXL refiner: how much people like it, about 0 to 10 (default: 6.0)"),
     (
         "negative_aesthetic_score",
         "--negative-aesthetic-score",
@@ -130,17 +118,9 @@ EVALUATE_OPTIONS = tuple(
 )
 PLACEMENT_OPTIONS = (
     ("device", "--device", "cpu, cuda, cuda:N or mps; default: the GPU if there is one"),
-    (
-        "dtype",
-        "--dtype",
-        f"one of {', '.join(DTYPE_NAMES)}; default: float16 on CUDA, else float32",
-    ),
+    ("dtype", "--dtype", f"one of {', '.join(DTYPE_NAMES)}; default: float16 on CUDA, else float32"),
     ("vae_dtype", "--vae-dtype", "the same for the VAE; default: the same, bfloat16 for SDXL"),
-    (
-        "attention",
-        "--attention",
-        f"one of {', '.join(ATTENTION)}; default: sdpa where that never holds all scores",
-    ),
+    ("attention", "--attention", f"one of {', '.join(ATTENTION)}; default: sdpa where that never holds all scores"),
     (
         "guidance",
         "--guidance-passes",
@@ -158,18 +138,12 @@ PLACEMENT_OPTIONS = (
     ),
     ("cuda_graph", "--cuda-graph", "replay the UNet's calls on a GPU (default: yes)"),
     ("compile", "--compile", "compile blocks of the UNet and the VAE when they are first called"),
-    (
-        "packed",
-        "--packed",
-        "hold weights in the order that a CPU computes in: faster (default: yes, on a CPU)",
-    ),
+    ("packed", "--packed", "hold weights in the order that a CPU computes in: faster (default: yes, on a CPU)"),
     ("int8", "--int8", "hold the UNet's linear layers in eight bits, approximately; needs torchao"),
 )
 
 
-def add_options(
-    parser: argparse.ArgumentParser, kind: type, options: Sequence[tuple[str, str, str]]
-) -> None:
+def add_options(parser: argparse.ArgumentParser, kind: type, options: Sequence[tuple[str, str, str]]) -> None:
     """Add a flag per option; one that is not given is None, so that the field's own default holds."""
     hints = typing.get_type_hints(kind)
     defaults = {f.name: f.default for f in dataclasses.fields(kind)}

@@ -22,7 +22,7 @@ def math_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scores.softmax(dim=-1) @ v
 
 
-def sliced_attention(q: Tensor, k: Tensor, v: Tensor, *, budget: int = 2**24) -> Tensor:
+def sliced_attention(q: Tensor, k: Tensor, v: Tensor, *, budget: int = 2**21) -> Tensor:
     """Attend to a slice of query rows at a time, so that at most `budget` scores exist at once.
 
     Exact: a softmax runs over keys, so query rows are independent. At least one row of one batch and head is always

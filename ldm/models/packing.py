@@ -30,9 +30,7 @@ class Packed(nn.Module):
     Where a gradient of the input is wanted, the plain layer is computed.
     """
 
-    held: tuple[
-        Tensor, bytes
-    ]  # the weight and its order, in one value for threads that share the layer
+    held: tuple[Tensor, bytes]  # the weight and its order, in one value for threads that share the layer
 
     def dense(self) -> Tensor:
         """Return the weight in its plain order."""
@@ -42,9 +40,7 @@ class Packed(nn.Module):
         """Return what is copied and pickled; a packed weight cannot be."""
         return self.__dict__ | {"held": (self.dense(), PLAIN)}
 
-    def _save_to_state_dict(
-        self, destination: dict[str, Tensor], prefix: str, keep_vars: bool
-    ) -> None:
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[f"{prefix}weight"] = self.dense()
 
@@ -78,16 +74,12 @@ class PackedConv2d(Packed, nn.Conv2d):
         if order != wanted:
             weight = _ONEDNN._reorder_convolution_weight(weight.to_dense(), *geometry, x.shape)
             self.held = weight, wanted
-        out: Tensor = _ONEDNN._convolution_pointwise(
-            x, weight, self.bias, *geometry, *_NOTHING_FUSED
-        )
+        out: Tensor = _ONEDNN._convolution_pointwise(x, weight, self.bias, *geometry, *_NOTHING_FUSED)
         return out
 
 
 @cache
-def _order(
-    weight: torch.Size, x: torch.Size, dtype: torch.dtype, geometry: Any, threads: int
-) -> bytes:
+def _order(weight: torch.Size, x: torch.Size, dtype: torch.dtype, geometry: Any, threads: int) -> bytes:
     """Describe the order that a weight should be in for an input, both of these shapes, by packing an empty one."""
     empty = torch.empty(weight, dtype=dtype, memory_format=torch.channels_last)
     packed = _ONEDNN._reorder_convolution_weight(empty, *geometry, x)

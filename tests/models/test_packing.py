@@ -23,9 +23,7 @@ ROUNDING = {  # sums in another order: a few units in the last place
     torch.float32: {"rtol": 1e-5, "atol": 1e-5},
     torch.bfloat16: {"rtol": 0.02, "atol": 0.02},
 }
-CONFIG = UNetConfig(
-    channels=(32, 64), depth=(1, 1), heads=(2, 2), res_blocks=1, context_dim=16, norm_groups=8
-)
+CONFIG = UNetConfig(channels=(32, 64), depth=(1, 1), heads=(2, 2), res_blocks=1, context_dim=16, norm_groups=8)
 
 
 @pytest.fixture
