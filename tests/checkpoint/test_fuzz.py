@@ -18,14 +18,14 @@ from typing import Any
 
 import pytest
 import torch
-from ldm.checkpoint.inspection import Report, inspect
 from ldm.checkpoint.strict_json import MAX_BYTES, MAX_VALUES
 from safetensors.torch import load_file, save_file
 
 from ldm.checkpoint.files import Identity, identify, load, save
 from ldm.checkpoint.parts import Model
-from ldm.checkpoint.single import METADATA_KEY, _without_none, ldm_tensors
+from ldm.checkpoint.single import METADATA_KEY, ldm_tensors
 from ldm.checkpoint.tensors import TensorFiles
+from ldm.cli.inspect import Report, inspect
 from ldm.config import ModelConfig
 from ldm.models.text import Tokenizer
 from ldm.presets import PRESETS
@@ -92,20 +92,7 @@ def told(*what: object) -> Iterator[None]:
 GONE = object()
 ODD = (
     *(GONE, None, True, False, 0, 1, -1, 3, 7, 64, 10**9, 10**12, -(10**9), 2**31, 2**63, 2**64),
-    *(
-        10**400,
-        0.5,
-        1e308,
-        -0.0,
-        math.nan,
-        math.inf,
-        "",
-        "x",
-        "32",
-        "eps",
-        "\ud800",
-        "a\x00b\x1b[2J",
-    ),
+    *(10**400, 0.5, 1e308, -0.0, math.nan, math.inf, "", "x", "32", "eps", "\ud800", "a\x00b\x1b[2J"),
     *("../../etc/passwd", "x" * 5000, [], [1], [0, 0], [1, 2, 3], [-32, 64], [None], ["x"], [[]]),
     *([10**9, 10**9], [0.5, math.nan], [32] * 300, {}, {"a": 1}, {"content": []}, [{}]),
 )
@@ -136,9 +123,7 @@ def operated(r: random.Random, value: Any) -> tuple[Any, str]:
             del holder[key]
         else:
             holder[key] = copy.deepcopy(odd)
-        done.append(
-            f"{'.'.join(map(str, [*above, key]))} = {'gone' if odd is GONE else repr(odd)[:50]}"
-        )
+        done.append(f"{'.'.join(map(str, [*above, key]))} = {'gone' if odd is GONE else repr(odd)[:50]}")
     return value, ", ".join(done)
 
 
@@ -160,9 +145,7 @@ def broken(r: random.Random, whole: bytes) -> bytes:
     elif kind == 4:
         data[at:at] = data[at : at + length] * r.choice((1, 2, 50))
     else:
-        data[at : at + length] = (
-            r.choice((b"9", b"-", b'"', b"[", b"{", b"\\u0000", b"\xff")) * length
-        )
+        data[at : at + length] = r.choice((b"9", b"-", b'"', b"[", b"{", b"\\u0000", b"\xff")) * length
     return bytes(data)
 
 
@@ -192,9 +175,7 @@ CRAFTED = {
     "metadata that is a list": packed({"__metadata__": ["a"]}),
     "metadata twice": packed(b'{"__metadata__":{},"__metadata__":{}}'),
     "an escaped name twice": packed(b'{"a":%s,"\\u0061":%s}' % (EMPTY, EMPTY)),
-    "a field twice": packed(
-        b'{"a":{"dtype":"F32","dtype":"F16","shape":[0],"data_offsets":[0,0]}}'
-    ),
+    "a field twice": packed(b'{"a":{"dtype":"F32","dtype":"F16","shape":[0],"data_offsets":[0,0]}}'),
     "a field too many": packed({"a": entry([0], 0, 0) | {"x": 1}}),
     "half a surrogate": packed(b'{"\\ud800":%s}' % EMPTY),
     "a terminal's command": packed({"\x1b[2J": entry([0], 0, 0)}),
@@ -269,12 +250,7 @@ def narrowed(preset: str) -> ModelConfig:
     """`preset` with one level and few blocks; it keeps the widths by which a file without a configuration is known."""
     config = PRESETS[preset]
     unet = dataclasses.replace(
-        config.unet,
-        channels=(320,),
-        res_blocks=1,
-        depth=(1,),
-        mid_depth=1,
-        heads=config.unet.heads[:1],
+        config.unet, channels=(320,), res_blocks=1, depth=(1,), mid_depth=1, heads=config.unet.heads[:1]
     )
     vae = dataclasses.replace(config.vae, channels=(32,), res_blocks=1)
     text = tuple(dataclasses.replace(tower, layers=2, mlp=64) for tower in config.text)
@@ -288,10 +264,7 @@ KINDS = {name: narrowed(name) for name in ("sd15", "sd21-base", "sdxl-base")}
 def tables() -> dict[str, Table]:
     """The official tables of KINDS."""
     tensors = {kind: ldm_tensors(hollow_model(config)) for kind, config in KINDS.items()}
-    return {
-        kind: {n: ("F16", tuple(value.shape)) for n, value in found.items()}
-        for kind, found in tensors.items()
-    }
+    return {kind: {n: ("F16", tuple(value.shape)) for n, value in found.items()} for kind, found in tensors.items()}
 
 
 def metadata_of(config: object) -> dict[str, str]:
@@ -308,23 +281,9 @@ def write_table(path: Path, table: Table, metadata: dict[str, str] | None) -> Pa
     return write_hollow(path, shapes, metadata, {name: dtype for name, (dtype, _) in table.items()})
 
 
-PREFIXES = (
-    "model.diffusion_model.",
-    "first_stage_model.",
-    "cond_stage_model.",
-    "conditioner.embedders.0.",
-)
+PREFIXES = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.embedders.0.")
 EXTRAS = (  # names that mean something
-    *(
-        "v_pred",
-        "edm_mean",
-        "ztsnr",
-        "lora_unet_x",
-        "scaled_fp8",
-        "model_ema.decay",
-        "betas",
-        "conv_in.weight",
-    ),
+    *("v_pred", "edm_mean", "ztsnr", "lora_unet_x", "scaled_fp8", "model_ema.decay", "betas", "conv_in.weight"),
     *("token_embedding.weight", "x.embeddings.token_embedding.weight", "input_hint_block.0.weight"),
     *("down_blocks.0.resnets.0.norm1.weight", "encoder.down_blocks.0.resnets.0.conv1.weight"),
     *("encoder.down.0.block.0.conv1.weight", "model.diffusion_model.label_emb.0.0.weight"),
@@ -344,13 +303,7 @@ def drop(r: random.Random, table: Table, name: str) -> None:
 
 
 def rename(r: random.Random, table: Table, name: str) -> None:
-    new = (
-        name + "x",
-        "unet." + name,
-        name.partition(".")[2],
-        name.replace("0", "1", 1),
-        "." + name,
-    )
+    new = (name + "x", "unet." + name, name.partition(".")[2], name.replace("0", "1", 1), "." + name)
     table[r.choice((*new, "", ".", name.upper(), name.replace("0", "9" * 40)))] = table.pop(name)
 
 
@@ -368,10 +321,7 @@ def permute(r: random.Random, table: Table, name: str) -> None:
 def change_rank(r: random.Random, table: Table, name: str) -> None:
     dtype, shape = table[name]
     shapes = (shape + (1,), (1, *shape), shape[1:], shape[:-1], (), (math.prod(shape),))
-    table[name] = (
-        dtype,
-        r.choice((*shapes, (1, 1, *shape, 1, 1), (*shape, 0), (0,), (0,) * len(shape))),
-    )
+    table[name] = (dtype, r.choice((*shapes, (1, 1, *shape, 1, 1), (*shape, 0), (0,), (0,) * len(shape))))
 
 
 def resize(r: random.Random, table: Table, name: str) -> None:
@@ -405,18 +355,7 @@ def multiply(r: random.Random, table: Table, name: str) -> None:
         table[name.replace("0", str(i), 1) if "0" in name else f"{name}{i}"] = table[name]
 
 
-MUTATIONS = (
-    drop,
-    rename,
-    swap,
-    permute,
-    change_rank,
-    resize,
-    mix_prefixes,
-    change_dtype,
-    add,
-    multiply,
-)
+MUTATIONS = (drop, rename, swap, permute, change_rank, resize, mix_prefixes, change_dtype, add, multiply)
 
 
 def mutated(r: random.Random, table: Table) -> tuple[Table, str]:
@@ -439,9 +378,7 @@ def test_the_files_that_are_mutated_load_before(kind, tables, tmp_path):
 @pytest.mark.parametrize("count", [25, pytest.param(1500, marks=pytest.mark.full)])
 @pytest.mark.parametrize("with_metadata", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_mutated_table_loads_or_is_refused_in_a_sentence(
-    kind, with_metadata, count, tables, tmp_path
-):
+def test_a_mutated_table_loads_or_is_refused_in_a_sentence(kind, with_metadata, count, tables, tmp_path):
     metadata = metadata_of(plain(KINDS[kind])) if with_metadata else None
     for seed in range(count):
         table, done = mutated(random.Random(seed), tables[kind])
@@ -452,9 +389,7 @@ def test_a_mutated_table_loads_or_is_refused_in_a_sentence(
 
 @pytest.mark.parametrize("count", [100, pytest.param(5000, marks=pytest.mark.full)])
 @pytest.mark.parametrize("kind", ["sd15", "sdxl-base"])
-def test_a_mutated_configuration_in_the_metadata_loads_or_is_refused_in_a_sentence(
-    kind, count, tables, tmp_path
-):
+def test_a_mutated_configuration_in_the_metadata_loads_or_is_refused_in_a_sentence(kind, count, tables, tmp_path):
     for seed in range(count):
         config, done = operated(random.Random(seed), plain(KINDS[kind]))
         path = write_table(tmp_path / "model", tables[kind], metadata_of(config))
@@ -561,9 +496,7 @@ def test_a_mutated_folder_loads_or_is_refused_in_a_sentence(kind, count, folders
     for seed in range(count):
         r = random.Random(seed)
         shutil.copytree(folders[kind], folder, copy_function=os.link)
-        done = r.choice(
-            (operate_file, operate_file, operate_file, break_file, mix_files, drop_file)
-        )(r, folder)
+        done = r.choice((operate_file, operate_file, operate_file, break_file, mix_files, drop_file))(r, folder)
         with told("seed", seed, done):
             attempt(inspect if seed % 4 == 3 else load_as_it_is, folder)
         shutil.rmtree(folder)
@@ -590,15 +523,9 @@ def absurd_headers() -> Iterator[tuple[str, bytes]]:
         yield f"{often} of numbers", repeated(b'{"a":[', b"1.5,", b"0]}", values)
         yield f"{often} of dimensions", repeated(b'{"a":{"shape":[', b"1,", b"0]}}", values)
         yield f"{often} of names", repeated(b"{", b'"%d":0,', b'"a":0}', values)
-        yield (
-            f"{often} of metadata",
-            repeated(b'{"__metadata__":{', b'"%d":"",', b'"a":""}}', values),
-        )
+        yield (f"{often} of metadata", repeated(b'{"__metadata__":{', b'"%d":"",', b'"a":""}}', values))
         many = None if values is None else values // 5
-        yield (
-            f"{often} of tensors",
-            repeated(b"{", b'"%d":' + EMPTY + b",", b'"a":%s}' % EMPTY, many),
-        )
+        yield (f"{often} of tensors", repeated(b"{", b'"%d":' + EMPTY + b",", b'"a":%s}' % EMPTY, many))
     for name, letter in (("a name", b"a"), ("wide letters", "\U0001f600".encode())):
         yield f"bytes of {name}", repeated(b'{"', letter, b'":0}')
         yield f"bytes of metadata in {name}", repeated(b'{"__metadata__":{"a":"', letter, b'"}}')
@@ -640,14 +567,8 @@ ABSURD: tuple[tuple[tuple[Any, ...], Any], ...] = (
     *(((network, "channels"), [10**9]) for network in ("unet", "vae")),
     *(((network, "channels"), [32] * 100_000) for network in ("unet", "vae")),
     *(((network, "res_blocks"), n) for network in ("unet", "vae") for n in (10**4, 10**9)),
-    *(
-        (("unet", name), 10**9)
-        for name in ("mid_depth", "context_dim", "in_channels", "vector_dim")
-    ),
-    *(
-        (("text", 0, name), 10**9)
-        for name in ("width", "layers", "mlp", "vocab_size", "max_length")
-    ),
+    *((("unet", name), 10**9) for name in ("mid_depth", "context_dim", "in_channels", "vector_dim")),
+    *((("text", 0, name), 10**9) for name in ("width", "layers", "mlp", "vocab_size", "max_length")),
     (("unet", "depth"), [10**9]),
     (("vae", "latent_channels"), 10**9),
     (("text", 0, "max_length"), 10**12),

@@ -145,18 +145,14 @@ def test_marker_tensors_decide():
     assert decided(marked("v_pred")) == Decision("v", False, "it holds the marker tensor v_pred")
     noob = decided(marked("v_pred", "ztsnr"))
     assert noob == Decision(
-        "v",
-        True,
-        "it holds the marker tensor v_pred; zero terminal SNR, because it holds the marker tensor ztsnr",
+        "v", True, "it holds the marker tensor v_pred; zero terminal SNR, because it holds the marker tensor ztsnr"
     )
 
 
 @pytest.mark.parametrize("asked", [None, "v"])
 @pytest.mark.parametrize(("marker", "model"), EDM_MARKERS.items())
 def test_edm_models_are_refused_by_name_whatever_the_user_asks(marker, model, asked):
-    with pytest.raises(
-        ValueError, match=rf"is an EDM model as {model} is \(it holds {marker}\).* not supported"
-    ):
+    with pytest.raises(ValueError, match=rf"is an EDM model as {model} is \(it holds {marker}\).* not supported"):
         decided(marked("v_pred", marker), asked=asked)
 
 
@@ -166,9 +162,7 @@ def test_all_markers_are_listed_for_the_loader():
 
 def test_zero_terminal_snr_holds_whatever_decides_the_prediction():
     assert decided(marked("ztsnr"), asked="eps") == Decision(
-        "eps",
-        True,
-        "you asked for eps; zero terminal SNR, because it holds the marker tensor ztsnr",
+        "eps", True, "you asked for eps; zero terminal SNR, because it holds the marker tensor ztsnr"
     )
     file = saying(ss_zero_terminal_snr="True", ss_v_parameterization="True")
     assert decided(file).zero_terminal_snr
@@ -183,16 +177,8 @@ def test_zero_terminal_snr_holds_whatever_decides_the_prediction():
         ("parameterization: 'eps'", "eps", "says 'eps'"),
         ("\ufeffparameterization: x0\r\n", "x0", "says 'x0'"),
         ('{"model": {"params": {"parameterization": "v"}}}', "v", "says 'v'"),
-        (
-            "target: sgm.modules.diffusionmodules.denoiser_scaling.VScaling",
-            "v",
-            "says 'VScaling'",
-        ),
-        (
-            "target: sgm.modules.diffusionmodules.denoiser_scaling.EpsScaling",
-            "eps",
-            "says 'EpsScaling'",
-        ),
+        ("target: sgm.modules.diffusionmodules.denoiser_scaling.VScaling", "v", "says 'VScaling'"),
+        ("target: sgm.modules.diffusionmodules.denoiser_scaling.EpsScaling", "eps", "says 'EpsScaling'"),
         (
             "target: ldm.models.diffusion.ddpm.LatentDiffusion\n# parameterization: v",
             "eps",
@@ -238,9 +224,7 @@ def test_a_configuration_runs_nothing_and_survives_any_bytes(tmp_path):
     assert decided(File(tmp_path / "model.safetensors")).why == BY_DEFAULT
 
 
-@pytest.mark.parametrize(
-    ("std", "prediction", "side"), [(0.11, "v", "above"), (0.05, "eps", "not above")]
-)
+@pytest.mark.parametrize(("std", "prediction", "side"), [(0.11, "v", "above"), (0.05, "eps", "not above")])
 def test_the_spread_of_one_tensor_tells_the_plain_models_of_sd2_apart(std, prediction, side):
     decision = decided(of_spread(std), "sd2")
     assert decision == Decision(
