@@ -4,8 +4,10 @@ The slices are those of diffusers' own slow tests (tests/pipelines/stable_diffus
 stable_diffusion_xl of its repository), made on a GPU: nine values of the last colour, from 0 to 1.
 """
 
+import json
 import os
 from collections import defaultdict
+from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,15 +17,16 @@ import torch
 
 import ldm
 from ldm.checkpoint.files import convert, identify
-from ldm.checkpoint.known import KNOWN, digest
+from ldm.checkpoint.known import digest, known_file
 
 pytestmark = pytest.mark.weights
 FOLDER = Path(os.environ.get("LDM_WEIGHTS") or Path(__file__).parent.parent / "weights")
 
 DIGESTS = defaultdict(set)  # by published file name; one name may have several revisions
-for _sha256, _known in KNOWN.items():
-    if _known.name.split(" ")[0].endswith((".safetensors", ".ckpt")):
-        DIGESTS[_known.name.split(" ")[0]].add(_sha256)
+for _names in json.loads(resources.files("ldm.checkpoint").joinpath("known.json").read_text(encoding="utf-8")).values():
+    for _sha256, _name in _names.items():
+        if _name.split(" ")[0].endswith((".safetensors", ".ckpt")):
+            DIGESTS[_name.split(" ")[0]].add(_sha256)
 
 
 class Slice(NamedTuple):
@@ -91,9 +94,7 @@ def find(*names: str) -> Path:
     for name in names:
         if (FOLDER / name).exists():
             return FOLDER / name
-    pytest.skip(
-        f"{FOLDER} has no {' or '.join(names)}: put it there, or name its folder in LDM_WEIGHTS"
-    )
+    pytest.skip(f"{FOLDER} has no {' or '.join(names)}: put it there, or name its folder in LDM_WEIGHTS")
 
 
 @pytest.mark.parametrize("name", DIGESTS)
@@ -101,7 +102,9 @@ def test_an_official_file_is_whole_and_taken_for_what_it_is(name):
     path = find(name)
     found = digest(path)
     assert found in DIGESTS[name], f"{path} has sha256 {found}: damaged, or not the published file"
-    preset = KNOWN[found].preset
+    known = known_file(found)
+    assert known is not None
+    preset = known.preset
     if preset is not None and path.suffix == ".safetensors":
         assert identify(path).preset == preset
 

@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from ldm.checkpoint.inspection import inspect
 
+from ldm.checkpoint import sources
 from ldm.checkpoint.files import save
 from ldm.checkpoint.known import KnownFile
 from ldm.cli import inspect as module
@@ -39,6 +39,13 @@ def test_a_model_is_reported_with_its_components_and_what_is_beside_them(tmp_pat
     ):
         assert line in text
     assert json.loads(json.dumps(report.as_dict()))["components"][0]["name"] == "unet"
+
+
+def test_a_model_with_something_else_beside_it_is_a_model(tmp_path):
+    beside = {"control_model.input_hint_block.0.weight": (16, 3, 3, 3), "lora_te_x.lora_down.weight": (4, 768)}
+    report = inspect(write_hollow(tmp_path / "file", official_shapes("sd15") | beside))
+    assert (report.kind, report.problem) == ("a model", None)
+    assert set(report.unknown) == set(beside)
 
 
 def test_tensors_that_do_not_fit_are_listed(tmp_path):
@@ -94,7 +101,8 @@ def test_the_sha256_is_looked_up_on_request_only(tmp_path, monkeypatch):
     assert inspect(path).sha256 is None
     monkeypatch.setattr(module, "digest", lambda _: "0" * 64)
     assert "not among the known files" in str(inspect(path, check_sha256=True))
-    monkeypatch.setitem(module.KNOWN, "0" * 64, KnownFile("v1-5.safetensors", "sd15"))
+    for place in (module, sources):
+        monkeypatch.setattr(place, "known_file", lambda sha256: KnownFile("v1-5.safetensors", "sd15"))
     report = inspect(path, check_sha256=True)
     assert (report.sha256, report.known_as) == ("0" * 64, "v1-5.safetensors")
     assert "by its sha256 it is v1-5.safetensors" in report.why
