@@ -43,7 +43,7 @@ def test_a_checkpoint_of_lightning_is_the_model_in_it(tmp_path):
     shapes = {n: tuple(v.shape) for n, v in ldm_tensors(hollow_model(config)).items()}
     tensors = {n: standin_tensor(n, shape) for n, shape in shapes.items()}
     torch.save({"state_dict": tensors, "global_step": 7, "epoch": 1}, tmp_path / "model.ckpt")
-    with pytest.raises(ValueError, match="is a PyTorch pickle.*`ldm convert` reads it"):
+    with pytest.raises(ValueError, match=r"is a PyTorch pickle.*`ldm convert` reads it"):
         load(tmp_path / "model.ckpt")
     convert(tmp_path / "model.ckpt", tmp_path / "model.safetensors", layout="ldm")
     same_tensors(load_file(tmp_path / "model.safetensors"), tensors)

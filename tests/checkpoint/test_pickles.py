@@ -361,7 +361,7 @@ def test_other_zip_files_are_refused(tmp_path):
 @pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated
 def test_torchscript_is_refused(tmp_path):
     torch.jit.save(torch.jit.script(nn.Linear(2, 2)), tmp_path / "model.pt")
-    with pytest.raises(ValueError, match="damaged or no checkpoint: .*torchscript"):
+    with pytest.raises(ValueError, match=r"damaged or no checkpoint: .*torchscript"):
         PickledTensors(tmp_path / "model.pt")
 
 
