@@ -12,7 +12,7 @@ import openvino
 import torch
 
 from ldm.cli.allocator import keep_freed_memory
-from ldm.config import SD15
+from ldm.presets import SD15
 from ldm.memory import ATTENTION, Placement
 from ldm.models.attention import set_attention
 from ldm.models.packing import pack

@@ -65,7 +65,7 @@ class PickledTensors(Tensors):
             name = _WRAPPERS.sub("", str(name))
             if name in self._tensors:
                 raise ValueError(f"{path} holds {name!r} twice, with and without a wrapper's prefix")
-            if value.layout != torch.strided or value.is_meta or value.dtype not in _NAMES:
+            if value.is_nested or value.layout != torch.strided or value.is_meta or value.dtype not in _NAMES:
                 raise ValueError(
                     f"{name!r} in {path} is no plain tensor but one of {value.dtype}, {value.layout}, on "
                     f"{value.device}: allowed are dense ones of {', '.join(DTYPES)}"

@@ -151,6 +151,12 @@ def build(source: Source, path: str | Path) -> Networks:
     for tokenizer, text in zip(source.tokenizers, config.text, strict=True):
         if (tokens := max(tokenizer.vocab.values()) + 1) > text.vocab_size:
             raise ValueError(f"the tokenizer of {path} has {tokens} tokens, its text encoder knows {text.vocab_size}")
+    tensors = sum(len(part.tensors.shapes) for part in source.parts.values())
+    depths = [config.unet.mid_depth, *config.unet.depth, *(config.unet.up_depth or ())]
+    counts = [max(depth) if isinstance(depth, tuple) else depth for depth in depths]
+    counts += [config.unet.res_blocks, config.vae.res_blocks, *(text.layers for text in config.text)]
+    if (blocks := max(*counts, len(config.unet.channels), len(config.vae.channels))) > tensors:
+        raise ValueError(f"the configuration of {path} wants {blocks} blocks, and there are {tensors} tensors")
     try:
         config.micro_conditioning  # noqa: B018  # raises for a vector that no model has
         with torch.device("meta"):

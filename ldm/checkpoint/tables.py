@@ -53,10 +53,12 @@ OLD_DIFFUSERS_VAE_ATTENTION = _renamed(  # of older folders, SD 1.5's own among 
 
 def ldm_unet(config: UNetConfig) -> tuple[Rule, ...]:
     """Return the rules from our UNet to LDM's, without UNET_PREFIX."""
-    up_depths = [depth for level in config.depths()[1] for depth in level]
+    up_depth = config.depth[::-1] if config.up_depth is None else config.up_depth
 
     def upsample(i: int) -> str:  # it follows the transformer, where there is one
-        return f"output_blocks.{i}.{2 if up_depths[i] else 1}.conv"
+        level, block = divmod(i, config.res_blocks + 1)
+        depth = up_depth[level]
+        return f"output_blocks.{i}.{2 if (depth[block] if isinstance(depth, tuple) else depth) else 1}.conv"
 
     return (
         *_renamed({"time_embed": "time_embed", "vector_embed": "label_emb.0"}),

@@ -14,9 +14,7 @@ from ldm.models.vae import VAE
 
 SMALL = ModelConfig(
     name="small",
-    unet=UNetConfig(
-        channels=(32, 64), res_blocks=1, depth=(1, 0), heads=(2, 4), context_dim=32, norm_groups=8
-    ),
+    unet=UNetConfig(channels=(32, 64), res_blocks=1, depth=(1, 0), heads=(2, 4), context_dim=32, norm_groups=8),
     vae=VAEConfig(channels=(16, 32), res_blocks=1, norm_groups=8, scaling_factor=0.5),
     text=(TextConfig(width=32, layers=2, heads=2, mlp=64),),
     diffusion=DiffusionConfig(prediction="v", spacing="trailing", zero_terminal_snr=True),

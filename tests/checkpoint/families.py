@@ -57,6 +57,4 @@ def official_tensors(model: Model) -> dict[str, Tensor]:
 
 def _small_text(text: TextConfig, width: int) -> TextConfig:
     projection = width if text.projection else None
-    return dataclasses.replace(
-        text, width=width, layers=2, heads=width // 64, mlp=2 * width, projection=projection
-    )
+    return dataclasses.replace(text, width=width, layers=2, heads=width // 64, mlp=2 * width, projection=projection)

@@ -41,9 +41,7 @@ def hollow_model(config: ModelConfig) -> Model:
     """Build `config` without memory."""
     tokenizers = [Tokenizer.official()] * len(config.text)
     with torch.device("meta"):
-        return Model(
-            config, UNet(config.unet), VAE(config.vae), TextEncoder(config.text, tokenizers)
-        )
+        return Model(config, UNet(config.unet), VAE(config.vae), TextEncoder(config.text, tokenizers))
 
 
 @cache
@@ -99,9 +97,7 @@ def standin_tensor(name: str, shape: tuple[int, ...]) -> Tensor:
     return x / math.sqrt(math.prod(shape[1:]))
 
 
-def write_standin(
-    path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype = torch.float16
-) -> Path:
+def write_standin(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype = torch.float16) -> Path:
     """Write random tensors of those names and shapes, and return the path."""
     tensors = {}
     for name, shape in shapes.items():

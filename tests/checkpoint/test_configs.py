@@ -1,6 +1,8 @@
 """diffusers' and transformers' config files: read, written, completed by defaults, and refused."""
 
 import dataclasses
+import functools
+import typing
 
 import diffusers
 import pytest
@@ -8,10 +10,12 @@ import torch
 from transformers import CLIPTextConfig
 
 from ldm.checkpoint import configs
-from ldm.config import DiffusionConfig, TextConfig, UNetConfig, VAEConfig
-from ldm.presets import PRESETS, SD15, SD21, SD21_BASE, SD_TURBO, SDXL_BASE
+from ldm.config import DiffusionConfig, Spacing, TextConfig, UNetConfig, VAEConfig
+from ldm.presets import PRESETS, SD15, SD21, SD21_BASE, SD_TURBO, SDXL_BASE, SDXL_REFINER, recognize
 
 # What the folder of SD 1.5 says (without what its libraries ignore), written by diffusers 0.6
+VAE_FROM = functools.partial(configs.vae_from_json, sdxl=False)
+DIFFUSION_FROM = functools.partial(configs.diffusion_from_json, sdxl=False)
 SD15_UNET = {
     "_class_name": "UNet2DConditionModel",
     "act_fn": "silu",
@@ -41,28 +45,27 @@ def test_sd15s_own_unet_config_is_the_preset():
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=lambda p: p.name)
 def test_configs_come_back_as_they_were_written(preset):
     assert configs.unet_from_json(configs.unet_to_json(preset.unet, 64), "") == preset.unet
-    assert configs.vae_from_json(configs.vae_to_json(preset.vae, 512), "") == preset.vae
     sdxl = preset.unet.vector_dim is not None
+    assert configs.vae_from_json(configs.vae_to_json(preset.vae, 512), "", sdxl=sdxl) == preset.vae
     for text in preset.text:
         json = configs.text_to_json(text, 0, 2, sdxl=sdxl)
         assert configs.text_from_json(json, "", text.pad_id, sdxl=sdxl) == text
     json = configs.diffusion_to_json(preset.diffusion, preset.sampler)
-    assert configs.diffusion_from_json(json, "") == preset.diffusion
+    assert configs.diffusion_from_json(json, "", sdxl=sdxl) == (preset.diffusion, ())
 
 
-@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace", "karras"])
+@pytest.mark.parametrize("spacing", typing.get_args(Spacing))
 @pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
 @pytest.mark.parametrize("sampler", ["ddim", "euler", "euler_ancestral"])
-def test_every_diffusion_config_has_a_scheduler_that_diffusers_can_build(
-    spacing, prediction, sampler
-):
-    config = DiffusionConfig(
-        prediction, "linear", 0.001, 0.01, 500, zero_terminal_snr=True, spacing=spacing, offset=0
-    )
+def test_every_diffusion_config_has_a_scheduler_that_diffusers_can_build(spacing, prediction, sampler):
+    config = DiffusionConfig(prediction, "linear", 0.001, 0.01, 500, zero_terminal_snr=True, spacing=spacing, offset=0)
     json = configs.diffusion_to_json(config, sampler)
     scheduler = getattr(diffusers, json["_class_name"]).from_config(json)
     scheduler.set_timesteps(5)
-    assert configs.diffusion_from_json(dict(scheduler.config), "") == config
+    found, notes = configs.diffusion_from_json(dict(scheduler.config), "", sdxl=True)
+    assert found == config
+    if spacing != "lcm":  # what its last step is towards makes no difference to LCM
+        assert notes == ()
 
 
 @pytest.mark.parametrize(
@@ -71,7 +74,7 @@ def test_every_diffusion_config_has_a_scheduler_that_diffusers_can_build(
         ("PNDMScheduler", "leading"),
         ("DDIMScheduler", "leading"),
         ("DDPMScheduler", "leading"),
-        ("LCMScheduler", "leading"),
+        ("LCMScheduler", "lcm"),
         ("EulerDiscreteScheduler", "linspace"),
         ("EulerAncestralDiscreteScheduler", "linspace"),
         ("DPMSolverMultistepScheduler", "linspace"),
@@ -81,24 +84,23 @@ def test_every_diffusion_config_has_a_scheduler_that_diffusers_can_build(
 def test_what_a_scheduler_config_leaves_out_is_the_default_of_its_class(name, spacing):
     full = dict(getattr(diffusers, name)().config)
     betas = {key: full[key] for key in ("beta_schedule", "beta_start", "beta_end")}
-    short = configs.diffusion_from_json({"_class_name": name, **betas}, "")
-    assert short == configs.diffusion_from_json({"_class_name": name, **full}, "")
-    assert short.spacing == spacing
+    short = configs.diffusion_from_json({"_class_name": name, **betas}, "", sdxl=True)
+    assert short[0] == configs.diffusion_from_json({"_class_name": name, **full}, "", sdxl=True)[0]
+    assert short[0].spacing == spacing
 
 
 def test_what_a_text_config_leaves_out_is_transformers_default():
     for sdxl in (False, True):
         full = CLIPTextConfig().to_dict()
-        assert configs.text_from_json({}, "", 1, sdxl=sdxl) == configs.text_from_json(
-            full, "", 1, sdxl=sdxl
-        )
+        assert configs.text_from_json({}, "", 1, sdxl=sdxl) == configs.text_from_json(full, "", 1, sdxl=sdxl)
 
 
 def test_what_a_unet_or_vae_config_leaves_out_is_diffusers_default():
     with torch.device("meta"):
         unet, vae = diffusers.UNet2DConditionModel(), diffusers.AutoencoderKL()
     assert configs.unet_from_json({}, "") == configs.unet_from_json(as_json(unet.config), "")
-    assert configs.vae_from_json({}, "") == configs.vae_from_json(as_json(vae.config), "")
+    for sdxl in (False, True):
+        assert configs.vae_from_json({}, "", sdxl=sdxl) == configs.vae_from_json(as_json(vae.config), "", sdxl=sdxl)
 
 
 def as_json(config):
@@ -108,22 +110,10 @@ def as_json(config):
 @pytest.mark.parametrize(
     ("read", "json", "message"),
     [
-        (
-            configs.unet_from_json,
-            {"act_fn": "gelu"},
-            "here: act_fn 'gelu' is not supported; allowed: 'silu'",
-        ),
-        (
-            configs.unet_from_json,
-            {"time_cond_proj_dim": 7},
-            "guidance_dim must be even and 4 or more, got 7",
-        ),
+        (configs.unet_from_json, {"act_fn": "gelu"}, "here: act_fn 'gelu' is not supported; allowed: 'silu'"),
+        (configs.unet_from_json, {"time_cond_proj_dim": 7}, "guidance_dim must be even and 4 or more, got 7"),
         (configs.unet_from_json, {"block_out_channels": 5}, "block_out_channels must be a list"),
-        (
-            configs.unet_from_json,
-            {"block_out_channels": ["a"] * 4},
-            "here: channels must be int, got 'a'",
-        ),
+        (configs.unet_from_json, {"block_out_channels": ["a"] * 4}, "here: channels must be int, got 'a'"),
         (
             configs.unet_from_json,
             {"up_block_types": ["UpBlock2D"] * 3},
@@ -150,38 +140,18 @@ def as_json(config):
             "mid_block_type .* is not supported; allowed: 'UNetMidBlock2DCrossAttn', 'UNetMidBlock2D', None",
         ),
         (configs.unet_from_json, {"attention_head_dim": [8]}, "need one entry per level"),
+        (configs.unet_from_json, {"layers_per_block": [1, 2]}, r"res_blocks must be int, got \[1, 2\]"),
+        (VAE_FROM, {"latents_mean": [1.0]}, r"latents_mean \[1.0\] is not supported"),
+        (VAE_FROM, {"down_block_types": ["X"]}, "down_block_types must be DownEncoderBlock2D"),
+        (DIFFUSION_FROM, {"_class_name": "EDMEulerScheduler"}, "EDMEulerScheduler with"),
+        (DIFFUSION_FROM, {"prediction_type": "flow"}, "one of epsilon, v_prediction, sample"),
+        (DIFFUSION_FROM, {"beta_start": 0.1}, "here lacks beta_schedule, beta_end"),
         (
-            configs.unet_from_json,
-            {"layers_per_block": [1, 2]},
-            r"res_blocks must be int, got \[1, 2\]",
-        ),
-        (configs.vae_from_json, {"latents_mean": [1.0]}, r"latents_mean \[1.0\] is not supported"),
-        (
-            configs.vae_from_json,
-            {"down_block_types": ["X"]},
-            "down_block_types must be DownEncoderBlock2D",
-        ),
-        (
-            configs.diffusion_from_json,
-            {"_class_name": "EDMEulerScheduler"},
-            "EDMEulerScheduler with",
-        ),
-        (
-            configs.diffusion_from_json,
-            {"prediction_type": "flow"},
-            "one of epsilon, v_prediction, sample",
-        ),
-        (configs.diffusion_from_json, {"beta_start": 0.1}, "here lacks beta_schedule, beta_end"),
-        (
-            configs.diffusion_from_json,
+            DIFFUSION_FROM,
             {"beta_schedule": "squaredcos", "beta_start": 0.1, "beta_end": 0.2},
             "betas must be one of 'scaled_linear', 'linear', got 'squaredcos'",
         ),
-        (
-            configs.diffusion_from_json,
-            {"trained_betas": [0.1]},
-            r"trained_betas \[0.1\] is not supported",
-        ),
+        (DIFFUSION_FROM, {"trained_betas": [0.1]}, r"trained_betas \[0.1\] is not supported"),
     ],
 )
 def test_what_would_change_the_numbers_is_refused_by_name(read, json, message):
@@ -192,9 +162,7 @@ def test_what_would_change_the_numbers_is_refused_by_name(read, json, message):
 def test_text_encoders_of_another_kind_are_refused():
     with pytest.raises(ValueError, match=r"architectures .* is not supported"):
         configs.text_from_json({"architectures": ["CLIPVisionModel"]}, "here", 0, sdxl=False)
-    with pytest.raises(
-        ValueError, match="activation must be one of 'quick_gelu', 'gelu', got 'relu'"
-    ):
+    with pytest.raises(ValueError, match="activation must be one of 'quick_gelu', 'gelu', got 'relu'"):
         configs.text_from_json({"hidden_act": "relu"}, "here", 0, sdxl=False)
 
 
@@ -202,22 +170,87 @@ def test_what_the_layout_cannot_express_is_refused():
     uneven = UNetConfig(depth=(1, (1, 0), 1, 0), up_depth=(0, 1, 1, 1))
     with pytest.raises(ValueError, match="levels that attend in some of their blocks"):
         configs.unet_to_json(uneven, 8)
-    with pytest.raises(
-        ValueError, match="cannot express mid_depth 2 beside a last level of depth 1"
-    ):
+    with pytest.raises(ValueError, match="cannot express mid_depth 2 beside a last level of depth 1"):
         configs.unet_to_json(UNetConfig(channels=(32,), depth=(1,), heads=(1,), mid_depth=2), 8)
     with pytest.raises(ValueError, match="output_layer -2"):
         configs.text_to_json(TextConfig(output_layer=-2), 0, 2, sdxl=False)
 
 
-def test_an_architecture_is_recognized_with_its_prediction_and_its_input_channels():
+def test_an_architecture_is_recognised_with_its_prediction_and_its_input_channels():
     sd2, v = (SD21.vae, SD21.text), DiffusionConfig(prediction="v")
+    trailing = DiffusionConfig(spacing="trailing")
     assert recognize(SD21_BASE.unet, *sd2, DiffusionConfig()) == SD21_BASE
     assert recognize(SD21.unet, *sd2, v) == SD21
-    turbo = DiffusionConfig(spacing="trailing")
-    assert recognize(SD21_BASE.unet, *sd2, turbo) == SD_TURBO
+    assert recognize(SD21_BASE.unet, *sd2, trailing).name == "sd21-base"  # others write "trailing"
+    assert recognize(SD21_BASE.unet, *sd2, trailing, turbo=True) == SD_TURBO
     inpainting = dataclasses.replace(SD15.unet, in_channels=9)
     assert recognize(inpainting, SD15.vae, SD15.text, v).name == "sd15-inpainting"
-    assert recognize(SDXL_BASE.unet, VAEConfig(), SDXL_BASE.text, v).name == "custom"
-    with pytest.raises(ValueError, match="wants a vector of 2816 beside a pooled text of 0"):
-        recognize(SDXL_BASE.unet, VAEConfig(), SD15.text, v)
+    assert recognize(SDXL_BASE.unet, VAEConfig(), SD15.text, v).name == "custom"
+
+
+def test_what_a_vector_holds_follows_from_its_width_and_the_pooled_text():
+    assert len(SDXL_BASE.micro_conditioning) == 6
+    assert SDXL_REFINER.micro_conditioning[-1] == "aesthetic_score"
+    odd = dataclasses.replace(SDXL_BASE, text=SD15.text)
+    with pytest.raises(ValueError, match="takes a vector of 2816 and the pooled text is 0 wide"):
+        odd.micro_conditioning  # noqa: B018
+
+
+def test_a_unet_that_is_told_its_guidance_is_sampled_as_its_authors_do():
+    unet = dataclasses.replace(SD15.unet, guidance_dim=256)
+    found = recognize(unet, SD15.vae, SD15.text, SD15.diffusion)
+    assert (found.diffusion.spacing, found.sampler, found.steps) == ("lcm", "lcm", 4)
+
+
+@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"])
+@pytest.mark.parametrize("curve", ["karras", "exponential"])
+def test_eulers_curves_bend_the_list_of_the_spacing_and_others_all_timesteps(name, curve):
+    json = {"beta_schedule": "linear", "beta_start": 0.1, "beta_end": 0.2, f"use_{curve}_sigmas": True}
+    for spacing, found in (("leading", f"leading_{curve}"), ("trailing", f"trailing_{curve}"), ("linspace", curve)):
+        json |= {"_class_name": name, "timestep_spacing": spacing}
+        assert DIFFUSION_FROM(json, "here")[0].spacing == found
+        json["_class_name"] = "DPMSolverMultistepScheduler"
+        assert DIFFUSION_FROM(json, "here")[0].spacing == curve
+
+
+def test_diffusers_pipelines_of_sd_1_and_2_take_offset_1_whatever_the_file_says():
+    json = {"beta_schedule": "linear", "beta_start": 0.1, "beta_end": 0.2, "steps_offset": 0}
+    assert DIFFUSION_FROM(json, "here")[0].offset == 1
+    assert configs.diffusion_from_json(json, "here", sdxl=True)[0].offset == 0
+
+
+@pytest.mark.parametrize(
+    ("json", "note"),
+    [
+        ({"solver_order": 3}, "its scheduler's solver_order 3 has no counterpart here"),
+        ({"algorithm_type": "dpmsolver"}, "algorithm_type dpmsolver"),
+        (
+            {"final_sigmas_type": "sigma_min", "set_alpha_to_one": True},
+            "final_sigmas_type sigma_min, set_alpha_to_one True",
+        ),
+        ({"solver_order": 2, "algorithm_type": "sde-dpmsolver++"}, None),
+    ],
+)
+def test_options_of_a_scheduler_without_a_counterpart_are_noted(json, note):
+    betas = {"beta_schedule": "linear", "beta_start": 0.1, "beta_end": 0.2}
+    notes = DIFFUSION_FROM(json | betas, "here")[1]
+    assert notes == () if note is None else note in notes[0]
+
+
+@pytest.mark.parametrize("option", ["use_beta_sigmas", "use_flow_sigmas", "use_lu_lambdas", "thresholding"])
+def test_options_of_a_scheduler_that_give_other_pictures_are_refused(option):
+    json = {"beta_schedule": "linear", "beta_start": 0.1, "beta_end": 0.2, option: True}
+    with pytest.raises(ValueError, match=f"here: {option} True is not supported; allowed: False"):
+        DIFFUSION_FROM(json, "here")
+
+
+def test_an_attribute_that_a_config_lost_takes_the_default_of_its_class():
+    short = {k: v for k, v in SD15_UNET.items() if k not in ("attention_head_dim", "norm_num_groups")}
+    assert configs.unet_from_json(short, "") == SD15.unet  # diffusers' defaults are 8 and 32
+    assert configs.text_from_json({}, "", 0, sdxl=False).activation == "quick_gelu"
+
+
+def test_the_overflow_of_sdxls_vae_follows_its_config_and_its_family():
+    assert configs.vae_from_json({}, "", sdxl=True).overflows_fp16
+    assert not configs.vae_from_json({"force_upcast": False}, "", sdxl=True).overflows_fp16
+    assert not VAE_FROM({"force_upcast": True}, "").overflows_fp16  # diffusers' default for all

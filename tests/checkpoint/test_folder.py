@@ -5,6 +5,7 @@ The differences of the networks are printed: pytest -s.
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -56,11 +57,7 @@ def theirs(tokenizer: Tokenizer, tmp_path_factory) -> diffusers.StableDiffusionP
             norm_num_groups=16,
         ),
         scheduler=diffusers.PNDMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            skip_prk_steps=True,
-            steps_offset=1,
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
         ),
         safety_checker=None,
         feature_extractor=None,
@@ -89,9 +86,7 @@ def folder(small_folder, tmp_path) -> Path:
 @torch.no_grad()
 def differences(ours: Model, theirs: diffusers.StableDiffusionPipeline) -> dict[str, float]:
     """The largest difference of each network's outputs, relative to the largest output."""
-    ids = theirs.tokenizer(
-        TEXTS, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
-    ).input_ids
+    ids = theirs.tokenizer(TEXTS, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
     assert torch.equal(ours.text_encoder.towers[0].tokenize(TEXTS), ids)
     torch.manual_seed(2)
     images, latents = torch.rand(2, 3, 32, 32) * 2 - 1, torch.randn(3, 4, 16, 16)
@@ -113,11 +108,7 @@ def differences(ours: Model, theirs: diffusers.StableDiffusionPipeline) -> dict[
 def test_a_folder_of_diffusers_loads_with_its_architecture(their_folder):
     config = load(their_folder).config
     assert config.unet == UNetConfig(
-        channels=(32, 64, 64),
-        depth=(1, 1, 0),
-        heads=(4, 4, 4),
-        context_dim=32,
-        norm_groups=16,
+        channels=(32, 64, 64), depth=(1, 1, 0), heads=(4, 4, 4), context_dim=32, norm_groups=16
     )
     assert config.vae == VAEConfig(channels=(16, 32), norm_groups=8)
     assert config.text == (TextConfig(width=32, layers=3, heads=4, mlp=64),)
@@ -131,9 +122,7 @@ def test_networks_of_a_diffusers_folder_equal_diffusers(their_folder, theirs):
 
 
 def test_networks_of_our_folder_equal_ours_in_diffusers(small_folder, small):
-    theirs = diffusers.StableDiffusionPipeline.from_pretrained(
-        small_folder, safety_checker=None, local_files_only=True
-    )
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(small_folder, safety_checker=None, local_files_only=True)
     assert max(differences(small, theirs).values()) < RELATIVE
     assert isinstance(theirs.scheduler, diffusers.DDIMScheduler)
     config = theirs.scheduler.config
@@ -144,9 +133,7 @@ def test_networks_of_our_folder_equal_ours_in_diffusers(small_folder, small):
     assert theirs.unet.config.sample_size * theirs.vae_scale_factor == small.config.image_size
 
 
-def test_a_diffusers_folder_saved_by_us_is_the_same_model_to_diffusers(
-    their_folder, theirs, tmp_path
-):
+def test_a_diffusers_folder_saved_by_us_is_the_same_model_to_diffusers(their_folder, theirs, tmp_path):
     save(load(their_folder), tmp_path / "copy")
     copy = diffusers.StableDiffusionPipeline.from_pretrained(
         tmp_path / "copy", safety_checker=None, local_files_only=True
@@ -159,16 +146,12 @@ def test_a_diffusers_folder_saved_by_us_is_the_same_model_to_diffusers(
 
 
 @pytest.mark.parametrize("in_channels", [8, 9])
-def test_models_with_conditioned_inputs_are_the_pipelines_that_diffusers_has_for_them(
-    in_channels, small, tmp_path
-):
+def test_models_with_conditioned_inputs_are_the_pipelines_that_diffusers_has_for_them(in_channels, small, tmp_path):
     config = dataclasses.replace(small.config.unet, in_channels=in_channels)
     unet = type(small.unet)(config)
     model = small._replace(unet=unet, config=dataclasses.replace(small.config, unet=config))
     save(model, tmp_path / "model")
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(
-        tmp_path / "model", local_files_only=True
-    )
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "model", local_files_only=True)
     name = {8: "StableDiffusionInstructPix2PixPipeline", 9: "StableDiffusionInpaintPipeline"}
     assert type(pipeline).__name__ == name[in_channels]
     assert load(tmp_path / "model").config == model.config
@@ -258,19 +241,10 @@ def test_shards_load(folder, small):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (
-            lambda m: m.update(x="../vae/model.safetensors"),
-            "names '../vae/model.safetensors', which is not",
-        ),
-        (
-            lambda m: m.update(x="/etc/passwd"),
-            "names '/etc/passwd', which is not a .safetensors file beside it",
-        ),
-        (
-            lambda m: m.update(x="..\\model.safetensors"),
-            "which is not a .safetensors file beside it",
-        ),
-        (lambda m: m.update(x="none.safetensors"), "names none.safetensors, which is missing"),
+        (lambda m: m.update(x="../vae/model.safetensors"), "names '../vae/model.safetensors', which is not"),
+        (lambda m: m.update(x="/etc/passwd"), "names '/etc/passwd', which is not a .safetensors file beside it"),
+        (lambda m: m.update(x="..\\model.safetensors"), "which is not a .safetensors file beside it"),
+        (lambda m: m.update(x="none.safetensors"), r"none\.safetensors does not exist: .*index.json names it; fetch"),
         (lambda m: m.update(x=sorted(m.values())[0]), "disagree on 'x'"),
         (lambda m: m.pop("conv_in.weight"), r"disagree on 'conv_in\.weight'"),
         (dict.clear, "must hold a weight_map of tensor names to file names"),
@@ -295,7 +269,7 @@ def edit_json(path: Path, **values: object) -> None:
         (lambda f: (f / "model_index.json").unlink(), "model is not a model folder, it has no model_index.json: give"),
         (lambda f: (f / "model_index.json").write_text("[]"), "must hold a JSON object, got list"),
         (lambda f: (f / "vae/config.json").write_text("{"), "vae/config.json is not valid JSON"),
-        (lambda f: (f / "vae/config.json").unlink(), r"vae/config.json cannot be read \(No such file"),
+        (lambda f: (f / "vae/config.json").unlink(), r"vae/config\.json does not exist: fetch the folder again"),
         (lambda f: shutil.rmtree(f / "text_encoder"), "model lacks its text_encoder: fetch the whole folder"),
         (lambda f: shutil.rmtree(f / "scheduler"), "model lacks its scheduler"),
         (lambda f: edit_json(f / "model_index.json", vae=[None, None]), "model lacks its vae"),
@@ -304,8 +278,13 @@ def edit_json(path: Path, **values: object) -> None:
             "model lacks its text_encoder_2: fetch the whole folder",
         ),
         (
-            lambda f: edit_json(f / "model_index.json", unet_2=["diffusers", "UNet2DConditionModel"]),
-            "is a StableDiffusionPipeline with unet_2, which is not supported",
+            lambda f: edit_json(f / "model_index.json", motion_adapter=["diffusers", "MotionAdapter"]),
+            "is a StableDiffusionPipeline with motion_adapter, which is not supported",
+        ),
+        (lambda f: edit_json(f / "vae/config.json", _class_name="AutoencoderTiny"), r"vae/config\.json describes AutoencoderTiny, supp"),
+        (
+            lambda f: edit_json(f / "model_index.json", unet=["diffusers", "UNetMotionModel"]),
+            "the unet of .*model is UNetMotionModel, supported are UNet2DConditionModel",
         ),
         (lambda f: (f / "unet/diffusion_pytorch_model.safetensors").unlink(), "unet has no weights: it needs diff"),
         (
@@ -336,24 +315,50 @@ def test_a_broken_folder_is_called_by_what_is_wrong_with_it(damage, message, fol
 def test_a_part_of_a_model_points_to_the_whole(folder):
     with pytest.raises(ValueError, match=r"it is a part of the model in .*model: give that"):
         load(folder / "unet")
-    with pytest.raises(ValueError, match="has diffusers' names and the shapes of no preset"):
+    with pytest.raises(ValueError, match="is no family known here"):
         load(folder / "unet/diffusion_pytorch_model.safetensors")
     with pytest.raises(ValueError, match=r"has no unet, only vae: it is a part of the model in"):
         load(folder / "vae/diffusion_pytorch_model.safetensors")
     (folder / "unet").rename(folder.parent / "alone")
     (folder.parent / "alone/config.json").unlink()
-    with pytest.raises(
-        ValueError, match=r"give a file in it, such as .*diffusion_pytorch_model\.safetensors"
-    ):
+    with pytest.raises(ValueError, match=r"give a file in it, such as .*diffusion_pytorch_model\.safetensors"):
         load(folder.parent / "alone")
 
 
-def test_weights_of_another_model_name_the_preset_that_fits(folder, monkeypatch, small):
-    monkeypatch.setattr("ldm.checkpoint.parts.PRESETS", {"small": small.config})
+def test_weights_of_another_model_are_named(folder):
     edit_json(folder / "unet/config.json", cross_attention_dim=64)
     edit_json(folder / "text_encoder/config.json", hidden_size=64)
-    with pytest.raises(ValueError, match=r"8 of another shape.*; they fit the preset small$"):
+    with pytest.raises(ValueError, match=r"the unet in .* \(8 of another shape: .*to_k\.weight \["):
         load(folder)
+
+
+def test_a_component_that_is_of_no_use_here_is_noted(folder):
+    for name in ("image_encoder", "watermarker"):
+        edit_json(folder / "model_index.json", **{name: ["transformers", "CLIPVisionModel"]})
+    assert "its image_encoder, watermarker is not used" in identify(folder).why
+
+
+def test_a_broken_link_a_named_pipe_and_a_cache_are_called_what_they_are(folder, tmp_path):
+    weights = folder / "vae/diffusion_pytorch_model.safetensors"
+    weights.rename(tmp_path / "elsewhere")
+    weights.symlink_to("../../blobs/0123")
+    with pytest.raises(ValueError, match=r"is a broken link, its target \.\./\.\./blobs/0123 is miss"):
+        identify(folder)
+    weights.unlink()
+    (tmp_path / "elsewhere").rename(weights)
+    for name in ("unet/config.json", "scheduler/scheduler_config.json", "model_index.json"):
+        content = (folder / name).read_bytes()
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+        with pytest.raises(ValueError, match="is not a (regular file|model folder)"):
+            identify(folder)
+        (folder / name).unlink()
+        (folder / name).write_bytes(content)
+    snapshot = tmp_path / "models--a--b/snapshots/0123abc"
+    shutil.copytree(folder, snapshot)
+    with pytest.raises(ValueError, match=r"a cache of Hugging Face, give .*snapshots/0123abc"):
+        identify(tmp_path / "models--a--b")
+    assert identify(snapshot).config.name == "small"
 
 
 # A VAE alone.

@@ -25,7 +25,11 @@ SD1_UNET: Json = {  # of diffusers 0.2; what is absent had no name yet
     "block_out_channels": [320, 640, 1280, 1280], "cross_attention_dim": 768, "layers_per_block": 2, "sample_size": 64,
     "down_block_types": [CROSS] * 3 + [PLAIN], "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
 }  # fmt: skip
-SD2_UNET = SD1_UNET | {"attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024, "use_linear_projection": True}
+SD2_UNET = SD1_UNET | {
+    "attention_head_dim": [5, 10, 20, 20],
+    "cross_attention_dim": 1024,
+    "use_linear_projection": True,
+}
 SDXL_UNET = SD2_UNET | {
     "attention_head_dim": [5, 10, 20], "block_out_channels": [320, 640, 1280], "cross_attention_dim": 2048, "sample_size": 128,
     "down_block_types": [PLAIN, CROSS, CROSS], "up_block_types": ["CrossAttnUpBlock2D"] * 2 + ["UpBlock2D"],
@@ -53,9 +57,17 @@ BIG_G = VIT_H | {
     "architectures": ["CLIPTextModelWithProjection"], "hidden_size": 1280, "intermediate_size": 5120, "num_attention_heads": 20,
     "num_hidden_layers": 32, "projection_dim": 1280,
 }  # fmt: skip
-BETAS: Json = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "set_alpha_to_one": False, "steps_offset": 1}
+BETAS: Json = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
 END, BANG = "<|endoftext|>", "!"
-DECODER: Json = {"added_tokens_decoder": {"0": {"content": "!", "special": True}, "49407": {"content": END, "special": True}}}
+DECODER: Json = {
+    "added_tokens_decoder": {"0": {"content": "!", "special": True}, "49407": {"content": END, "special": True}}
+}
 
 
 def old_tokenizer(pad: str, said: str = END) -> Json:
@@ -196,14 +208,21 @@ def write_folder(root: Path, made: Folder, vocabulary: Path) -> Path:
     unet = replace(made.like.unet, in_channels=made.unet["in_channels"])
     model = hollow_model(replace(made.like, unet=unet))
     towers = ["text_encoder", "text_encoder_2"][: len(made.texts)]
-    index = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
     index |= {"scheduler": ["diffusers", made.scheduler["_class_name"]], "safety_checker": [None, None]}
     parts: list[tuple[str, Json, str, Any]] = [
         ("unet", made.unet, "diffusion_pytorch_model", collect(model.unet, tables.diffusers_unet(unet))),
         ("vae", made.vae, "diffusion_pytorch_model", collect(model.vae, tables.diffusers_vae())),
     ]
     for name, text, tower in zip(towers, made.texts, model.text_encoder.towers, strict=True):
-        index |= {name: ["transformers", text["architectures"][0]], name.replace("text_encoder", "tokenizer"): ["transformers", "CLIPTokenizer"]}
+        index |= {
+            name: ["transformers", text["architectures"][0]],
+            name.replace("text_encoder", "tokenizer"): ["transformers", "CLIPTokenizer"],
+        }
         parts.append((name, text, "model", collect(tower, tables.hf_text())))
     for name, config, stem, tensors in parts:
         write_json(root / name / "config.json", config)

@@ -45,10 +45,7 @@ def test_a_file_goes_to_a_folder_and_back_bit_for_bit(converted):
 
 def test_our_folder_holds_what_diffusers_own_converter_makes_of_the_file(converted):
     preset, file, folder = converted
-    for part, rename in (
-        ("unet", convert_ldm_unet_checkpoint),
-        ("vae", convert_ldm_vae_checkpoint),
-    ):
+    for part, rename in (("unet", convert_ldm_unet_checkpoint), ("vae", convert_ldm_vae_checkpoint)):
         config = json.loads((folder / part / "config.json").read_text())
         ours = load_file(folder / part / "diffusion_pytorch_model.safetensors")
         same(ours, rename(load_file(file), config))

@@ -1,50 +1,42 @@
-"""Damaged and crafted files: each loads or is refused in a sentence that names it, soon, and in little memory."""
+"""Damaged and crafted files: each is refused in a sentence that names it, or is the model that was saved.
+
+Where nothing can tell, the comparison leaves that out by name: a changed value of a configuration and
+a changed byte of a weight are another model, as far as a loader can know.
+"""
 
 import copy
 import dataclasses
-import gc
 import json
 import math
 import os
 import random
-import resource
 import shutil
 import struct
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ldm.checkpoint.inspection import Report, inspect
-from ldm.checkpoint.strict_json import MAX_BYTES, MAX_VALUES
 from safetensors.torch import load_file, save_file
 
-from ldm.checkpoint.files import Identity, identify, load, save
+from ldm.checkpoint.files import identify, load, save
 from ldm.checkpoint.parts import Model
-from ldm.checkpoint.single import METADATA_KEY, _without_none, ldm_tensors
+from ldm.checkpoint.single import METADATA_KEY
 from ldm.checkpoint.tensors import TensorFiles
-from ldm.config import ModelConfig
+from ldm.cli.inspect import inspect
 from ldm.models.text import Tokenizer
-from ldm.presets import PRESETS
-from tests.checkpoint.growth import MB, growth, in_fresh_process, measurable
-from tests.checkpoint.standin import BITS, hollow_model, write_hollow
+from tests.checkpoint.families import official_tensors, small_model
 from tests.tiny import TINY_RANDOM, TINY_SDXL, random_networks
 
-pytestmark = pytest.mark.filterwarnings("error")  # what is wrong is said once, by an error
-
-SECONDS = 5.0  # of the processor, that no file may take
+slow = pytest.mark.slow
 LONGEST = 1500  # characters of a message
-MEMORY = 80 * MB  # more than before, that no file may take which is refused
-
-Table = dict[str, tuple[str, tuple[int, ...]]]  # dtype and shape by name
 
 
 @pytest.fixture(autouse=True)
 def _one_tokenizer(monkeypatch, tokenizer):
-    """Build CLIP's tokenizer once; it takes longer than all the rest of loading a hollow file."""
+    """Build CLIP's tokenizer once; it takes longer than all the rest of loading a small file."""
     monkeypatch.setattr(Tokenizer, "official", lambda: tokenizer)
 
 
@@ -52,29 +44,29 @@ def load_as_it_is(path: Path) -> Model:
     return load(path, dtype=None)
 
 
-def load_cast(path: Path) -> Model:
-    return load(path, dtype=torch.bfloat16)
-
-
 def attempt(act: Callable[[Path], Any], path: Path) -> Any:
     """Call `act`, which does what it is for or raises an error that says in a sentence what is wrong with `path`."""
-    started = time.process_time()
     try:
-        result = act(path)
-    except (ValueError, FileNotFoundError) as error:
-        result, message = None, str(error)
-        assert str(path) in message
-        assert message.isprintable()
-        assert len(message) < LONGEST
-    assert time.process_time() - started < SECONDS
-    if isinstance(result, Model):
-        values = [v for network in result[1:4] for v in [*network.parameters(), *network.buffers()]]
-        assert not any(value.is_meta for value in values)
-    if isinstance(result, Identity):
-        assert (result.preset + result.why).isprintable()
-    if isinstance(result, Report):
-        assert all(line.isprintable() for line in str(result).split("\n"))
-    return result
+        return act(path)
+    except ValueError as error:
+        message = str(error)
+    assert str(path) in message
+    assert len(message) < LONGEST
+    return None
+
+
+def check_same(found: Model, wanted: Model, *, config: bool = True, weights: bool = True) -> None:
+    """Hold a loaded model to the one that was saved: its configuration, its tokenizers and every tensor."""
+    if config:
+        assert found.config == wanted.config
+        for ours, theirs in zip(found.text_encoder.tokenizers, wanted.text_encoder.tokenizers, strict=True):
+            assert (ours.vocab, ours.merges) == (theirs.vocab, theirs.merges)
+    for one, other in zip(found[1:4], wanted[1:4], strict=True):
+        one, other = one.state_dict(), other.state_dict()
+        assert one.keys() == other.keys()
+        for key, value in one.items():
+            assert not value.is_meta, key
+            assert not weights or torch.equal(value, other[key].to(value.dtype)), key
 
 
 @contextmanager
@@ -92,20 +84,7 @@ def told(*what: object) -> Iterator[None]:
 GONE = object()
 ODD = (
     *(GONE, None, True, False, 0, 1, -1, 3, 7, 64, 10**9, 10**12, -(10**9), 2**31, 2**63, 2**64),
-    *(
-        10**400,
-        0.5,
-        1e308,
-        -0.0,
-        math.nan,
-        math.inf,
-        "",
-        "x",
-        "32",
-        "eps",
-        "\ud800",
-        "a\x00b\x1b[2J",
-    ),
+    *(10**400, 0.5, 1e308, -0.0, math.nan, math.inf, "", "x", "32", "eps", "\ud800", "a\x00b\x1b[2J"),
     *("../../etc/passwd", "x" * 5000, [], [1], [0, 0], [1, 2, 3], [-32, 64], [None], ["x"], [[]]),
     *([10**9, 10**9], [0.5, math.nan], [32] * 300, {}, {"a": 1}, {"content": []}, [{}]),
 )
@@ -136,9 +115,7 @@ def operated(r: random.Random, value: Any) -> tuple[Any, str]:
             del holder[key]
         else:
             holder[key] = copy.deepcopy(odd)
-        done.append(
-            f"{'.'.join(map(str, [*above, key]))} = {'gone' if odd is GONE else repr(odd)[:50]}"
-        )
+        done.append(f"{'.'.join(map(str, [*above, key]))} = {'gone' if odd is GONE else repr(odd)[:50]}")
     return value, ", ".join(done)
 
 
@@ -160,9 +137,7 @@ def broken(r: random.Random, whole: bytes) -> bytes:
     elif kind == 4:
         data[at:at] = data[at : at + length] * r.choice((1, 2, 50))
     else:
-        data[at : at + length] = (
-            r.choice((b"9", b"-", b'"', b"[", b"{", b"\\u0000", b"\xff")) * length
-        )
+        data[at : at + length] = r.choice((b"9", b"-", b'"', b"[", b"{", b"\\u0000", b"\xff")) * length
     return bytes(data)
 
 
@@ -192,16 +167,12 @@ CRAFTED = {
     "metadata that is a list": packed({"__metadata__": ["a"]}),
     "metadata twice": packed(b'{"__metadata__":{},"__metadata__":{}}'),
     "an escaped name twice": packed(b'{"a":%s,"\\u0061":%s}' % (EMPTY, EMPTY)),
-    "a field twice": packed(
-        b'{"a":{"dtype":"F32","dtype":"F16","shape":[0],"data_offsets":[0,0]}}'
-    ),
+    "a field twice": packed(b'{"a":{"dtype":"F32","dtype":"F16","shape":[0],"data_offsets":[0,0]}}'),
     "a field too many": packed({"a": entry([0], 0, 0) | {"x": 1}}),
     "half a surrogate": packed(b'{"\\ud800":%s}' % EMPTY),
     "a terminal's command": packed({"\x1b[2J": entry([0], 0, 0)}),
     "a line break": packed({"a\nb": entry([0], 0, 0)}),
     "an empty name": packed({"": entry([0], 0, 0)}),
-    "a name of a million letters": packed({"a" * 10**6: entry([0], 0, 0)}),
-    "a dtype of a million letters": packed({"a": entry([0], 0, 0, dtype="F" * 10**6)}),
     "a hole": packed({"a": entry([1], 0, 4), "b": entry([1], 8, 12)}, bytes(12)),
     "a hole before all": packed({"a": entry([1], 4, 8)}, bytes(8)),
     "an overlap": packed({"a": entry([2], 0, 8), "b": entry([2], 4, 12)}, bytes(12)),
@@ -222,7 +193,7 @@ CRAFTED = {
     "a dtype of no one's": packed({"a": entry([1], 0, 4, dtype="F33")}, bytes(4)),
     "deep lists": packed(b'{"a":' + b"[" * 10**5 + b"]" * 10**5 + b"}"),
     "deep objects": packed(b'{"a":' * 10**5 + b"1" + b"}" * 10**5),
-    "200,000 entries": packed(b"{%s}" % b",".join(b'"%d":%s' % (i, EMPTY) for i in range(200_000))),
+    "20,000 entries": packed(b"{%s}" % b",".join(b'"%d":%s' % (i, EMPTY) for i in range(20_000))),
     "NaN": packed(b'{"a":NaN}'),
     "two objects": packed(b"{}{}"),
     "UTF-16": packed('{"a":1}'.encode("utf-16-le")),
@@ -238,14 +209,14 @@ CRAFTED = {
 def test_a_crafted_header_is_refused_in_a_sentence(name, tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(CRAFTED[name])
-    for act in (lambda p: TensorFiles([p]), identify, inspect):
+    for act in (lambda p: TensorFiles([p]), inspect):
         attempt(act, path)
     assert attempt(load_as_it_is, path) is None
 
 
-@pytest.mark.parametrize("count", [1000, pytest.param(50_000, marks=pytest.mark.full)])
-def test_a_mutated_header_is_refused_in_a_sentence(count, tmp_path):
-    path, opened = tmp_path / "model.safetensors", 0
+@slow
+def test_a_mutated_header_is_refused_in_a_sentence(tmp_path):
+    path, opened, count = tmp_path / "model.safetensors", 0, 3000
     for seed in range(count):
         r = random.Random(seed)
         header, done = operated(r, SOUND) if seed % 2 else (SOUND, "")
@@ -257,128 +228,60 @@ def test_a_mutated_header_is_refused_in_a_sentence(count, tmp_path):
                 opened += 1
                 values = dict(tensors.read(n for n, d in tensors.dtypes.items() if d != "F4"))
                 assert all(tuple(v.shape) == tensors.shapes[name] for name, v in values.items())
-            attempt(inspect, path)
             assert attempt(load_as_it_is, path) is None
     assert 0 < opened < count / 2  # otherwise they were all harmless, or all hopeless
 
 
-# Tables of names, dtypes and shapes, of complete models with few blocks.
+# Tables of names, dtypes and shapes, of small models with their configuration.
 
-
-def narrowed(preset: str) -> ModelConfig:
-    """`preset` with one level and few blocks; it keeps the widths by which a file without a configuration is known."""
-    config = PRESETS[preset]
-    unet = dataclasses.replace(
-        config.unet,
-        channels=(320,),
-        res_blocks=1,
-        depth=(1,),
-        mid_depth=1,
-        heads=config.unet.heads[:1],
-    )
-    vae = dataclasses.replace(config.vae, channels=(32,), res_blocks=1)
-    text = tuple(dataclasses.replace(tower, layers=2, mlp=64) for tower in config.text)
-    return dataclasses.replace(config, name="small", unet=unet, vae=vae, text=text)
-
-
-KINDS = {name: narrowed(name) for name in ("sd15", "sd21-base", "sdxl-base")}
-
-
-@pytest.fixture(scope="module")
-def tables() -> dict[str, Table]:
-    """The official tables of KINDS."""
-    tensors = {kind: ldm_tensors(hollow_model(config)) for kind, config in KINDS.items()}
-    return {
-        kind: {n: ("F16", tuple(value.shape)) for n, value in found.items()}
-        for kind, found in tensors.items()
-    }
-
-
-def metadata_of(config: object) -> dict[str, str]:
-    return {METADATA_KEY: json.dumps(config)}
-
-
-def plain(config: ModelConfig) -> dict[str, Any]:
-    return json.loads(json.dumps(_without_none(dataclasses.asdict(config))))
-
-
-def write_table(path: Path, table: Table, metadata: dict[str, str] | None) -> Path:
-    path.unlink(missing_ok=True)
-    shapes = {name: shape for name, (_, shape) in table.items()}
-    return write_hollow(path, shapes, metadata, {name: dtype for name, (dtype, _) in table.items()})
-
-
-PREFIXES = (
-    "model.diffusion_model.",
-    "first_stage_model.",
-    "cond_stage_model.",
-    "conditioner.embedders.0.",
-)
+PREFIXES = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.embedders.0.")
 EXTRAS = (  # names that mean something
-    *(
-        "v_pred",
-        "edm_mean",
-        "ztsnr",
-        "lora_unet_x",
-        "scaled_fp8",
-        "model_ema.decay",
-        "betas",
-        "conv_in.weight",
-    ),
+    *("v_pred", "edm_mean", "ztsnr", "lora_unet_x", "scaled_fp8", "model_ema.decay", "betas", "conv_in.weight"),
     *("token_embedding.weight", "x.embeddings.token_embedding.weight", "input_hint_block.0.weight"),
     *("down_blocks.0.resnets.0.norm1.weight", "encoder.down_blocks.0.resnets.0.conv1.weight"),
     *("encoder.down.0.block.0.conv1.weight", "model.diffusion_model.label_emb.0.0.weight"),
     *("text_projection", "cond_stage_model.model.text_projection", "emb_params", "__metadata__x"),
     "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias",
 )
-
-
-def others(r: random.Random, table: Table, *counts: int) -> list[str]:
-    """Some names of a table, as many as one of `counts` or as there are."""
-    return r.sample(sorted(table), min(r.choice(counts), len(table)))
+DTYPES = (torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.bool)
+Table = dict[str, torch.Tensor]
 
 
 def drop(r: random.Random, table: Table, name: str) -> None:
-    for other in {name, *others(r, table, 0, 1, 5, len(table) - 1)}:
+    for other in {name, *r.sample(sorted(table), min(r.choice((0, 1, 5)), len(table)))}:
         del table[other]
 
 
 def rename(r: random.Random, table: Table, name: str) -> None:
-    new = (
-        name + "x",
-        "unet." + name,
-        name.partition(".")[2],
-        name.replace("0", "1", 1),
-        "." + name,
-    )
-    table[r.choice((*new, "", ".", name.upper(), name.replace("0", "9" * 40)))] = table.pop(name)
+    new = (name + "x", "unet." + name, name.partition(".")[2], name.replace("0", "1", 1), "." + name)
+    table[r.choice((*new, "x", ".", name.upper(), name.replace("0", "9" * 40)))] = table.pop(name)
 
 
 def swap(r: random.Random, table: Table, name: str) -> None:
-    other = r.choice(sorted(table))
+    """Of other shapes: two tensors of one shape that changed places are another model, as far as can be known."""
+    others = [other for other in sorted(table) if table[other].shape != table[name].shape]
+    other = r.choice(others or [name])
     table[name], table[other] = table[other], table[name]
 
 
 def permute(r: random.Random, table: Table, name: str) -> None:
-    for other in (name, *others(r, table, 0, 20)):
-        dtype, shape = table[other]
-        table[other] = dtype, shape[::-1]
+    """Not square ones, for the same reason."""
+    if table[name].shape[::-1] != table[name].shape:
+        table[name] = table[name].permute(*reversed(range(table[name].dim())))
 
 
 def change_rank(r: random.Random, table: Table, name: str) -> None:
-    dtype, shape = table[name]
-    shapes = (shape + (1,), (1, *shape), shape[1:], shape[:-1], (), (math.prod(shape),))
-    table[name] = (
-        dtype,
-        r.choice((*shapes, (1, 1, *shape, 1, 1), (*shape, 0), (0,), (0,) * len(shape))),
-    )
+    value = table[name]
+    shape = tuple(value.shape)
+    shapes = ((*shape, 1), (*shape, 1, 1), (1, *shape), (math.prod(shape),), (1, 1, *shape, 1, 1))
+    table[name] = value.reshape(r.choice(shapes))
 
 
 def resize(r: random.Random, table: Table, name: str) -> None:
-    dtype, shape = table[name]
-    factor = r.choice((0, 2, 3))
-    empty = (0, r.choice((2**20, 2**31, 2**40)))  # as large as it is allowed to be
-    table[name] = dtype, r.choice((empty, tuple(factor * n for n in shape), (*shape[:-1], 7)))
+    value = table[name]
+    table[name] = r.choice(
+        (value[:0] if value.dim() else value[None], value.repeat(*(2,) * max(value.dim(), 1)), value[None][:, 1:])
+    )
 
 
 def mix_prefixes(r: random.Random, table: Table, name: str) -> None:
@@ -389,78 +292,105 @@ def mix_prefixes(r: random.Random, table: Table, name: str) -> None:
 
 
 def change_dtype(r: random.Random, table: Table, name: str) -> None:
-    dtype = r.choice(sorted(BITS))
-    for other in {name, *others(r, table, 0, 3, len(table))}:
-        size = math.prod(table[other][1]) * BITS[dtype]
-        table[other] = dtype if size % 8 == 0 else "U8", table[other][1]
+    dtype = r.choice(DTYPES)
+    for other in {name, *r.sample(sorted(table), min(r.choice((0, 3, len(table))), len(table)))}:
+        table[other] = table[other].to(dtype)
 
 
 def add(r: random.Random, table: Table, name: str) -> None:
-    shape = r.choice(((), (0,), (3,), (4, 4), (1, 1, 1, 1), (0, 2**40)))
-    table[r.choice(EXTRAS)] = r.choice(("F32", "F16", "I64", "BOOL", "C64")), shape
+    shape = r.choice(((), (0,), (3,), (4, 4), (1, 1, 1, 1)))
+    table.setdefault(r.choice(EXTRAS), torch.ones(shape, dtype=r.choice((torch.float32, torch.int64))))
 
 
 def multiply(r: random.Random, table: Table, name: str) -> None:
-    for i in range(r.choice((3, 100, 3000))):
-        table[name.replace("0", str(i), 1) if "0" in name else f"{name}{i}"] = table[name]
+    for i in range(r.choice((3, 100))):
+        table.setdefault(name.replace("0", str(i), 1) if "0" in name else f"{name}{i}", table[name].clone())
 
 
-MUTATIONS = (
-    drop,
-    rename,
-    swap,
-    permute,
-    change_rank,
-    resize,
-    mix_prefixes,
-    change_dtype,
-    add,
-    multiply,
-)
+MUTATIONS = (drop, rename, swap, permute, change_rank, resize, mix_prefixes, change_dtype, add, multiply)
 
 
-def mutated(r: random.Random, table: Table) -> tuple[Table, str]:
-    table, done = dict(table), []
-    for mutate in r.choices(MUTATIONS, k=r.choice((1, 1, 2, 3))):
-        if table:
+@slow
+@pytest.mark.parametrize("kind", ["sd15", "sd21", "sdxl-base", "sdxl-refiner"])
+def test_a_mutated_table_is_the_same_model_or_refused(kind, tmp_path):
+    model = small_model(kind)
+    sound, metadata = official_tensors(model), {METADATA_KEY: json.dumps(dataclasses.asdict(model.config))}
+    path, loaded = tmp_path / "model", 0
+    save_file(sound, path, metadata)
+    wanted = load_as_it_is(path)
+    for seed in range(100):
+        r, table, done = random.Random(seed), dict(sound), []
+        for mutate in r.choices(MUTATIONS, k=r.choice((1, 1, 2, 3))):
             name = r.choice(sorted(table))
             mutate(r, table, name)
             done.append(f"{mutate.__name__} {name}")
-    return table, ", ".join(done)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_files_that_are_mutated_load_before(kind, tables, tmp_path):
-    for metadata in (None, metadata_of(plain(KINDS[kind]))):
-        model = attempt(load_as_it_is, write_table(tmp_path / "model", tables[kind], metadata))
-        assert model.config.unet == KINDS[kind].unet
-
-
-@pytest.mark.parametrize("count", [25, pytest.param(1500, marks=pytest.mark.full)])
-@pytest.mark.parametrize("with_metadata", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_mutated_table_loads_or_is_refused_in_a_sentence(
-    kind, with_metadata, count, tables, tmp_path
-):
-    metadata = metadata_of(plain(KINDS[kind])) if with_metadata else None
-    for seed in range(count):
-        table, done = mutated(random.Random(seed), tables[kind])
-        path = write_table(tmp_path / "model", table, metadata)
+        save_file({name: value.contiguous().clone() for name, value in table.items()}, path, metadata)
         with told("seed", seed, done):
-            attempt(inspect if seed % 4 == 3 else load_as_it_is, path)
+            found = attempt(load_as_it_is, path)
+            if found is not None:
+                loaded += 1
+                check_same(found, wanted)
+    assert 5 < loaded < 80  # otherwise they were all harmless, or all hopeless
 
 
-@pytest.mark.parametrize("count", [100, pytest.param(5000, marks=pytest.mark.full)])
+@slow
 @pytest.mark.parametrize("kind", ["sd15", "sdxl-base"])
-def test_a_mutated_configuration_in_the_metadata_loads_or_is_refused_in_a_sentence(
-    kind, count, tables, tmp_path
-):
-    for seed in range(count):
-        config, done = operated(random.Random(seed), plain(KINDS[kind]))
-        path = write_table(tmp_path / "model", tables[kind], metadata_of(config))
+def test_a_mutated_configuration_in_the_metadata_is_followed_to_the_letter_or_refused(kind, tmp_path):
+    model = small_model(kind)
+    path, sound = tmp_path / "model", official_tensors(model)
+    save_file(sound, path, {METADATA_KEY: json.dumps(dataclasses.asdict(model.config))})
+    wanted = load_as_it_is(path)
+    for seed in range(300):
+        config, done = operated(random.Random(seed), json.loads(json.dumps(dataclasses.asdict(model.config))))
+        save_file(sound, path, {METADATA_KEY: json.dumps(config)})
         with told("seed", seed, done):
-            attempt(identify, path)
-            attempt(load_as_it_is, path)
+            found = attempt(load_as_it_is, path)
+            if found is not None:
+                check_same(found, wanted, config=False)
+                check_said(config, json.loads(json.dumps(dataclasses.asdict(found.config))))
+
+
+def check_said(said: Any, found: Any) -> None:
+    """Hold a configuration to what its file says; depths are written in several ways, and old padding is mended."""
+    if isinstance(said, dict):
+        for key in said.keys() - {"depth", "up_depth", "mid_depth", "pad_id"}:
+            check_said(said[key], found[key])
+    elif isinstance(said, list):
+        assert len(said) == len(found)
+        for one, other in zip(said, found, strict=True):
+            check_said(one, other)
+    else:
+        assert said == found
+
+
+ABSURD = (
+    *((("unet", name), 10**9) for name in ("res_blocks", "mid_depth", "context_dim", "in_channels", "vector_dim")),
+    *((("text", 0, name), 10**9) for name in ("width", "layers", "mlp", "vocab_size", "max_length")),
+    *((("vae", name), 10**9) for name in ("res_blocks", "latent_channels")),
+    *(((network, "channels"), [10**9] * 4) for network in ("unet", "vae")),
+    *(((network, "channels"), [32] * 100_000) for network in ("unet", "vae")),
+    (("unet", "depth"), [10**9] * 4),
+    (("unet", "depth"), [[1, 10**9], 1, 1, 0]),
+    (("text",), [{}] * 10_000),
+)
+
+
+@pytest.fixture(scope="module")
+def small_sd15():
+    model = small_model("sd15")
+    return model, official_tensors(model)
+
+
+@pytest.mark.parametrize(("place", "value"), ABSURD, ids=lambda x: str(x)[:30])
+def test_absurd_numbers_in_a_configuration_are_refused_and_do_not_hang(place, value, small_sd15, tmp_path):
+    model, tensors = small_sd15
+    config = json.loads(json.dumps(dataclasses.asdict(model.config)))
+    holder = config
+    for step in place[:-1]:
+        holder = holder[step]
+    holder[place[-1]] = value
+    save_file(tensors, tmp_path / "model", {METADATA_KEY: json.dumps(config)})
+    assert attempt(identify, tmp_path / "model") is None
 
 
 @pytest.mark.parametrize(
@@ -524,152 +454,48 @@ def replace_file(path: Path, content: bytes) -> None:
     path.write_bytes(content)
 
 
-def operate_file(r: random.Random, folder: Path) -> str:
+def operate_file(r: random.Random, folder: Path) -> tuple[str, str]:
     path = r.choice(sorted(folder.rglob("*.json")))
     value, done = operated(r, json.loads(path.read_text()))
     replace_file(path, json.dumps(value).encode())
-    return f"{path.relative_to(folder)}: {done}"
+    return str(path.relative_to(folder)), f"operated {done}"
 
 
-def break_file(r: random.Random, folder: Path) -> str:
+def break_file(r: random.Random, folder: Path) -> tuple[str, str]:
     path = r.choice([p for p in sorted(folder.rglob("*")) if p.is_file()])
     replace_file(path, broken(r, path.read_bytes()))
-    return f"{path.relative_to(folder)} broken"
+    return str(path.relative_to(folder)), "broken"
 
 
-def mix_files(r: random.Random, folder: Path) -> str:
+def mix_files(r: random.Random, folder: Path) -> tuple[str, str]:
     one, other = r.sample([p for p in sorted(folder.rglob("*")) if p.is_file()], 2)
     replace_file(one, other.read_bytes())
-    return f"{one.relative_to(folder)} replaced by {other.relative_to(folder)}"
+    return str(one.relative_to(folder)), f"replaced by {other.relative_to(folder)}"
 
 
-def drop_file(r: random.Random, folder: Path) -> str:
+def drop_file(r: random.Random, folder: Path) -> tuple[str, str]:
     path = r.choice(sorted(folder.rglob("*")))
     shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return f"{path.relative_to(folder)} dropped"
+    return str(path.relative_to(folder)), "dropped"
 
 
+UNKNOWABLE = ("operated", "broken")  # a changed value of a configuration is another configuration
+
+
+@slow
 @pytest.mark.parametrize("kind", ["sd15", "sd21", "sdxl"])
-def test_the_folders_that_are_mutated_load_before(kind, folders):
-    assert attempt(load_as_it_is, folders[kind]) is not None
-
-
-@pytest.mark.parametrize("count", [40, pytest.param(3000, marks=pytest.mark.full)])
-@pytest.mark.parametrize("kind", ["sd15", "sd21", "sdxl"])
-def test_a_mutated_folder_loads_or_is_refused_in_a_sentence(kind, count, folders, tmp_path):
-    folder = tmp_path / "model"
-    for seed in range(count):
+def test_a_mutated_folder_is_the_same_model_or_refused(kind, folders, tmp_path):
+    folder, loaded = tmp_path / "model", 0
+    wanted = load_as_it_is(folders[kind])
+    for seed in range(250):
         r = random.Random(seed)
         shutil.copytree(folders[kind], folder, copy_function=os.link)
-        done = r.choice(
-            (operate_file, operate_file, operate_file, break_file, mix_files, drop_file)
-        )(r, folder)
-        with told("seed", seed, done):
-            attempt(inspect if seed % 4 == 3 else load_as_it_is, folder)
+        file, done = r.choice((operate_file, operate_file, operate_file, break_file, mix_files, drop_file))(r, folder)
+        with told("seed", seed, file, done):
+            found = attempt(load_as_it_is, folder)
+            if found is not None:
+                loaded += 1
+                known = not done.startswith(UNKNOWABLE) and file != "ldm.json"  # without it, it is diffusers'
+                check_same(found, wanted, config=known, weights=not (done == "broken" and file.endswith("tensors")))
         shutil.rmtree(folder)
-
-
-# Memory.
-
-
-def repeated(start: bytes, unit: bytes, end: bytes, values: int | None = None) -> bytes:
-    """JSON in which `unit`, numbered where it has a %, is repeated up to as many bytes or `values` as are parsed."""
-    length = len(unit % 10**6 if b"%" in unit else unit)
-    count = (MAX_BYTES - len(start) - len(end)) // length if values is None else values
-    units = b"".join(unit % (10**6 + i) for i in range(count)) if b"%" in unit else unit * count
-    return start + units + end
-
-
-def absurd_headers() -> Iterator[tuple[str, bytes]]:
-    """Headers of every kind that grows when it is parsed: of as many bytes, and of as many values, as are parsed."""
-    for values in (None, MAX_VALUES // 2 - 10):
-        often = "bytes" if values is None else "values"
-        yield f"{often} of lists", repeated(b'{"a":[', b"[],", b"[]]}", values)
-        yield f"{often} of objects", repeated(b'{"a":[', b"{},", b"{}]}", values)
-        yield f"{often} of small objects", repeated(b'{"a":[', b'{"b":0},', b"0]}", values)
-        yield f"{often} of numbers", repeated(b'{"a":[', b"1.5,", b"0]}", values)
-        yield f"{often} of dimensions", repeated(b'{"a":{"shape":[', b"1,", b"0]}}", values)
-        yield f"{often} of names", repeated(b"{", b'"%d":0,', b'"a":0}', values)
-        yield (
-            f"{often} of metadata",
-            repeated(b'{"__metadata__":{', b'"%d":"",', b'"a":""}}', values),
-        )
-        many = None if values is None else values // 5
-        yield (
-            f"{often} of tensors",
-            repeated(b"{", b'"%d":' + EMPTY + b",", b'"a":%s}' % EMPTY, many),
-        )
-    for name, letter in (("a name", b"a"), ("wide letters", "\U0001f600".encode())):
-        yield f"bytes of {name}", repeated(b'{"', letter, b'":0}')
-        yield f"bytes of metadata in {name}", repeated(b'{"__metadata__":{"a":"', letter, b'"}}')
-
-
-def absurd_files(folder: Path, tables: dict[str, Table], sound: Path) -> Iterator[Path]:
-    """Write files and folders that say that they are large."""
-    for name, header in absurd_headers():
-        (folder / name).write_bytes(packed(header))
-        yield folder / name
-    table = tables["sd21-base"]
-    huge = ("F32", (2**34,))  # 64 GB of a file that is hollow
-    probed = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
-    yield write_table(folder / "a huge tensor of no model", {"a": huge}, None)
-    yield write_table(folder / "a huge tensor beside a model", table | {"a": huge}, None)
-    yield write_table(folder / "a huge tensor for a bias", table | {probed: huge}, None)
-    yield write_table(
-        folder / "a huge vocabulary",
-        table | {"cond_stage_model.model.token_embedding.weight": ("F16", (2**25, 1024))},
-        None,
-    )
-    lists = repeated(b"[", b"[],", b"[]]").decode()
-    yield write_table(folder / "lists in our metadata", table, {METADATA_KEY: lists})
-    for place, value in ABSURD:
-        config = plain(KINDS["sd15"])
-        for step in place[:-1]:
-            config = config[step]
-        config[place[-1]] = value
-        name = "".join(f"{step} " for step in place) + str(value)[:20]
-        yield write_table(folder / name, tables["sd15"], metadata_of(config))
-    for file in ("unet/config.json", "model_index.json", "tokenizer/vocab.json", "ldm.json"):
-        copy = folder / file.replace("/", " ")
-        shutil.copytree(sound, copy)
-        (copy / file).write_bytes(repeated(b'{"a":[', b"[],", b"[]]}"))
-        yield copy
-
-
-ABSURD: tuple[tuple[tuple[Any, ...], Any], ...] = (
-    *(((network, "channels"), [10**9]) for network in ("unet", "vae")),
-    *(((network, "channels"), [32] * 100_000) for network in ("unet", "vae")),
-    *(((network, "res_blocks"), n) for network in ("unet", "vae") for n in (10**4, 10**9)),
-    *(
-        (("unet", name), 10**9)
-        for name in ("mid_depth", "context_dim", "in_channels", "vector_dim")
-    ),
-    *(
-        (("text", 0, name), 10**9)
-        for name in ("width", "layers", "mlp", "vocab_size", "max_length")
-    ),
-    (("unet", "depth"), [10**9]),
-    (("vae", "latent_channels"), 10**9),
-    (("text", 0, "max_length"), 10**12),
-    (("text",), [{}] * 10_000),
-    (("diffusion", "timesteps"), 10**12),
-)
-
-
-def grow(paths: Sequence[Path], sound: Path) -> list[int]:
-    """By how many bytes the process grows while it tries to load each of `paths`."""
-    torch.set_num_threads(1)
-    load(sound)  # imports everything
-    gc.freeze()  # what is there stays, and need not be looked through each time
-    limit = 16 * 2**30  # a mistake must not take the machine down
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
-    return [growth(lambda path=path: attempt(load_cast, path)) for path in paths]
-
-
-@pytest.mark.skipif(not measurable(), reason="needs /proc of Linux")
-def test_what_says_that_it_is_large_takes_little_memory(tables, folders, small_file, tmp_path):
-    paths = list(absurd_files(tmp_path, tables, folders["sd15"]))
-    grown = dict(zip(paths, in_fresh_process(grow, paths, small_file), strict=True))
-    for path in sorted(grown, key=grown.__getitem__)[-8:]:
-        print(f"\n{path.name}: {grown[path] / MB:.0f} MB", end="")
-    assert max(grown.values()) < MEMORY
+    assert 25 < loaded < 200

@@ -3,19 +3,19 @@
 import pytest
 import torch
 
-from ldm.checkpoint.keymap import EITHER_RANK, PIXELS, SAME, TRANSPOSED, WHOLE, Piece, Rule, inverse, key_map
+from ldm.checkpoint.keymap import WHOLE, Form, Piece, Rule, inverse, key_map
 
 RULES = (
     Rule("down.{i}.res", "blocks.{i}.0", (Rule("conv", "layers.2"), Rule("norm", "layers.0"))),
     Rule("up.{i}.blocks.{j}", lambda i, j: f"out.{2 - i}.{j}"),
-    Rule("attn", "attention", form=PIXELS),
+    Rule("attn", "attention", form=Form.PIXELS),
     Rule("root", ""),
 )
 
 
 def test_a_rule_renames_the_prefix_and_rules_inside_rename_what_follows():
     names = key_map(["down.3.res.conv.weight", "up.2.blocks.1.bias", "root.scale"], RULES, "net.")
-    assert names["down.3.res.conv.weight"] == ("net.blocks.3.0.layers.2.weight", SAME, WHOLE)
+    assert names["down.3.res.conv.weight"] == ("net.blocks.3.0.layers.2.weight", Form.SAME, WHOLE)
     assert names["up.2.blocks.1.bias"].name == "net.out.0.1.bias"
     assert names["root.scale"].name == "net.scale"
     assert inverse(names)["net.out.0.1.bias"] == ("up.2.blocks.1.bias",)
@@ -58,12 +58,12 @@ def test_a_name_of_which_a_piece_is_lacking_is_named():
 
 def test_a_transposed_matrix_comes_back():
     value = torch.randn(6, 4)
-    assert TRANSPOSED.store(value).shape == (4, 6)
-    assert torch.equal(TRANSPOSED.restore(TRANSPOSED.store(value), value.shape), value)
+    assert Form.TRANSPOSED.store(value).shape == (4, 6)
+    assert torch.equal(Form.TRANSPOSED.restore(Form.TRANSPOSED.store(value), value.shape), value)
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (6,), (6, 4, 3, 3)])
-@pytest.mark.parametrize("form", [SAME, EITHER_RANK, PIXELS])
+@pytest.mark.parametrize("form", [Form.SAME, Form.PIXELS])
 def test_what_a_form_stores_it_restores_bit_for_bit(form, shape):
     value = torch.randn(shape)
     assert torch.equal(form.restore(form.store(value), value.shape), value)
@@ -71,6 +71,6 @@ def test_what_a_form_stores_it_restores_bit_for_bit(form, shape):
 
 def test_a_one_by_one_convolution_and_a_matrix_stand_for_each_other():
     matrix = torch.randn(6, 4)
-    assert PIXELS.store(matrix).shape == (6, 4, 1, 1)
-    assert torch.equal(EITHER_RANK.restore(matrix, torch.Size([6, 4, 1, 1]))[..., 0, 0], matrix)
-    assert torch.equal(PIXELS.restore(matrix, matrix.shape), matrix)  # some files have it already
+    assert Form.PIXELS.store(matrix).shape == (6, 4, 1, 1)
+    assert torch.equal(Form.SAME.restore(matrix, torch.Size([6, 4, 1, 1]))[..., 0, 0], matrix)
+    assert torch.equal(Form.PIXELS.restore(matrix, matrix.shape), matrix)  # some files have it already

@@ -1,26 +1,39 @@
 """Digests of files and folders, and the table of published ones."""
 
 import hashlib
+import json
 import re
+from importlib import resources
 
-from ldm.checkpoint.known import _FILES, KNOWN, digest
+from ldm.checkpoint.known import digest, known_file
 from ldm.presets import PRESETS
+
+FILES = json.loads(resources.files("ldm.checkpoint").joinpath("known.json").read_text(encoding="utf-8"))
 
 
 def test_every_known_digest_is_one_sha256_of_one_preset():
-    assert len(KNOWN) == sum(map(len, _FILES.values()))  # none is listed under two presets
-    assert all(re.fullmatch("[0-9a-f]{64}", sha256) for sha256 in KNOWN)
-    presets = {file.preset.removesuffix("-inpainting") for file in KNOWN.values() if file.preset}
+    digests = [sha256 for files in FILES.values() for sha256 in files]
+    assert len(set(digests)) == len(digests) > 30  # none is listed under two presets
+    assert all(re.fullmatch("[0-9a-f]{64}", sha256) for sha256 in digests)
+    presets = {name.removesuffix("-inpainting") for name in FILES if name != "part"}
     assert presets == PRESETS.keys() - {"tiny"}
 
 
+def test_a_file_is_looked_up_by_its_digest():
+    for preset, files in FILES.items():
+        for sha256, name in files.items():
+            assert known_file(sha256) == (name, None if preset == "part" else preset, "sha256")
+    assert known_file("0" * 64) is known_file(None) is None
+
+
 def test_known_files_that_state_a_resolution_or_v_in_their_name_have_that_preset():
-    for name, preset, _ in KNOWN.values():
-        if name.startswith(("768-v", "v2-1_768")):
-            assert preset == "sd21"
-        if name.startswith(("512-base", "v2-1_512")):
-            assert preset == "sd21-base"
-        assert ("inpainting" in name) == ("inpainting" in (preset or ""))
+    for preset, names in FILES.items():
+        for name in names.values():
+            if name.startswith(("768-v", "v2-1_768")):
+                assert preset == "sd21"
+            if name.startswith(("512-base", "v2-1_512")):
+                assert preset == "sd21-base"
+            assert ("inpainting" in name) == ("inpainting" in preset)
 
 
 def test_the_digest_of_a_file_is_its_sha256(tmp_path):

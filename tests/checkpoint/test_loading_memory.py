@@ -74,19 +74,12 @@ def check(found: list[Measured]) -> None:
 
 
 @pytest.mark.parametrize("as_command", [False, True], ids=["library", "command"])
-def test_a_cast_takes_the_model_and_a_tenth_and_one_tensor_and_mapping_nothing(
-    as_command, small_file, tmp_path
-):
+def test_a_cast_takes_the_model_and_a_tenth_and_one_tensor_and_mapping_nothing(as_command, small_file, tmp_path):
     tensors = ldm_tensors(hollow_model(SD15_LIKE))
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     f16 = write_hollow(tmp_path / "f16", shapes)
     f32 = write_hollow(tmp_path / "f32", shapes, dtypes=dict.fromkeys(shapes, "F32"))
-    cases = [
-        (f16, torch.bfloat16),
-        (f32, torch.float16),
-        (f16, torch.float16),
-        (f32, torch.float32),
-    ]
+    cases = [(f16, torch.bfloat16), (f32, torch.float16), (f16, torch.float16), (f32, torch.float32)]
     found = in_fresh_process(measure, small_file, cases, as_command)
     assert [m.tensor > 0 for m in found] == [True, True, False, False]
     check(found)

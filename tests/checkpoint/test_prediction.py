@@ -6,13 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from ldm.checkpoint.prediction import EDM_MARKERS, MARKERS, MAX_SIDECAR, PROBED, Decision, decide
 from torch import Tensor
 
-from ldm.checkpoint.known import KNOWN, KnownFile
+from ldm.checkpoint.identify import Decision, Place, check_stored_plainly, decide
+from ldm.checkpoint.known import KnownFile
 from ldm.checkpoint.tensors import DTYPES
+from ldm.presets import SD15, SD21_BASE, SDXL_BASE, SDXL_REFINER
 
-UNET = "model.diffusion_model."
+UNET = Place("model.diffusion_model.", "ldm")
+PROBED = {
+    "ldm": "output_blocks.11.1.transformer_blocks.0.norm1.bias",
+    "diffusers": "up_blocks.3.attentions.2.transformer_blocks.0.norm1.bias",
+}
 BY_DEFAULT = "its family does and nothing in it says otherwise"
 
 
@@ -20,16 +25,12 @@ BY_DEFAULT = "its family does and nothing in it says otherwise"
 class File:
     """Stands in for TensorFiles: a file with these tensors and this metadata."""
 
-    path: Path = Path("nowhere/model.safetensors")
     values: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     metadata: dict[str, str] = dataclasses.field(default_factory=dict)
+    paths: tuple[Path, ...] = (Path("nowhere/model.safetensors"),)
 
     def __str__(self) -> str:
-        return str(self.path)
-
-    @property
-    def paths(self) -> tuple[Path, ...]:
-        return (self.path,)
+        return str(self.paths[0])
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -44,41 +45,43 @@ class File:
 
 
 def marked(*names: str) -> File:
-    return File(values=dict.fromkeys(names, torch.tensor([])))
+    return File(dict.fromkeys(names, torch.tensor([])))
 
 
-def saying(**metadata: str) -> File:
-    return File(metadata={key.replace("__", "."): value for key, value in metadata.items()})
-
-
-def of_spread(std: float, dtype: torch.dtype = torch.float16) -> File:
+def of_spread(std: float, dtype: torch.dtype = torch.float16, in_channels: int = 4, place: Place = UNET) -> File:
     """A file whose probed tensor has that standard deviation, over all its 320 elements."""
-    return File(values={UNET + PROBED: torch.tensor([std, -std] * 160, dtype=dtype)})
+    first = "input_blocks.0.0.weight" if place.style == "ldm" else "conv_in.weight"
+    return File(
+        {
+            place.prefix + PROBED[place.style]: torch.tensor([std, -std] * 160, dtype=dtype),
+            place.prefix + first: torch.empty(320, in_channels, 3, 3, device="meta"),
+        }
+    )
 
 
-def decided(file: File, family="sdxl", in_channels=4, **options) -> Decision:
-    return decide(file, family=family, unet_prefix=UNET, in_channels=in_channels, **options)
+def decided(file: File, family=SDXL_BASE, asked=None, known=None, place=UNET) -> Decision:
+    return decide(file, place, family, asked, known)
 
 
-@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl", "sdxl-refiner"])
+def plainly(prediction: str, why: str) -> Decision:
+    return Decision(prediction, False, why, ())
+
+
+@pytest.mark.parametrize("family", [SD15, SD21_BASE, SDXL_BASE, SDXL_REFINER], ids=lambda p: p.name)
 def test_what_nothing_speaks_of_predicts_eps(family):
-    assert decided(File(), family) == Decision("eps", False, BY_DEFAULT)
+    assert decided(File(), family) == plainly("eps", BY_DEFAULT)
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
 def test_the_user_is_obeyed(prediction):
-    decision = decided(File(), asked=prediction)
-    assert decision == Decision(prediction, False, f"you asked for {prediction}")
+    assert decided(File(), asked=prediction) == plainly(prediction, f"you asked for {prediction}")
 
 
-def test_known_digests_speak_for_their_preset():
-    for known in KNOWN.values():
-        if known.preset is None:
-            assert decided(File(), "sd2", known=known).why == BY_DEFAULT
-        else:
-            decision = decided(File(), "sd2", known=known)
-            assert decision.prediction == ("v" if known.preset == "sd21" else "eps")
-            assert decision.why.startswith(f"by its sha256 it is {known.name}, which predicts")
+@pytest.mark.parametrize(("preset", "prediction"), [("sd21", "v"), ("sd21-base-inpainting", "eps"), (None, "eps")])
+def test_known_files_speak_for_their_preset(preset, prediction):
+    decision = decided(File(), SD21_BASE, known=KnownFile("a.safetensors", preset))
+    assert decision.prediction == prediction
+    assert decision.why == (f"by its sha256 it is a.safetensors, which predicts {prediction}" if preset else BY_DEFAULT)
 
 
 @pytest.mark.parametrize(
@@ -96,13 +99,29 @@ def test_known_digests_speak_for_their_preset():
     ],
 )
 def test_metadata_decides(key, value, prediction):
-    decision = decided(File(metadata={key: value}))
-    assert decision == Decision(prediction, False, f"its metadata {key} says {value!r}")
+    assert decided(File(metadata={key: value})) == plainly(prediction, f"its metadata {key} says {value!r}")
+
+
+@pytest.mark.parametrize("value", ["v-zsnr", "v_prediction ztsnr", "vpred-zsnr", "ZSNR v", "v_zsnr"])
+def test_metadata_may_add_the_schedule_to_the_prediction(value):
+    clause = f"its metadata modelspec.prediction_type says {value!r}"
+    decision = decided(File(metadata={"modelspec.prediction_type": value}))
+    assert decision == Decision("v", True, f"{clause}; its schedule ends in zero SNR: {clause}", ())
 
 
 @pytest.mark.parametrize("value", ["", " ", "None"])
 def test_empty_metadata_say_nothing(value):
-    assert decided(saying(modelspec__prediction_type=value)).why == BY_DEFAULT
+    assert decided(File(metadata={"modelspec.prediction_type": value})) == plainly("eps", BY_DEFAULT)
+
+
+@pytest.mark.parametrize("key", ["modelspec.prediction_type", "modelspec.predict_key"])
+@pytest.mark.parametrize("value", ["flow\n" + 100 * "!", "rectified", "epsilon+v", "v2"])
+def test_words_that_are_not_known_are_noted_and_do_not_decide(key, value):
+    decision = decided(File(metadata={key: value}))
+    assert (decision.prediction, decision.why) == ("eps", BY_DEFAULT)
+    assert decision.notes == (
+        f"its metadata {key} says {value[:40]!r}, which says nothing known about what it predicts",
+    )
 
 
 @pytest.mark.parametrize(
@@ -117,191 +136,85 @@ def test_empty_metadata_say_nothing(value):
 )
 def test_metadata_tell_apart_the_plain_models_of_sd2_and_no_others(key, value, prediction):
     file = File(metadata={key: value})
-    assert decided(file, "sd2") == Decision(prediction, False, f"its metadata {key} says {value!r}")
-    for family, in_channels in (("sd2", 9), ("sd1", 4), ("sdxl", 4)):
-        assert decided(file, family, in_channels).why == BY_DEFAULT
+    assert decided(file, SD21_BASE) == plainly(prediction, f"its metadata {key} says {value!r}")
+    for family in (SD15, SDXL_BASE):
+        assert decided(file, family) == plainly("eps", BY_DEFAULT)
 
 
 def test_another_architecture_or_step_says_nothing():
-    file = saying(modelspec__architecture="stable-diffusion-xl-v1-base", global_step="470000")
-    assert decided(file, "sd2").why == BY_DEFAULT
-
-
-@pytest.mark.parametrize("key", ["modelspec.prediction_type", "ss_v_parameterization"])
-def test_metadata_that_are_not_understood_are_an_error_unless_the_user_decides(key):
-    file = File(metadata={key: "flow\n" + 100 * "!"})
-    with pytest.raises(
-        ValueError,
-        match=rf"model.safetensors: its metadata {key} says 'flow\\n!{{35}}', which is not understood: say what it "
-        "predicts by prediction='eps', 'v' or 'x0'",
-    ):
-        decided(file)
-    decision = decided(file, asked="v")
-    assert decision.prediction == "v"
-    assert decision.why.startswith(f"you asked for v, although its metadata {key} says 'flow")
+    metadata = {"modelspec.architecture": "stable-diffusion-xl-v1-base", "global_step": "470000"}
+    assert decided(File(metadata=metadata), SD21_BASE) == plainly("eps", BY_DEFAULT)
 
 
 def test_marker_tensors_decide():
-    assert decided(marked("v_pred")) == Decision("v", False, "it holds the marker tensor v_pred")
-    noob = decided(marked("v_pred", "ztsnr"))
-    assert noob == Decision(
-        "v",
-        True,
-        "it holds the marker tensor v_pred; zero terminal SNR, because it holds the marker tensor ztsnr",
-    )
+    assert decided(marked("v_pred")) == plainly("v", "it holds the marker tensor v_pred")
+    why = "it holds the marker tensor v_pred; its schedule ends in zero SNR: it holds the marker tensor ztsnr"
+    assert decided(marked("v_pred", "ztsnr")) == Decision("v", True, why, ())
 
 
-@pytest.mark.parametrize("asked", [None, "v"])
-@pytest.mark.parametrize(("marker", "model"), EDM_MARKERS.items())
-def test_edm_models_are_refused_by_name_whatever_the_user_asks(marker, model, asked):
-    with pytest.raises(
-        ValueError, match=rf"is an EDM model as {model} is \(it holds {marker}\).* not supported"
-    ):
-        decided(marked("v_pred", marker), asked=asked)
-
-
-def test_all_markers_are_listed_for_the_loader():
-    assert sorted(MARKERS) == sorted(["v_pred", "ztsnr", *EDM_MARKERS])
+@pytest.mark.parametrize(
+    ("marker", "model"), [("edm_mean", "Playground"), ("edm_std", "Playground"), ("edm_vpred.sigma_max", "CosXL")]
+)
+def test_edm_models_are_refused_by_name(marker, model):
+    with pytest.raises(ValueError, match=rf"is an EDM model as {model}.* is \(it holds {marker}\).* not supported"):
+        check_stored_plainly(marked("v_pred", marker))
 
 
 def test_zero_terminal_snr_holds_whatever_decides_the_prediction():
-    assert decided(marked("ztsnr"), asked="eps") == Decision(
-        "eps",
-        True,
-        "you asked for eps; zero terminal SNR, because it holds the marker tensor ztsnr",
-    )
-    file = saying(ss_zero_terminal_snr="True", ss_v_parameterization="True")
-    assert decided(file).zero_terminal_snr
-    assert decided(file).why.endswith("because its metadata ss_zero_terminal_snr says so")
-    assert not decided(saying(ss_zero_terminal_snr="False")).zero_terminal_snr
+    why = "you asked for eps; its schedule ends in zero SNR: it holds the marker tensor ztsnr"
+    assert decided(marked("ztsnr"), asked="eps") == Decision("eps", True, why, ())
+    said = {"ss_zero_terminal_snr": "True", "ss_v_parameterization": "True"}
+    assert decided(File(metadata=said)).why.endswith("zero SNR: its metadata ss_zero_terminal_snr says so")
+    assert not decided(File(metadata=said | {"ss_zero_terminal_snr": "False"})).zero_terminal_snr
 
 
-@pytest.mark.parametrize(
-    ("text", "prediction", "said"),
-    [
-        ('model:\n  params:\n    parameterization: "v"  # all of it\n', "v", "says 'v'"),
-        ("parameterization: 'eps'", "eps", "says 'eps'"),
-        ("\ufeffparameterization: x0\r\n", "x0", "says 'x0'"),
-        ('{"model": {"params": {"parameterization": "v"}}}', "v", "says 'v'"),
-        (
-            "target: sgm.modules.diffusionmodules.denoiser_scaling.VScaling",
-            "v",
-            "says 'VScaling'",
-        ),
-        (
-            "target: sgm.modules.diffusionmodules.denoiser_scaling.EpsScaling",
-            "eps",
-            "says 'EpsScaling'",
-        ),
-        (
-            "target: ldm.models.diffusion.ddpm.LatentDiffusion\n# parameterization: v",
-            "eps",
-            "leaves it at LDM's default, eps",
-        ),
-    ],
-)
-def test_a_configuration_beside_the_file_decides(text, prediction, said, tmp_path):
-    (tmp_path / "model.v1.yaml").write_text(text)
-    decision = decided(File(tmp_path / "model.v1.safetensors"))
-    assert decision == Decision(prediction, False, f"model.v1.yaml beside it {said}")
-
-
-@pytest.mark.parametrize("text", ["", "prompt: a v8 engine", "# parameterization: v", "a: [1, 2]"])
-def test_another_yaml_beside_the_file_says_nothing(text, tmp_path):
-    (tmp_path / "model.yaml").write_text(text)
-    assert decided(File(tmp_path / "model.safetensors")).why == BY_DEFAULT
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("parameterization: ${other}", "says 'other'"),
-        ("parameterization:\n  v\n", "says ''"),
-        ("target: sgm.denoiser_scaling.VScalingWithEDMcNoise", "says 'VScalingWithEDMcNoise'"),
-        ("target: sgm.denoiser_scaling.EDMScaling", "says 'EDMScaling'"),
-        ("parameterization: v\n" + " " * MAX_SIDECAR, "is too large to be a configuration"),
-    ],
-)
-def test_a_configuration_that_is_not_understood_is_an_error(text, said, tmp_path):
-    (tmp_path / "model.yaml").write_text(text)
-    with pytest.raises(ValueError, match=rf"model\.yaml beside it {said}, which is not understood"):
-        decided(File(tmp_path / "model.safetensors"))
-
-
-def test_a_configuration_runs_nothing_and_survives_any_bytes(tmp_path):
-    sidecar = tmp_path / "model.yaml"
-    sidecar.write_bytes(b"!!python/object/apply:os.mkdir [ran]\n\xff\xfe\x00")
-    assert decided(File(tmp_path / "model.safetensors")).why == BY_DEFAULT
-    assert [path.name for path in tmp_path.iterdir()] == ["model.yaml"]
-    sidecar.unlink()
-    sidecar.mkdir()
-    assert decided(File(tmp_path / "model.safetensors")).why == BY_DEFAULT
-
-
-@pytest.mark.parametrize(
-    ("std", "prediction", "side"), [(0.11, "v", "above"), (0.05, "eps", "not above")]
-)
-def test_the_spread_of_one_tensor_tells_the_plain_models_of_sd2_apart(std, prediction, side):
-    decision = decided(of_spread(std), "sd2")
-    assert decision == Decision(
-        prediction,
-        False,
-        f"the standard deviation of {UNET}{PROBED}, {std:.3f}, is {side} 0.09 as in SD 2 models that predict "
-        f"{prediction}",
-    )
+@pytest.mark.parametrize("place", [UNET, Place("", "ldm"), Place("", "diffusers"), Place("unet.", "diffusers")])
+@pytest.mark.parametrize(("std", "prediction", "side"), [(0.11, "v", "above"), (0.05, "eps", "not above")])
+def test_the_spread_of_one_tensor_tells_the_plain_models_of_sd2_apart(std, prediction, side, place):
+    name = place.prefix + PROBED[place.style]
+    why = f"the standard deviation of {name}, {std:.3f}, is {side} 0.09, as in SD 2 models that predict {prediction}"
+    assert decided(of_spread(std, place=place), SD21_BASE, place=place) == plainly(prediction, why)
 
 
 def test_the_spread_is_that_of_a_whole_population():
     # two values 0.09 +- 0.0001 apart from their mean: dividing by n - 1 instead of n would give 0.127 for both
     for std, prediction in ((0.0901, "v"), (0.0899, "eps")):
-        file = File(values={UNET + PROBED: torch.tensor([std, -std])})
-        assert decided(file, "sd2").prediction == prediction
+        file = of_spread(0.2)
+        file.values[UNET.prefix + PROBED["ldm"]] = torch.tensor([std, -std])
+        assert decided(file, SD21_BASE).prediction == prediction
 
 
 def test_the_spread_is_taken_in_any_dtype():
     for dtype in DTYPES.values():
         if dtype.is_floating_point:
-            assert decided(of_spread(0.2, dtype), "sd2").prediction == "v"
-            assert decided(of_spread(0.02, dtype), "sd2").prediction == "eps"
+            assert decided(of_spread(0.2, dtype), SD21_BASE).prediction == "v"
+            assert decided(of_spread(0.02, dtype), SD21_BASE).prediction == "eps"
 
 
-def test_the_spread_says_nothing_of_other_families_and_of_inpainting():
-    for family, in_channels in (("sd1", 4), ("sdxl", 4), ("sd2", 9), ("sd2", 8)):
-        assert decided(of_spread(0.2), family, in_channels).why == BY_DEFAULT
+def test_the_spread_says_nothing_of_other_families_and_of_other_inputs():
+    for family, inputs in ((SD15, 4), (SDXL_BASE, 4), (SD21_BASE, 9), (SD21_BASE, 8)):
+        assert decided(of_spread(0.2, in_channels=inputs), family) == plainly("eps", BY_DEFAULT)
 
 
-def test_sd_turbo_is_told_from_its_prefixes_and_predicts_eps():
+def test_the_order_is_user_known_file_markers_metadata_and_weights_and_the_others_are_noted():
     file = of_spread(0.2)
-    file.values["conditioner.embedders.0.model.ln_final.weight"] = torch.ones(1024)
-    decision = decided(file, "sd2")
-    assert decision.prediction == "eps"
-    assert decision.why == "it names its text encoder as SD-Turbo does, which predicts eps"
-
-
-def test_the_order_is_user_digest_metadata_markers_configuration_and_weights(tmp_path):
-    file = of_spread(0.2)  # v
-    known = KnownFile("known.safetensors", "sd21")  # v
-    assert decided(file, "sd2").prediction == "v"
-    file.path = tmp_path / "model.safetensors"
-    (tmp_path / "model.yaml").write_text("parameterization: eps")
-    assert decided(file, "sd2").prediction == "eps"
-    file.values["v_pred"] = torch.tensor([])
-    assert decided(file, "sd2").prediction == "v"
-    file.metadata["modelspec.architecture"] = "stable-diffusion-v2-512"
-    assert decided(file, "sd2").prediction == "eps"
-    file.metadata["ss_v_parameterization"] = "true"
-    assert decided(file, "sd2").prediction == "v"
-    file.metadata["modelspec.predict_key"] = "epsilon"
-    assert decided(file, "sd2").prediction == "eps"
-    file.metadata["modelspec.prediction_type"] = "v"
-    assert decided(file, "sd2").prediction == "v"
+    spread = f"the standard deviation of {UNET.prefix}{PROBED['ldm']}, 0.200, is above 0.09, as in SD 2 models that "
+    notes = [f"{spread}predict v, which is not followed"]
+    file.metadata["global_step"] = "875000"
     file.metadata["modelspec.prediction_type"] = "epsilon"
-    assert decided(file, "sd2", known=known).prediction == "v"
-    decision = decided(file, "sd2", known=known, asked="eps")
-    assert decision == Decision(
-        "eps",
-        False,
-        "you asked for eps, although by its sha256 it is known.safetensors, which predicts v and its metadata "
-        "ss_v_parameterization says 'true' and it holds the marker tensor v_pred and the standard deviation of "
-        f"{UNET}{PROBED}, 0.200, is above 0.09 as in SD 2 models that predict v",
+    assert decided(file, SD21_BASE) == Decision(
+        "eps", False, "its metadata modelspec.prediction_type says 'epsilon'", tuple(notes)
     )
+    file.values["v_pred"] = torch.tensor([])
+    decision = decided(file, SD21_BASE)
+    assert (decision.prediction, decision.why) == ("v", "it holds the marker tensor v_pred")
+    assert decision.notes == (
+        "its metadata modelspec.prediction_type says 'epsilon', which is not followed",
+        "its metadata global_step says '875000', which is not followed",
+    )
+    known = KnownFile("known.safetensors", "sd21-base")
+    decision = decided(file, SD21_BASE, known=known)
+    assert (decision.prediction, decision.why) == ("eps", "by its sha256 it is known.safetensors, which predicts eps")
+    decision = decided(file, SD21_BASE, known=known, asked="v")
+    assert (decision.prediction, decision.why) == ("v", "you asked for v")
+    assert decision.notes[0] == "by its sha256 it is known.safetensors, which predicts eps, which is not followed"

@@ -26,9 +26,7 @@ from tests.checkpoint.standin import official_shapes
 PRESETS = {p.name: p.unet for p in (SD15, SD21, SDXL_BASE, SDXL_REFINER, TINY)}
 ODD = {
     "one level": UNetConfig(channels=(32,), depth=(1,), heads=(2,), res_blocks=3),
-    "uneven depths": UNetConfig(
-        channels=(32, 32, 64), depth=(2, 0, 3), heads=(2, 1, 4), res_blocks=1, mid_depth=3
-    ),
+    "uneven depths": UNetConfig(channels=(32, 32, 64), depth=(2, 0, 3), heads=(2, 1, 4), res_blocks=1, mid_depth=3),
     "a depth per block": UNetConfig(
         channels=(32, 32, 64),
         depth=((2, 1), 0, (3, 1)),
@@ -39,11 +37,7 @@ ODD = {
     "told its guidance": dataclasses.replace(SD15.unet, guidance_dim=256),
     **RELATIVES,
 }
-VAES = {
-    "sd15": SD15.vae,
-    "tiny": TINY.vae,
-    "one level": VAEConfig(channels=(32,), res_blocks=3, latent_channels=8),
-}
+VAES = {"sd15": SD15.vae, "tiny": TINY.vae, "one level": VAEConfig(channels=(32,), res_blocks=3, latent_channels=8)}
 
 
 def meta(build, *args):
@@ -74,17 +68,10 @@ def vae(request) -> VAE:
         ("sd21", 4, 1228, "bc301c57b82f26ff9b42a65ed19c6a0b649e7d4b8d7cab43c9991fc73bba95d2"),
         ("sd21-base", 9, 1228, "355baa9f981284602155fd7c3d97ce343e08bef8901c20232145da3c377c204e"),
         ("sdxl-base", 4, 2515, "2086c2ba91745f921763779e5e7d19ed40cf689f25c1dd929bb509a000f8cb6e"),
-        (
-            "sdxl-refiner",
-            4,
-            1858,
-            "654d6f478f8e71195c517ebcaf5327d0b28862e8abe9b34200f3e6eb3f7e8e93",
-        ),
+        ("sdxl-refiner", 4, 1858, "654d6f478f8e71195c517ebcaf5327d0b28862e8abe9b34200f3e6eb3f7e8e93"),
     ],
 )
-def test_a_model_in_the_ldm_layout_has_exactly_the_official_tensors(
-    preset, in_channels, count, official
-):
+def test_a_model_in_the_ldm_layout_has_exactly_the_official_tensors(preset, in_channels, count, official):
     tensors = official_shapes(preset, in_channels)
     lines = (f"{name} {list(shape)}\n" for name, shape in sorted(tensors.items()))
     assert len(tensors) == count
@@ -96,9 +83,7 @@ def test_ssd_1b_in_the_ldm_layout_is_sdxl_without_what_its_authors_removed():
     depths |= {"output_blocks.4": 1, "output_blocks.5": 1}
 
     def kept(name):
-        block, found, inside = name.removeprefix(tables.UNET_PREFIX).partition(
-            ".1.transformer_blocks."
-        )
+        block, found, inside = name.removeprefix(tables.UNET_PREFIX).partition(".1.transformer_blocks.")
         return not found or int(inside.split(".")[0]) < depths.get(block, 10)
 
     teacher = {
@@ -109,9 +94,7 @@ def test_ssd_1b_in_the_ldm_layout_is_sdxl_without_what_its_authors_removed():
         and kept(name)
     }
     config = RELATIVES["SSD-1B"]
-    assert (
-        shapes(collect(meta(UNet, config), tables.ldm_unet(config), tables.UNET_PREFIX)) == teacher
-    )
+    assert shapes(collect(meta(UNet, config), tables.ldm_unet(config), tables.UNET_PREFIX)) == teacher
 
 
 def test_the_embedding_of_the_guidance_has_the_name_that_converters_leave_it():
@@ -133,14 +116,10 @@ def test_diffusers_builds_the_same_vae_from_our_config_under_our_names(vae):
 
 
 @pytest.mark.parametrize("projection", [None, 48])
-def test_the_text_rules_give_the_names_of_transformers_modules_whatever_its_version(
-    projection, tokenizer
-):
+def test_the_text_rules_give_the_names_of_transformers_modules_whatever_its_version(projection, tokenizer):
     config = TextConfig(width=32, layers=2, heads=2, mlp=64)
     if projection:
-        config = dataclasses.replace(
-            config, projection=projection, output_layer=-2, final_norm=False
-        )
+        config = dataclasses.replace(config, projection=projection, output_layer=-2, final_norm=False)
     ours = collect(meta(TextTower, config, tokenizer), tables.hf_text())
     sdxl = projection is not None
     json = configs.text_to_json(config, tokenizer.bos_id, tokenizer.eos_id, sdxl=sdxl)
@@ -159,17 +138,13 @@ def test_diffusers_own_converter_takes_our_openclip_tower_to_our_tower_of_transf
     ours = collect(tower, tables.OPENCLIP_TEXT, "conditioner.embedders.1.model.")
     json = configs.text_to_json(config, tokenizer.bos_id, tokenizer.eos_id, sdxl=True)
     theirs = meta(CLIPTextModelWithProjection, CLIPTextConfig.from_dict(json))
-    converted = convert_open_clip_checkpoint(
-        theirs, dict(ours), prefix="conditioner.embedders.1.model."
-    )
+    converted = convert_open_clip_checkpoint(theirs, dict(ours), prefix="conditioner.embedders.1.model.")
     wanted = collect(tower, tables.hf_text())
     assert converted.keys() - {"text_model.embeddings.position_ids"} == wanted.keys()
     assert all(torch.equal(converted[name], value) for name, value in wanted.items())
 
 
-@pytest.mark.parametrize(
-    "unet", ["sd15", "sd21", "sdxl-base", "sdxl-refiner", *RELATIVES], indirect=True
-)
+@pytest.mark.parametrize("unet", ["sd15", "sd21", "sdxl-base", "sdxl-refiner", *RELATIVES], indirect=True)
 def test_diffusers_own_converter_takes_each_tensor_from_our_ldm_name_to_our_diffusers_name(unet):
     state = unet.state_dict()
     ldm = key_map(state, tables.ldm_unet(unet.config), tables.UNET_PREFIX)

@@ -3,11 +3,12 @@
 import json
 
 import pytest
-from ldm.checkpoint.inspection import inspect
 
-from ldm.checkpoint import inspection
+from ldm.checkpoint import sources
 from ldm.checkpoint.files import save
 from ldm.checkpoint.known import KnownFile
+from ldm.cli import inspect as module
+from ldm.cli.inspect import inspect
 from tests.checkpoint.families import small_model
 from tests.checkpoint.standin import SCHEDULE, ema_shapes, official_shapes, write_hollow
 
@@ -40,6 +41,13 @@ def test_a_model_is_reported_with_its_components_and_what_is_beside_them(tmp_pat
     assert json.loads(json.dumps(report.as_dict()))["components"][0]["name"] == "unet"
 
 
+def test_a_model_with_something_else_beside_it_is_a_model(tmp_path):
+    beside = {"control_model.input_hint_block.0.weight": (16, 3, 3, 3), "lora_te_x.lora_down.weight": (4, 768)}
+    report = inspect(write_hollow(tmp_path / "file", official_shapes("sd15") | beside))
+    assert (report.kind, report.problem) == ("a model", None)
+    assert set(report.unknown) == set(beside)
+
+
 def test_tensors_that_do_not_fit_are_listed(tmp_path):
     shapes = dict(official_shapes("sd15"))
     del shapes[f"{UNET}out.0.weight"]
@@ -58,20 +66,11 @@ def test_tensors_that_do_not_fit_are_listed(tmp_path):
             {"lora_unet_down_blocks_0_attentions_0_attn2_to_k.lora_down.weight": (8, 2048)},
             "a LoRA for Stable Diffusion XL",
         ),
-        (
-            {"unet.down_blocks.0.attn2.to_k.lora_A.weight": (8, 768)},
-            "a LoRA for Stable Diffusion 1.x",
-        ),
+        ({"unet.down_blocks.0.attn2.to_k.lora_A.weight": (8, 768)}, "a LoRA for Stable Diffusion 1.x"),
         ({"emb_params": (4, 1024)}, "a textual-inversion embedding for Stable Diffusion 2.x"),
+        ({"clip_l": (4, 768), "clip_g": (4, 1280)}, "a textual-inversion embedding for Stable Diffusion XL"),
         (
-            {"clip_l": (4, 768), "clip_g": (4, 1280)},
-            "a textual-inversion embedding for Stable Diffusion XL",
-        ),
-        (
-            {
-                "control_model.input_hint_block.0.weight": (16, 3, 3, 3),
-                "control_model.x.attn2.to_k.weight": (320, 768),
-            },
+            {"control_model.input_hint_block.0.weight": (16, 3, 3, 3), "control_model.x.attn2.to_k.weight": (320, 768)},
             "a ControlNet for Stable Diffusion 1.x",
         ),
     ],
@@ -79,7 +78,7 @@ def test_tensors_that_do_not_fit_are_listed(tmp_path):
 def test_adapters_are_named_with_the_family_that_they_are_for(shapes, kind, tmp_path):
     report = inspect(write_hollow(tmp_path / "file", shapes))
     assert report.kind == kind
-    assert report.problem == f"it is {kind}, not a model"
+    assert f"file is {kind}, not a model: give a full checkpoint" in report.problem
 
 
 def test_a_part_says_what_is_lacking(tmp_path):
@@ -100,9 +99,10 @@ def test_a_model_of_an_unsupported_family_says_which(tmp_path):
 def test_the_sha256_is_looked_up_on_request_only(tmp_path, monkeypatch):
     path = write_hollow(tmp_path / "file", official_shapes("sd15"))
     assert inspect(path).sha256 is None
-    monkeypatch.setattr(inspection, "digest", lambda _: "0" * 64)
+    monkeypatch.setattr(module, "digest", lambda _: "0" * 64)
     assert "not among the known files" in str(inspect(path, check_sha256=True))
-    monkeypatch.setitem(inspection.KNOWN, "0" * 64, KnownFile("v1-5.safetensors", "sd15"))
+    for place in (module, sources):
+        monkeypatch.setattr(place, "known_file", lambda sha256: KnownFile("v1-5.safetensors", "sd15"))
     report = inspect(path, check_sha256=True)
     assert (report.sha256, report.known_as) == ("0" * 64, "v1-5.safetensors")
     assert "by its sha256 it is v1-5.safetensors" in report.why
