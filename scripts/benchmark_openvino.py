@@ -12,11 +12,11 @@ import openvino
 import torch
 
 from ldm.cli.allocator import keep_freed_memory
-from ldm.presets import SD15
 from ldm.memory import ATTENTION, Placement
 from ldm.models.attention import set_attention
 from ldm.models.packing import pack
 from ldm.models.unet import UNet
+from ldm.presets import SD15
 
 HINTS = {"float32": "f32", "bfloat16": "bf16"}
 
