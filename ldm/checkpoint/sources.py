@@ -1,7 +1,7 @@
 """From a path to a `Source`: opening what is there, taking parts from elsewhere, and comparing it with the networks."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import get_args
 
@@ -14,7 +14,7 @@ from ldm.checkpoint.parts import TOWERS, Source, check, modules
 from ldm.checkpoint.pickles import PickledTensors, is_pickle
 from ldm.checkpoint.single import open_single
 from ldm.checkpoint.tensors import TensorFiles, Tensors, some
-from ldm.config import Prediction
+from ldm.config import ModelConfig, Prediction
 from ldm.models.text import TextEncoder
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
@@ -152,10 +152,7 @@ def build(source: Source, path: str | Path) -> Networks:
         if (tokens := max(tokenizer.vocab.values()) + 1) > text.vocab_size:
             raise ValueError(f"the tokenizer of {path} has {tokens} tokens, its text encoder knows {text.vocab_size}")
     tensors = sum(len(part.tensors.shapes) for part in source.parts.values())
-    depths = [config.unet.mid_depth, *config.unet.depth, *(config.unet.up_depth or ())]
-    counts = [max(depth) if isinstance(depth, tuple) else depth for depth in depths]
-    counts += [config.unet.res_blocks, config.vae.res_blocks, *(text.layers for text in config.text)]
-    if (blocks := max(*counts, len(config.unet.channels), len(config.vae.channels))) > tensors:
+    if (blocks := max(_counts(config))) > tensors:  # before they are built: a damaged number may be huge
         raise ValueError(f"the configuration of {path} wants {blocks} blocks, and there are {tensors} tensors")
     try:
         config.micro_conditioning  # noqa: B018  # raises for a vector that no model has
@@ -165,3 +162,11 @@ def build(source: Source, path: str | Path) -> Networks:
     except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:  # numbers that do not go together
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"the configuration of {path} describes no model: {reason}") from error
+
+
+def _counts(config: ModelConfig) -> Iterator[int]:
+    """Numbers of blocks that a model has."""
+    yield from (config.unet.mid_depth, config.unet.res_blocks, config.vae.res_blocks)
+    yield from (text.layers for text in config.text)
+    for depth in (*config.unet.depth, *(config.unet.up_depth or ())):
+        yield from depth if isinstance(depth, tuple) else (depth,)

@@ -5,7 +5,6 @@ residual blocks and depths of its configuration.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 from ldm.checkpoint.keymap import Form, Piece, Rule
 from ldm.config import TextConfig, UNetConfig, VAEConfig
@@ -53,12 +52,10 @@ OLD_DIFFUSERS_VAE_ATTENTION = _renamed(  # of older folders, SD 1.5's own among 
 
 def ldm_unet(config: UNetConfig) -> tuple[Rule, ...]:
     """Return the rules from our UNet to LDM's, without UNET_PREFIX."""
-    up_depth = config.depth[::-1] if config.up_depth is None else config.up_depth
 
     def upsample(i: int) -> str:  # it follows the transformer, where there is one
         level, block = divmod(i, config.res_blocks + 1)
-        depth = up_depth[level]
-        return f"output_blocks.{i}.{2 if (depth[block] if isinstance(depth, tuple) else depth) else 1}.conv"
+        return f"output_blocks.{i}.{2 if config.depths()[1][level][block] else 1}.conv"
 
     return (
         *_renamed({"time_embed": "time_embed", "vector_embed": "label_emb.0"}),
@@ -190,23 +187,16 @@ OPENCLIP_TEXT = (
 )
 
 
-class OfficialTower(NamedTuple):
-    """Where a text tower stands in an official single file, and by which rules."""
-
-    prefix: str
-    rules: tuple[Rule, ...]
-
-
-def official_towers(text: tuple[TextConfig, ...], *, sgm: bool) -> list[OfficialTower]:
-    """Return where the towers stand: in LDM's `cond_stage_model`, or as `sgm` (SDXL) counts its embedders.
+def official_towers(text: tuple[TextConfig, ...], *, sgm: bool) -> list[tuple[str, tuple[Rule, ...]]]:
+    """Return the prefixes and rules of the towers: in LDM's `cond_stage_model`, or as `sgm` (SDXL) counts embedders.
 
     OpenAI's CLIP, with quick_gelu, is held under transformers' names, OpenCLIP's towers under their own.
     """
-    towers = []
+    towers: list[tuple[str, tuple[Rule, ...]]] = []
     for i, config in enumerate(text):
         owner = f"conditioner.embedders.{i}." if sgm else "cond_stage_model."
         if config.activation == "quick_gelu":
-            towers.append(OfficialTower(f"{owner}transformer.", hf_text()))
+            towers.append((f"{owner}transformer.", hf_text()))
         else:
-            towers.append(OfficialTower(f"{owner}model.", OPENCLIP_TEXT))
+            towers.append((f"{owner}model.", OPENCLIP_TEXT))
     return towers

@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -73,14 +73,6 @@ class Tensors:
         raise NotImplementedError
 
 
-class _Place(NamedTuple):
-    """Where one tensor's bytes are."""
-
-    path: Path
-    start: int  # from the beginning of the file
-    size: int
-
-
 class TensorFiles(Tensors):
     """The tensors of one safetensors file, or of the shards of one. Opening reads only the headers.
 
@@ -90,16 +82,16 @@ class TensorFiles(Tensors):
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = tuple(paths)
         self.shapes, self.dtypes, self.metadata = {}, {}, {}
-        self._places: dict[str, _Place] = {}
+        self._places: dict[str, tuple[Path, int, int]] = {}  # file, first byte, number of bytes
         for path in paths:
             size, header = read_header(path)
             self.metadata = self.metadata or header.pop("__metadata__", None) or {}
             header.pop("__metadata__", None)
             for name, entry in header.items():
                 if name in self._places:
-                    raise ValueError(f"{name!r} is in both {self._places[name].path} and {path}")
+                    raise ValueError(f"{name!r} is in both {self._places[name][0]} and {path}")
                 start, end = entry["data_offsets"]
-                self._places[name] = _Place(path, size + start, end - start)
+                self._places[name] = path, size + start, end - start
                 self.shapes[name], self.dtypes[name] = tuple(entry["shape"]), entry["dtype"]
 
     def read(self, names: Iterable[str], *, mapped: bool = True) -> Iterator[tuple[str, Tensor]]:
@@ -109,7 +101,7 @@ class TensorFiles(Tensors):
             if self.dtypes[name] not in DTYPES:
                 raise ValueError(f"{name} in {self} is stored as {self.dtypes[name]}, allowed are {', '.join(DTYPES)}")
         for path in self.paths:
-            if found := [name for name in wanted if self._places[name].path == path]:
+            if found := [name for name in wanted if self._places[name][0] == path]:
                 yield from self._mapped(path, found) if mapped else self._copied(path, found)
 
     def _mapped(self, path: Path, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
@@ -119,7 +111,7 @@ class TensorFiles(Tensors):
 
     def _copied(self, path: Path, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
         """Yield tensors that share one buffer, into which they are read one after the other."""
-        buffer = torch.empty(max(self._places[name].size for name in names), dtype=torch.uint8)
+        buffer = torch.empty(max(self._places[name][2] for name in names), dtype=torch.uint8)
         with path.open("rb") as file:
             for name in names:
                 _, start, size = self._places[name]

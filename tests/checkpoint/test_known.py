@@ -5,8 +5,9 @@ import json
 import re
 from importlib import resources
 
-from ldm.checkpoint.known import digest, known_file
+from ldm.checkpoint.known import known_files
 from ldm.presets import PRESETS
+from ldm.record import digest
 
 FILES = json.loads(resources.files("ldm.checkpoint").joinpath("known.json").read_text(encoding="utf-8"))
 
@@ -22,8 +23,7 @@ def test_every_known_digest_is_one_sha256_of_one_preset():
 def test_a_file_is_looked_up_by_its_digest():
     for preset, files in FILES.items():
         for sha256, name in files.items():
-            assert known_file(sha256) == (name, None if preset == "part" else preset, "sha256")
-    assert known_file("0" * 64) is known_file(None) is None
+            assert known_files()[sha256] == (name, None if preset == "part" else preset, "sha256")
 
 
 def test_known_files_that_state_a_resolution_or_v_in_their_name_have_that_preset():
