@@ -14,27 +14,28 @@ from ldm import cli
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = {  # what each part of ldm may import of ldm, beside itself
+    "atomic": set(),
     "config": set(),
     "diffusion": set(),
     "images": set(),
+    "presets": {"config"},
     "models": {"config"},
-    "checkpoint": {"config", "models"},
+    "checkpoint": {"atomic", "config", "models", "presets"},
     "diagnosis": {"models"},
     "graphs": {"models"},
     "offload": {"models"},
     "memory": {"config", "models", "offload"},
     "request": {"config", "diffusion"},
     "pipeline": {
-        *("config", "models", "diffusion", "checkpoint", "diagnosis"),
-        *("graphs", "images", "memory", "request"),
+        *("config", "models", "diffusion", "checkpoint", "diagnosis", "graphs", "images", "memory", "presets", "request")
     },
-    "training": {"config", "models", "diffusion", "checkpoint", "images"},
+    "training": {"config", "models", "diffusion", "checkpoint", "images", "presets"},
     "record": {"", "config", "images", "memory", "pipeline", "request"},
     "cli": {
-        *("", "checkpoint", "config", "diffusion", "images", "memory", "pipeline", "record"),
+        *("", "checkpoint", "config", "diffusion", "images", "memory", "pipeline", "presets", "record"),
         *("request", "training"),
     },
-    "": {"config", "pipeline", "memory", "request"},  # ldm/__init__.py
+    "": {"config", "pipeline", "presets", "memory", "request"},  # ldm/__init__.py
 }
 THIRD_PARTY = {
     "torch",

@@ -79,7 +79,7 @@ def pixels(picture: Image.Image) -> np.ndarray:
         ),
         ({"guidance_interval": ("a", 1)}, "guidance_interval must be a finite number.* got 'a'"),
         ({"sampler": "plms"}, f"sampler must be one of {', '.join(SAMPLERS)}, got 'plms'"),
-        ({"spacing": "even"}, "spacing must be one of leading, trailing, linspace, karras"),
+        ({"spacing": "even"}, "spacing must be one of leading, trailing, linspace, lcm, karras"),
         ({"width": 0}, "width must be a whole number from 1 to 65536, got 0"),
         ({"height": -8}, "height must be a whole number from 1 to 65536, got -8"),
         ({"seed": "7"}, "seed must be a whole number, got '7'"),

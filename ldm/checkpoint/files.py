@@ -200,7 +200,7 @@ def _check_target(path: Path, layout: Layout, overwrite: bool) -> None:
     if not path.exists():
         return
     if not overwrite:
-        raise ValueError(f"{path} exists: give another path, or overwrite=True (--overwrite)")
+        raise ValueError(f"{path} exists already: give another path, or overwrite=True (--overwrite)")
     if layout == "ldm" and path.is_dir():
         raise ValueError(f"{path} is a folder and the ldm layout is one file: give a file name")
     if layout == "diffusers" and not (path / "model_index.json").is_file():
