@@ -28,7 +28,7 @@ class Identity(NamedTuple):
     preset: str
     prediction: Prediction
     why: str  # the reason for the architecture and the prediction, and notes for the user
-    left: list[str]  # names of the tensors that no network uses
+    left: tuple[str, ...]  # names of the tensors that no network uses
 
 
 def identify(
@@ -149,7 +149,7 @@ def convert(
     ema: bool = False,
     replace: Mapping[str, str | Path] = {},
     overwrite: bool = False,
-) -> list[str]:
+) -> tuple[str, ...]:
     """Write the model at `path`, which may be a pickle, to `target` in another layout or dtype; else bit for bit.
 
     A pickle that holds something else, such as a VAE or a ControlNet, becomes a .safetensors file (layout "ldm") with
@@ -161,7 +161,7 @@ def convert(
         tensors = PickledTensors(Path(path))
         if not all(find(tensors)):
             _rewrite(tensors, Path(target).resolve(), layout, dtype)
-            return []
+            return ()
     model = identify(path, prediction=prediction, ema=ema, replace=replace, pickles=True)
     save(read(model, dtype=dtype), target, layout=layout, dtype=dtype, overwrite=overwrite)
     return model.left

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Literal, NamedTuple
 
 from ldm.checkpoint import tables
@@ -30,10 +30,11 @@ IGNORED = re.compile(
 )
 _SCALED = re.compile(r"scaled_fp8|.*\.(scale_weight|scale_input|weight_scale|input_scale|absmax|quant_map)")
 _EDM = {"edm_mean": "Playground v2.5", "edm_std": "Playground v2.5", "edm_vpred.sigma_max": "CosXL"}
-_TEXT_PREFIX = re.compile(
-    r"((cond_stage_model|conditioner\.embedders\.\d+|text_encoders?(_2)?(\.clip_[lg])?|clip_[lg]|te[12]?)\.)?"
-    r"((model|transformer)\.)?"
+_TOWER = re.compile(  # a text tower's token embedding; what stands before it in parentheses tells the style
+    r"(?P<prefix>((cond_stage_model|conditioner\.embedders\.\d+|text_encoders?(_2)?(\.clip_[lg])?|clip_[lg]|te[12]?)\.)?"
+    r"((model|transformer)\.)?)(?P<level>text_model\.embeddings\.|embeddings\.|)token_embedding\.weight"
 )
+_STYLES = {"text_model.embeddings.": "hf", "embeddings.": "hf without text_model", "": "openclip"}
 
 
 class Place(NamedTuple):
@@ -62,33 +63,26 @@ class Contents(NamedTuple):
 def find(tensors: Tensors) -> Contents:
     """Look for networks under each of the prefixes and names that files in use have."""
     names = {name for name in tensors.shapes if not IGNORED.fullmatch(name)}
-    unets = (
-        ("ldm", ("input_blocks.0.0.weight", "out.2.weight")),  # a ControlNet has the first of them, too
-        ("diffusers", ("conv_in.weight", "conv_norm_out.weight", "time_embedding.linear_1.weight")),
-    )
-    vaes = (
-        ("ldm", ("encoder.down.0.block.0.conv1.weight",)),
-        ("diffusers", ("encoder.down_blocks.0.resnets.0.conv1.weight",)),
-    )
-
-    def first(prefixes: tuple[str, ...], styles: tuple[tuple[str, tuple[str, ...]], ...]) -> Place | None:
-        places = ((prefix, style, marks) for prefix in prefixes for style, marks in styles)
-        return next((Place(p, style) for p, style, marks in places if names.issuperset(p + m for m in marks)), None)
-
-    unet = first((tables.UNET_PREFIX, "unet.", "diffusion_model.", ""), unets)
-    vae = first((tables.VAE_PREFIX, "vae.", ""), vaes)
+    unet_marks = {  # a ControlNet has the first of each, too
+        "ldm": ("input_blocks.0.0.weight", "out.2.weight"),
+        "diffusers": ("conv_in.weight", "conv_norm_out.weight", "time_embedding.linear_1.weight"),
+    }
+    vae_marks = {
+        "ldm": ("encoder.down.0.block.0.conv1.weight",),
+        "diffusers": ("encoder.down_blocks.0.resnets.0.conv1.weight",),
+    }
+    unet = _place(names, (tables.UNET_PREFIX, "unet.", "diffusion_model.", ""), unet_marks)
+    vae = _place(names, (tables.VAE_PREFIX, "vae.", ""), vae_marks)
     towers = []
-    for name in names:
-        for ending, style in (
-            ("text_model.embeddings.token_embedding.weight", "hf"),
-            ("embeddings.token_embedding.weight", "hf without text_model"),
-            ("token_embedding.weight", "openclip"),
-        ):
-            prefix, shape = name.removesuffix(ending), tensors.shapes[name]
-            if prefix != name and _TEXT_PREFIX.fullmatch(prefix) and len(shape) == 2:
-                towers.append(Tower(Place(prefix, style), shape[1], shape[0]))
-                break
+    for found in filter(None, map(_TOWER.fullmatch, names)):
+        if len(shape := tensors.shapes[found[0]]) == 2:
+            towers.append(Tower(Place(found["prefix"], _STYLES[found["level"]]), shape[1], shape[0]))
     return Contents(unet, vae, tuple(sorted(towers, key=lambda t: (len(t.place.prefix), t.place))))
+
+
+def _place(names: set[str], prefixes: tuple[str, ...], marks: Mapping[str, tuple[str, ...]]) -> Place | None:
+    styles = ((p, style, found) for p in prefixes for style, found in marks.items())
+    return next((Place(p, style) for p, style, found in styles if names.issuperset(p + n for n in found)), None)
 
 
 def check_stored_plainly(tensors: Tensors) -> None:

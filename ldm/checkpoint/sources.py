@@ -126,7 +126,7 @@ def check_complete(source: Source, path: str | Path) -> None:
             raise ValueError(f"{path} has no {name}, only {', '.join(source.parts)}: {hint}")
 
 
-def check_fits(source: Source, path: str | Path) -> tuple[Networks, Source, list[str]]:
+def check_fits(source: Source, path: str | Path) -> tuple[Networks, Source, tuple[str, ...]]:
     """Return the networks on the meta device, the source, and the tensors that no network uses: a note names them.
 
     Raises ValueError for a configuration that describes no model, and for tensors that do not fit it.
@@ -136,7 +136,7 @@ def check_fits(source: Source, path: str | Path) -> tuple[Networks, Source, list
     if strange := [name for name in left if not IGNORED.fullmatch(name)]:
         what = f"left out {len(strange)} tensors that no network here uses: {some(strange)}"
         source = dataclasses.replace(source, notes=(*source.notes, what))
-    return networks, source, left
+    return networks, source, tuple(left)
 
 
 def build(source: Source, path: str | Path) -> Networks:
