@@ -154,7 +154,7 @@ def _open_part(folder: Path, pickles: bool) -> Source:
     """Understand a folder that holds one component: a UNet, a VAE or a text encoder."""
     json, where = _config(folder)
     config, parts = SD15, {}
-    classes = json.get("_class_name") or json.get("architectures")
+    classes = json.get("architectures") or json.get("_class_name")  # of text encoders, of the others
     if classes == "UNet2DConditionModel":
         unet = configs.unet_from_json(json, where)
         parts["unet"] = Part(_tensors(folder, _NETWORK, pickles), tables.diffusers_unet(unet))

@@ -115,9 +115,9 @@ def _load(path: Path) -> Any:
             f"{path} is a pickle, which torch reads safely from {TORCH_NEEDED} on (CVE-2026-24747), this is "
             f"{torch.__version__}: upgrade torch, or give the model's .safetensors file"
         )
-    zipped = zipfile.is_zipfile(path)
     with safe_globals([(_Inert, name) for name in INERT]):
         try:
+            zipped = zipfile.is_zipfile(path)
             foreign = get_unsafe_globals_in_checkpoint(path) if zipped else []
             if not foreign:
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)

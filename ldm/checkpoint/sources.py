@@ -152,8 +152,10 @@ def build(source: Source, path: str | Path) -> Networks:
         if (tokens := max(tokenizer.vocab.values()) + 1) > text.vocab_size:
             raise ValueError(f"the tokenizer of {path} has {tokens} tokens, its text encoder knows {text.vocab_size}")
     tensors = sum(len(part.tensors.shapes) for part in source.parts.values())
-    if (blocks := max(_counts(config))) > tensors:  # before they are built: a damaged number may be huge
-        raise ValueError(f"the configuration of {path} wants {blocks} blocks, and there are {tensors} tensors")
+    counts = [*_counts(config)]
+    if max(counts) > tensors or min(counts) < 0:  # before they are built: a damaged number may be huge
+        wants = f"{min(counts)} to {max(counts)} blocks of a kind"
+        raise ValueError(f"the configuration of {path} wants {wants}, and there are {tensors} tensors")
     try:
         config.micro_conditioning  # noqa: B018  # raises for a vector that no model has
         with torch.device("meta"):
@@ -165,8 +167,8 @@ def build(source: Source, path: str | Path) -> Networks:
 
 
 def _counts(config: ModelConfig) -> Iterator[int]:
-    """Numbers of blocks that a model has."""
+    """Numbers of blocks and levels that a model has; a tower has at least one."""
     yield from (config.unet.mid_depth, config.unet.res_blocks, config.vae.res_blocks)
-    yield from (text.layers for text in config.text)
+    yield from (len(config.unet.channels), len(config.vae.channels), *(text.layers or -1 for text in config.text))
     for depth in (*config.unet.depth, *(config.unet.up_depth or ())):
         yield from depth if isinstance(depth, tuple) else (depth,)

@@ -112,7 +112,7 @@ def as_json(config):
     [
         (configs.unet_from_json, {"act_fn": "gelu"}, "here: act_fn 'gelu' is not supported; allowed: 'silu'"),
         (configs.unet_from_json, {"time_cond_proj_dim": 7}, "guidance_dim must be even and 4 or more, got 7"),
-        (configs.unet_from_json, {"block_out_channels": 5}, "block_out_channels must be a list"),
+        (configs.unet_from_json, {"block_out_channels": 5}, "blocks .* are not supported"),
         (configs.unet_from_json, {"block_out_channels": ["a"] * 4}, "here: channels must be int, got 'a'"),
         (
             configs.unet_from_json,
@@ -168,11 +168,11 @@ def test_text_encoders_of_another_kind_are_refused():
 
 def test_what_the_layout_cannot_express_is_refused():
     uneven = UNetConfig(depth=(1, (1, 0), 1, 0), up_depth=(0, 1, 1, 1))
-    with pytest.raises(ValueError, match="levels that attend in some of their blocks"):
+    with pytest.raises(ValueError, match=r"cannot express .*depth=\(1, \(1, 0\), 1, 0\).*: save in the ldm layout"):
         configs.unet_to_json(uneven, 8)
-    with pytest.raises(ValueError, match="cannot express mid_depth 2 beside a last level of depth 1"):
+    with pytest.raises(ValueError, match=r"cannot express .*depth=\(1,\).*mid_depth=2"):
         configs.unet_to_json(UNetConfig(channels=(32,), depth=(1,), heads=(1,), mid_depth=2), 8)
-    with pytest.raises(ValueError, match="output_layer -2"):
+    with pytest.raises(ValueError, match="cannot express .*output_layer=-2"):
         configs.text_to_json(TextConfig(output_layer=-2), 0, 2, sdxl=False)
 
 

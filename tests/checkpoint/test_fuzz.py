@@ -31,7 +31,7 @@ from tests.checkpoint.families import official_tensors, small_model
 from tests.tiny import TINY_RANDOM, TINY_SDXL, random_networks
 
 slow = pytest.mark.slow
-LONGEST = 1500  # characters of a message
+LONGEST = 6000  # characters of a message; safetensors quotes the values that it refuses
 
 
 @pytest.fixture(autouse=True)
@@ -318,7 +318,7 @@ def test_a_mutated_table_is_the_same_model_or_refused(kind, tmp_path):
     path, loaded = tmp_path / "model", 0
     save_file(sound, path, metadata)
     wanted = load_as_it_is(path)
-    for seed in range(100):
+    for seed in range(40):
         r, table, done = random.Random(seed), dict(sound), []
         for mutate in r.choices(MUTATIONS, k=r.choice((1, 1, 2, 3))):
             name = r.choice(sorted(table))
@@ -330,7 +330,7 @@ def test_a_mutated_table_is_the_same_model_or_refused(kind, tmp_path):
             if found is not None:
                 loaded += 1
                 check_same(found, wanted)
-    assert 5 < loaded < 80  # otherwise they were all harmless, or all hopeless
+    assert 2 < loaded < 30  # otherwise they were all harmless, or all hopeless
 
 
 @slow
@@ -340,7 +340,7 @@ def test_a_mutated_configuration_in_the_metadata_is_followed_to_the_letter_or_re
     path, sound = tmp_path / "model", official_tensors(model)
     save_file(sound, path, {METADATA_KEY: json.dumps(dataclasses.asdict(model.config))})
     wanted = load_as_it_is(path)
-    for seed in range(300):
+    for seed in range(100):
         config, done = operated(random.Random(seed), json.loads(json.dumps(dataclasses.asdict(model.config))))
         save_file(sound, path, {METADATA_KEY: json.dumps(config)})
         with told("seed", seed, done):
@@ -480,6 +480,8 @@ def drop_file(r: random.Random, folder: Path) -> tuple[str, str]:
 
 
 UNKNOWABLE = ("operated", "broken")  # a changed value of a configuration is another configuration
+# Without the first, a folder is one of diffusers; without the others, the padding is the default.
+OPTIONAL = ("ldm.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 @slow
@@ -495,7 +497,7 @@ def test_a_mutated_folder_is_the_same_model_or_refused(kind, folders, tmp_path):
             found = attempt(load_as_it_is, folder)
             if found is not None:
                 loaded += 1
-                known = not done.startswith(UNKNOWABLE) and file != "ldm.json"  # without it, it is diffusers'
+                known = not done.startswith(UNKNOWABLE) and not file.endswith(OPTIONAL)
                 check_same(found, wanted, config=known, weights=not (done == "broken" and file.endswith("tensors")))
         shutil.rmtree(folder)
     assert 25 < loaded < 200
