@@ -27,11 +27,7 @@ def test_the_wheel_lists_every_package_of_the_tree_and_the_weights():
 
 
 def test_every_file_of_a_package_that_is_not_python_is_listed_as_its_data():
-    others = [
-        path
-        for path in (ROOT / "ldm").rglob("*")
-        if path.is_file() and path.suffix not in (".py", ".pyc")
-    ]
+    others = [path for path in (ROOT / "ldm").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")]
     for path in others:
         package = ".".join(path.parent.relative_to(ROOT).parts)
         assert path.name in SETUPTOOLS["package-data"][package]
@@ -73,6 +69,7 @@ def test_a_model_of_that_name_here_comes_before_the_bundled_one(tmp_path, monkey
     assert pipeline.locate("weights/tiny") == Path("weights/tiny")
 
 
+@pytest.mark.slow
 def test_a_wheel_in_another_environment_and_folder_makes_the_same_picture(tmp_path):
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     built, folder = tmp_path / "wheel", tmp_path / "elsewhere"
@@ -83,24 +80,12 @@ def test_a_wheel_in_another_environment_and_folder_makes_the_same_picture(tmp_pa
     environment = tmp_path / "environment"
     venv.create(environment, with_pip=False)
     python = environment / "bin" / "python"
-    subprocess.run(
-        [*pip, "--python", str(python), "install", "--no-deps", "--no-index", str(wheel)],
-        check=True,
-    )
+    subprocess.run([*pip, "--python", str(python), "install", "--no-deps", "--no-index", str(wheel)], check=True)
     (site,) = environment.glob("lib/python*/site-packages")
     (site / "borrowed.pth").write_text(sysconfig.get_path("purelib"))  # torch and the others
 
     folder.mkdir()
-    words = [
-        "txt2img",
-        "a frog on the grass",
-        "--steps",
-        "3",
-        "--device",
-        "cpu",
-        "--out",
-        "frog.png",
-    ]
+    words = ["txt2img", "a frog on the grass", "--steps", "3", "--device", "cpu", "--out", "frog.png"]
     code = f"import sys, ldm.cli; print(ldm.__file__); sys.exit(ldm.cli.main({words}))"
     result = subprocess.run(
         [python, "-c", "import torch; torch.set_num_threads(1);" + code],
@@ -108,8 +93,6 @@ def test_a_wheel_in_another_environment_and_folder_makes_the_same_picture(tmp_pa
     )  # fmt: skip
     assert str(site) in result.stdout  # not the repository's
     placement = read_placement({"device": "cpu"})  # as the command's
-    (expected,) = ldm.load(ROOT / "weights" / "tiny", placement).generate(
-        ldm.Request("a frog on the grass", steps=3)
-    )
+    (expected,) = ldm.load(ROOT / "weights" / "tiny", placement).generate(ldm.Request("a frog on the grass", steps=3))
     with Image.open(folder / "frog.png") as picture:
         assert ImageChops.difference(picture, expected).getbbox() is None

