@@ -38,9 +38,7 @@ class UNetConfig:
     context_dim: int = 768
     vector_dim: int | None = None  # pooled text and sizes (SDXL); None: timestep conditioning only
     guidance_dim: int | None = None  # width that the guidance scale is embedded in (LCM: 256)
-    linear_projection: bool = (
-        False  # linear instead of 1x1-convolution projections around transformers
-    )
+    linear_projection: bool = False  # linear instead of 1x1-convolution projections around transformers
     norm_groups: int = 32
     upcast_attention: bool = False  # queries and keys in fp32 where fp16 overflows (SD 2.1 at 768)
 
@@ -66,13 +64,9 @@ class UNetConfig:
         for channels, heads in zip(self.channels, self.heads, strict=True):
             for divisor, what in ((self.norm_groups, "norm_groups"), (heads, "heads")):
                 if divisor < 1 or channels % divisor:
-                    raise ValueError(
-                        f"{short(channels)} channels are not divisible by {short(divisor)} {what}"
-                    )
+                    raise ValueError(f"{short(channels)} channels are not divisible by {short(divisor)} {what}")
         if self.guidance_dim is not None and (self.guidance_dim < 4 or self.guidance_dim % 2):
-            raise ValueError(
-                f"guidance_dim must be even and 4 or more, got {short(self.guidance_dim)}"
-            )
+            raise ValueError(f"guidance_dim must be even and 4 or more, got {short(self.guidance_dim)}")
 
     def depths(self) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
         """Return the transformer blocks after each residual block, per level as the data flow: going down, going up."""
@@ -96,9 +90,7 @@ def _shortest(name: str, depths: Depths, blocks: int) -> Depths:
                 f"{name} needs a number from 0 per level, or one for each of its {blocks} residual blocks, got "
                 f"{short(level)}"
             )
-    return tuple(
-        level[0] if isinstance(level, tuple) and len(set(level)) == 1 else level for level in depths
-    )
+    return tuple(level[0] if isinstance(level, tuple) and len(set(level)) == 1 else level for level in depths)
 
 
 @dataclass(frozen=True)
@@ -202,10 +194,7 @@ BASE_CONDITIONING = (
     *("original_height", "original_width", "crop_top", "crop_left"),
     *("target_height", "target_width"),
 )
-REFINER_CONDITIONING = (
-    *("original_height", "original_width", "crop_top", "crop_left"),
-    "aesthetic_score",
-)
+REFINER_CONDITIONING = (*("original_height", "original_width", "crop_top", "crop_left"), "aesthetic_score")
 
 
 def from_toml(path: str | Path, kind: type[T]) -> T:
@@ -225,9 +214,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid TOML: {error}") from error
 
 
-def from_dict(
-    table: dict[str, Any], kind: type[T], where: str = "", *, may_lack: Container[str] | None = None
-) -> T:
+def from_dict(table: dict[str, Any], kind: type[T], where: str = "", *, may_lack: Container[str] | None = None) -> T:
     """Build the dataclass `kind` from plain values, strictly; `where` names the source in errors.
 
     may_lack: if given, all other fields must be there, at every depth, but for those that may be None.
@@ -237,9 +224,7 @@ def from_dict(
     fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     unknown = sorted(set(table) - set(fields))
     if unknown:
-        raise ValueError(
-            f"{where}: unknown {', '.join(map(short, unknown[:3]))}; valid keys: {', '.join(fields)}"
-        )
+        raise ValueError(f"{where}: unknown {', '.join(map(short, unknown[:3]))}; valid keys: {', '.join(fields)}")
     needed = {n for n, f in fields.items() if f.default is f.default_factory is MISSING}
     if may_lack is not None:
         needed |= {n for n, hint in hints.items() if n not in may_lack and type(None) not in typing.get_args(hint)}

@@ -34,9 +34,7 @@ class Graphs:
         self._fixed: list[Any] = []
         self._calls: dict[Any, Callable[..., Tensor] | None] = {}  # by shapes; None: seen once
 
-    def prepare(
-        self, context: Tensor, vector: Tensor | None = None
-    ) -> tuple[Context, Tensor | None]:
+    def prepare(self, context: Tensor, vector: Tensor | None = None) -> tuple[Context, Tensor | None]:
         """Do what `UNet.prepare` does, and make sure that no recording is out of date."""
         fixed = list(_fixed(self.unet))
         if fixed != self._fixed:
@@ -79,9 +77,7 @@ class Recording:
         device = self.tensors[0].device
         with torch.cuda.device(device):
             stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            with torch.cuda.graph(
-                self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"
-            ):
+            with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 self.out: Tensor = unet(*inputs)
 
     def __call__(self, *inputs: Any) -> Tensor:

@@ -54,10 +54,7 @@ class Moved(Shared):
     def begin(self, undo: ExitStack) -> None:
         """Copy all, then let each tensor hold its copy."""
         homes = [tensor.data for tensor in self.tensors]
-        copies = [
-            torch.empty_like(home, device=self.device).copy_(home, non_blocking=True)
-            for home in homes
-        ]
+        copies = [torch.empty_like(home, device=self.device).copy_(home, non_blocking=True) for home in homes]
         undo.callback(_hold, self.tensors, homes)
         _hold(self.tensors, copies)
 

@@ -75,9 +75,7 @@ class Pipeline:
         is no longer finite: on a CPU at that step, elsewhere at the last one, because each look waits for the device.
         """
         if not isinstance(request, Request):
-            raise ValueError(
-                f"the request must be an ldm.Request, such as ldm.Request('a frog'), got {request!r}"
-            )
+            raise ValueError(f"the request must be an ldm.Request, such as ldm.Request('a frog'), got {request!r}")
         request = request.resolved(self.config)
         channels, latent_channels = self.config.unet.in_channels, self.config.vae.latent_channels
         if channels != latent_channels:
@@ -185,9 +183,7 @@ class Pipeline:
         device = next(self.unet.parameters()).device
         guidance = torch.full((request.images,), request.guidance_scale - 1, device=device)
 
-        def told(
-            z: Tensor, timesteps: Tensor, context: Context, vector: Tensor | None = None
-        ) -> Tensor:
+        def told(z: Tensor, timesteps: Tensor, context: Context, vector: Tensor | None = None) -> Tensor:
             return network(z, timesteps, context, vector, None, guidance)
 
         return told
@@ -223,9 +219,7 @@ class Pipeline:
         cond, *uncond = zip(*(part.chunk(len(texts)) for part in repeated), strict=True)
         return cond, uncond[0] if uncond else None
 
-    def _diverged(
-        self, request: Request, conditions: Conditions, index: int, sigma: float
-    ) -> FloatingPointError:
+    def _diverged(self, request: Request, conditions: Conditions, index: int, sigma: float) -> FloatingPointError:
         """The error of a picture that is not finite from the step `index` on, which starts at noise level `sigma`."""
         encoded = [part for condition in conditions for part in condition or ()]
         if not all(part.isfinite().all() for part in encoded):
@@ -233,9 +227,7 @@ class Pipeline:
             return not_finite(part, self.text_encoder, file, causes="damaged numbers in its file")
         where = f" at step {index + 1} of {request.steps}, from noise level {sigma:.3g}"
         kind = self.config.diffusion.prediction
-        causes = (
-            f"a UNet that does not predict {kind} (see `prediction`), or parts of different models"
-        )
+        causes = f"a UNet that does not predict {kind} (see `prediction`), or parts of different models"
         if conditions[1] is not None:
             causes = f"too strong a guidance (guidance_scale {request.guidance_scale:g}), {causes}"
         return not_finite("unet", self.unet, self.paths.get("unet"), causes=causes, where=where)

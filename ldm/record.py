@@ -85,9 +85,7 @@ class Record:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the record as JSON-ready values, without what is None."""
-        return dataclasses.asdict(
-            self, dict_factory=lambda pairs: {k: v for k, v in pairs if v is not None}
-        )
+        return dataclasses.asdict(self, dict_factory=lambda pairs: {k: v for k, v in pairs if v is not None})
 
     def texts(self, picture: int | None) -> dict[str, str]:
         """Return the PNG text chunks of that picture, or of a grid of all: A1111's `parameters` and ours."""
@@ -112,10 +110,7 @@ class Record:
                 "Version": f"ldm {self.environment.ldm}",
             },
         )
-        return {
-            "parameters": parameters,
-            KEY: json.dumps(dataclasses.replace(self, picture=picture).as_dict()),
-        }
+        return {"parameters": parameters, KEY: json.dumps(dataclasses.replace(self, picture=picture).as_dict())}
 
 
 def remember(pipe: Pipeline, request: Request, model: ModelUsed) -> Record:
@@ -147,12 +142,7 @@ def environment(device: torch.device) -> Environment:
         hardware = torch.cuda.get_device_name(device)
     else:
         hardware = f"{device.type} {torch.backends.cpu.get_cpu_capability()}"
-    return Environment(
-        ldm=ldm.__version__,
-        torch=torch.__version__,
-        hardware=hardware,
-        threads=torch.get_num_threads(),
-    )
+    return Environment(ldm=ldm.__version__, torch=torch.__version__, hardware=hardware, threads=torch.get_num_threads())
 
 
 def recall(path: str | Path) -> Record:

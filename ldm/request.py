@@ -25,9 +25,7 @@ class Request:
     """
 
     prompt: str
-    negative_prompt: str | None = (
-        None  # what guidance steers away from; None and "": see `resolved`
-    )
+    negative_prompt: str | None = None  # what guidance steers away from; None and "": see `resolved`
     steps: int | None = None  # 1 .. 1000
     guidance_scale: float | None = None  # 0 or more; guidance is off up to 1
     guidance_rescale: float = 0.0  # 0 .. 1, see `guided`
@@ -182,9 +180,7 @@ def _check_text(name: str, value: object) -> None:
         raise ValueError(f"{name} must be valid Unicode text, got {value!r}") from error
 
 
-def _check_integer(
-    name: str, value: object, low: float = -math.inf, high: float = math.inf
-) -> None:
+def _check_integer(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise ValueError(f"{name} must be a whole number{_range(low, high)}, got {value!r}")
 

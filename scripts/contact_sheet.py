@@ -16,9 +16,7 @@ parser = argparse.ArgumentParser(description="Make a sheet of pictures from a fi
 parser.add_argument("prompts", type=Path, help="a text file with one prompt a line")
 parser.add_argument("--model", default="weights/tiny")
 parser.add_argument("--steps", type=int, help="default: the model's own")
-parser.add_argument(
-    "--seed", default=0, type=int, help="of the first picture, the next has the next"
-)
+parser.add_argument("--seed", default=0, type=int, help="of the first picture, the next has the next")
 parser.add_argument("--zoom", default=1, type=int, help="repeat each pixel so often")
 parser.add_argument("--out", default="sheet.png", type=Path)
 parser.add_argument("--overwrite", action="store_true")

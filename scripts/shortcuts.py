@@ -72,9 +72,7 @@ def count(pipe, fields, short):
 
 def main():
     sprites = emoji_sprites()
-    pipe, counted = (
-        ldm.load(placement=ldm.Placement("cpu", attention=a)) for a in ("sdpa", "math")
-    )
+    pipe, counted = (ldm.load(placement=ldm.Placement("cpu", attention=a)) for a in ("sdpa", "math"))
     asked = [(k, s) for k, scenes in fixed_scenes(tuple(sprites)).items() for s in scenes][::NTH]
     made, seconds, right, likeness = ({name: [] for name in SHORTCUTS} for _ in range(4))
     checker = Checker(sprites)

@@ -28,9 +28,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def test_freed_buffers_are_used_again_without_asking_the_kernel():
     faults = {
         mode: int(
-            subprocess.run(
-                [sys.executable, "-c", FAULTS, mode], capture_output=True, text=True, check=True
-            ).stdout
+            subprocess.run([sys.executable, "-c", FAULTS, mode], capture_output=True, text=True, check=True).stdout
         )
         for mode in ("plain", "kept")
     }

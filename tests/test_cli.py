@@ -119,9 +119,7 @@ def test_every_option_reaches_the_request_and_is_reported(txt2img):
 
 
 @pytest.mark.skipif(not can_pack(), reason="this torch is built without oneDNN")
-@pytest.mark.parametrize(
-    ("words", "packed"), [([], True), (["--no-packed"], False), (["--compile"], False)]
-)
+@pytest.mark.parametrize(("words", "packed"), [([], True), (["--no-packed"], False), (["--compile"], False)])
 def test_the_command_packs_weights_on_a_cpu_unless_told_otherwise(words, packed):
     command = argparse.ArgumentParser()
     add_options(command, ldm.Placement, PLACEMENT_OPTIONS)
@@ -160,10 +158,7 @@ def test_clip_skip_is_counted_as_a1111_counts_told_to_it_and_remembered(txt2img)
     ("skip", "message"),
     [
         ("0", "clip_skip must be a whole number, 1 or more, got 0"),
-        (
-            "3",
-            "clip_skip must be from 1 (the last layer) to 2, the layers of this model's text encoder, got 3",
-        ),
+        ("3", "clip_skip must be from 1 (the last layer) to 2, the layers of this model's text encoder, got 3"),
     ],
 )
 def test_a_clip_skip_that_is_no_layer_is_refused(txt2img, skip, message):
@@ -173,10 +168,7 @@ def test_a_clip_skip_that_is_no_layer_is_refused(txt2img, skip, message):
 
 
 def test_one_grid_holds_all_the_pictures(txt2img):
-    assert txt2img("a frog", "--images", "3", "--grid", "--out", "grid.png")[:2] == (
-        0,
-        "grid.png\n",
-    )
+    assert txt2img("a frog", "--images", "3", "--grid", "--out", "grid.png")[:2] == (0, "grid.png\n")
     txt2img("a frog", "--images", "3", "--out", "one.png")
     sheet = pixels("grid.png")
     assert sheet.shape == (64, 64, 3)
@@ -195,10 +187,7 @@ def test_the_default_name_takes_the_next_free_number(txt2img):
 def test_an_existing_file_is_replaced_only_with_overwrite(txt2img):
     Path("a.png").write_bytes(b"precious")
     code, _, err = txt2img("a frog", "--out", "a.png")
-    assert (code, err) == (
-        2,
-        "ldm: error: a.png exists; choose another --out, or add --overwrite\n",
-    )
+    assert (code, err) == (2, "ldm: error: a.png exists; choose another --out, or add --overwrite\n")
     assert Path("a.png").read_bytes() == b"precious"
     assert txt2img("a frog", "--out", "a.png", "--overwrite")[0] == 0
     assert pixels("a.png").shape == (32, 32, 3)
@@ -232,9 +221,7 @@ def test_metadata_can_be_left_out(txt2img):
 
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "euler_ancestral"])
 def test_a_picture_is_repeated_from_its_file_bit_for_bit(txt2img, sampler):
-    txt2img(
-        "a frog 🐸", "--seed", "-1", "--sampler", sampler, "--guidance", "2.5", "--out", "a.png"
-    )
+    txt2img("a frog 🐸", "--seed", "-1", "--sampler", sampler, "--guidance", "2.5", "--out", "a.png")
     code, out, err = txt2img("--from", "a.png", "--out", "b.png", model=False)
     assert (code, out, err) == (0, "b.png\n", "")
     assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
@@ -276,9 +263,7 @@ def test_in_bf16_the_command_attends_in_slices_on_a_cpu_which_is_faster_there(na
 def test_weights_that_were_packed_on_a_cpu_are_not_on_another_device(txt2img, monkeypatch):
     txt2img("a frog", "--out", "a.png")
     seen = []
-    monkeypatch.setattr(
-        "ldm.cli.txt2img.read_placement", lambda names: seen.append(names) or ldm.Placement("cpu")
-    )
+    monkeypatch.setattr("ldm.cli.txt2img.read_placement", lambda names: seen.append(names) or ldm.Placement("cpu"))
     for words in (["--device", "cuda"], ["--device", "cpu"], []):
         txt2img("--from", "a.png", "--overwrite", *words, model=False)
     assert ["packed" in names for names in seen] == [False, True, True]
@@ -314,9 +299,7 @@ def test_sdxls_conditioning_is_remembered_and_follows_another_size(sdxl, txt2img
     assert {name: request[name] for name in conditioning} == conditioning
 
 
-def test_a_default_conditioning_is_no_obstacle_for_a_model_without_one(
-    sdxl, txt2img, monkeypatch, here
-):
+def test_a_default_conditioning_is_no_obstacle_for_a_model_without_one(sdxl, txt2img, monkeypatch, here):
     txt2img("a frog", "--out", "a.png")
     monkeypatch.undo()
     monkeypatch.chdir(here)
@@ -369,9 +352,7 @@ def test_repeating_with_another_file_in_place_of_a_part_is_refused(txt2img, othe
     files.save_vae(vae, other_vae, image_size=32)
     code, _, err = txt2img("--from", "a.png", model=False)
     assert code == 2
-    assert err == (
-        "ldm: error: vae is not the vae that made a.png; to use it all the same, name it with --vae\n"
-    )
+    assert err == ("ldm: error: vae is not the vae that made a.png; to use it all the same, name it with --vae\n")
     assert txt2img("--from", "a.png", "--vae", other_vae, model=False)[0] == 0
 
 
@@ -424,17 +405,11 @@ def test_a_record_that_names_transformers_as_the_first_ones_did_is_followed(txt2
     ("changes", "message"),
     [
         ({"request": {"prompt": "a", "wings": 2}}, "b.png: request: unknown 'wings'"),
-        (
-            {"request": {"steps": 2}},
-            "b.png: request lacks prompt; .* give the prompt and options yourself",
-        ),
+        ({"request": {"steps": 2}}, "b.png: request lacks prompt; .* give the prompt and options yourself"),
         ({"request": {"prompt": "a", "steps": 0}}, "steps must be a whole number"),
         ({"command": "rm"}, "b.png: command must be one of 'txt2img', got 'rm'"),
         ({"picture": 1}, "b.png: picture must be one of the 1 of its request, got 1"),
-        (
-            {"placement": {"device": "cpu"}},
-            "the record in b.png: placement lacks dtype, vae_dtype; .* give the prompt",
-        ),
+        ({"placement": {"device": "cpu"}}, "the record in b.png: placement lacks dtype, vae_dtype; .* give the prompt"),
     ],
 )
 def test_a_record_that_cannot_be_followed_is_refused(txt2img, changes, message):
@@ -466,10 +441,7 @@ def test_a_picture_without_a_readable_record_cannot_be_repeated(txt2img, text, m
     [
         ([], "give a prompt in quotes, or --from a picture that ldm made"),
         (["a frog", "--steps", "0"], "steps must be a whole number from 1 to 1000, got 0"),
-        (
-            ["a frog", "--width", str(2**64)],
-            "width must be a whole number from 1 to 65536, got 1844",
-        ),
+        (["a frog", "--width", str(2**64)], "width must be a whole number from 1 to 65536, got 1844"),
         (["a frog", "--crop-top", str(2**64)], "crop_top must be a whole number from 0 to 65536"),
         (["a frog", "--images", str(10**9)], "images must be a whole number from 1 to 99999"),
         (["a frog", "--steps", "many"], "argument --steps: invalid int value: 'many'"),
@@ -478,10 +450,7 @@ def test_a_picture_without_a_readable_record_cannot_be_repeated(txt2img, text, m
         (["a frog", "--guidance-interval", "2", "1"], "two noise levels, the lower one first"),
         (["a frog", "--sampler", "plms"], "sampler must be one of ddpm, ddim"),
         (["a frog", "--seed", str(2**64)], "seeds must lie below 2^64"),
-        (
-            ["a frog", "--width", "30"],
-            "width must be a multiple of 4 pixels for this model, got 30",
-        ),
+        (["a frog", "--width", "30"], "width must be a multiple of 4 pixels for this model, got 30"),
         (["a frog", "--crop-top", "9"], "crop_top is 9, and the model random is conditioned on"),
         (["a frog", "--aesthetic-score", "7"], "aesthetic_score is 7.0, and the model random"),
         (["a frog", "--images", "0"], "images must be a whole number from 1 to 99999, got 0"),
@@ -501,10 +470,7 @@ def test_a_picture_without_a_readable_record_cannot_be_repeated(txt2img, text, m
         (["a frog", "--ema"], "holds one set of weights: leave out ema"),
         (["a frog", "--prediction", "w"], "prediction must be one of eps, v, x0, got 'w'"),
         (["a frog", "--model", "text.safetensors"], "text.safetensors"),
-        (
-            ["a frog", "--from", "no.png"],
-            "the picture no.png cannot be read: No such file or directory",
-        ),
+        (["a frog", "--from", "no.png"], "the picture no.png cannot be read: No such file or directory"),
         (["a frog", "on grass"], "unrecognized arguments: on grass"),
         (["a frog", "--wings", "2"], "unrecognized arguments: --wings"),
     ],
@@ -625,9 +591,7 @@ def meanwhile(monkeypatch):
         (["--images", "2", "--grid"], ["out.png"], ["out-00001.png"]),
     ],
 )
-def test_a_name_that_is_taken_during_the_work_costs_no_picture(
-    txt2img, meanwhile, here, words, taken, made
-):
+def test_a_name_that_is_taken_during_the_work_costs_no_picture(txt2img, meanwhile, here, words, taken, made):
     meanwhile(*taken)
     assert txt2img("a frog", *words) == (0, "".join(f"{name}\n" for name in made), "")
     assert all(pixels(name).shape[2] == 3 for name in made)
@@ -635,9 +599,7 @@ def test_a_name_that_is_taken_during_the_work_costs_no_picture(
     assert sorted(os.listdir(here)) == sorted(taken + made)
 
 
-def test_a_given_name_that_is_taken_during_the_work_is_an_error_and_the_picture_is_kept(
-    txt2img, meanwhile, here
-):
+def test_a_given_name_that_is_taken_during_the_work_is_an_error_and_the_picture_is_kept(txt2img, meanwhile, here):
     meanwhile("a.png", "b-00002.png")
     code, out, err = txt2img("a frog", "--out", "a.png")
     assert (code, out) == (2, "a-00001.png\n")
@@ -676,9 +638,7 @@ def test_what_a_kill_left_long_ago_is_cleared_and_nothing_else(txt2img, here):
     for name in names:
         os.utime(name, (0, 0))
     assert txt2img("a frog")[0] == 0
-    assert sorted(os.listdir(here)) == [
-        *(".ldm-fedcba9876543210", ".ldm-notes", "ldm-old.png", "out.png"),
-    ]
+    assert sorted(os.listdir(here)) == [*(".ldm-fedcba9876543210", ".ldm-notes", "ldm-old.png", "out.png")]
 
 
 def test_what_cannot_be_a_source_is_said(txt2img, here):
@@ -700,10 +660,7 @@ def test_what_cannot_be_a_source_is_said(txt2img, here):
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        (
-            {"parameters": "a cat\nSteps: 20"},
-            r"'parameters' of AUTOMATIC1111's .* 'a cat\\nSteps: 20'",
-        ),
+        ({"parameters": "a cat\nSteps: 20"}, r"'parameters' of AUTOMATIC1111's .* 'a cat\\nSteps: 20'"),
         ({"prompt": "{}", "workflow": "graph"}, r"'workflow' of ComfyUI; .* 'graph'"),
         ({"invokeai_metadata": "steps"}, r"'invokeai_metadata' of InvokeAI; .* 'steps'"),
     ],
@@ -786,9 +743,7 @@ def test_bad_input_to_the_other_commands_is_one_sentence_too(here, capsys, words
 
 
 @pytest.mark.parametrize("as_json", [False, True])
-def test_evaluate_shows_the_checker_what_the_model_makes(
-    model_folder, pipe, monkeypatch, capsys, as_json
-):
+def test_evaluate_shows_the_checker_what_the_model_makes(model_folder, pipe, monkeypatch, capsys, as_json):
     seen = {}
 
     def look(generate, sprites, *, seed):

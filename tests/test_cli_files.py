@@ -81,11 +81,7 @@ def test_convert_writes_the_other_layout_and_says_what_is_left_out(run, source):
     code, out, err = run("convert", source, "folder", "--layout", "diffusers")
     assert (code, err) == (0, "")
     assert re.fullmatch(r"folder\nleft out \d+ tensors that no network uses; --json .*\n", out)
-    assert run("convert", "folder", "b.safetensors", "--layout", "ldm") == (
-        0,
-        "b.safetensors\n",
-        "",
-    )
+    assert run("convert", "folder", "b.safetensors", "--layout", "ldm") == (0, "b.safetensors\n", "")
     models = [files.load(path) for path in (source, "folder", "b.safetensors")]
     assert models[1].config == models[0].config
     for other in models[1:]:
@@ -142,10 +138,7 @@ def test_convert_replaces_a_model_only_with_overwrite(run, source):
             ["convert", "weights/tiny", "a", "--layout", "ldm", "--dtype", "int8"],
             "dtype must be one of float32, float16, bfloat16, got 'int8'",
         ),
-        (
-            ["convert", "weights/tiny", "a", "--layout", "ldm", "--unet", "no"],
-            "no does not exist",
-        ),
+        (["convert", "weights/tiny", "a", "--layout", "ldm", "--unet", "no"], "no does not exist"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(run, here, words, message):

@@ -32,9 +32,7 @@ def read(tmp_path, text):
 
 
 def test_a_toml_file_becomes_nested_dataclasses(tmp_path):
-    got = read(
-        tmp_path, 'name = "n"\nkind = "b"\nwhere = "a/b"\n[inner]\nsize = 7\nrates = [1, 0.5]\n'
-    )
+    got = read(tmp_path, 'name = "n"\nkind = "b"\nwhere = "a/b"\n[inner]\nsize = 7\nrates = [1, 0.5]\n')
     assert got == Outer("n", "b", Inner(7, (1.0, 0.5)), Path("a/b"))
 
 
@@ -78,14 +76,8 @@ def test_one_architecture_is_one_value_however_it_is_written():
 
 
 def test_the_depths_of_all_residual_blocks_are_those_of_their_levels_or_their_own():
-    assert UNetConfig(res_blocks=1).depths() == (
-        [(1,), (1,), (1,), (0,)],
-        [(0, 0), (1, 1), (1, 1), (1, 1)],
-    )
-    assert RELATIVES["SSD-1B"].depths() == (
-        [(0, 0), (2, 2), (4, 4)],
-        [(4, 4, 10), (2, 1, 1), (0, 0, 0)],
-    )
+    assert UNetConfig(res_blocks=1).depths() == ([(1,), (1,), (1,), (0,)], [(0, 0), (1, 1), (1, 1), (1, 1)])
+    assert RELATIVES["SSD-1B"].depths() == ([(0, 0), (2, 2), (4, 4)], [(4, 4, 10), (2, 1, 1), (0, 0, 0)])
 
 
 @pytest.mark.parametrize(
@@ -110,13 +102,7 @@ def test_a_depth_is_read_from_a_file_per_level_and_per_block(tmp_path):
     (tmp_path / "x.toml").write_text("depth = [[1, 2], 1, 1, 0]\nup_depth = [0, 1, 1, [1, 2, 1]]\n")
     config = from_toml(tmp_path / "x.toml", UNetConfig)
     assert config == UNetConfig(depth=((1, 2), 1, 1, 0), up_depth=(0, 1, 1, (1, 2, 1)))
-    for wrong in (
-        "[[1, 2.0], 1, 1, 0]",
-        '["1", 1, 1, 0]',
-        "[[[1]], 1, 1, 0]",
-        "1",
-        "[true, 1, 1, 0]",
-    ):
+    for wrong in ("[[1, 2.0], 1, 1, 0]", '["1", 1, 1, 0]', "[[[1]], 1, 1, 0]", "1", "[true, 1, 1, 0]"):
         (tmp_path / "x.toml").write_text(f"depth = {wrong}\n")
         with pytest.raises(ValueError, match=r"depth must be (int|tuple), got"):
             from_toml(tmp_path / "x.toml", UNetConfig)

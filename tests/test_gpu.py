@@ -29,19 +29,14 @@ from ldm.pipeline import Pipeline
 from ldm.presets import SD15, SDXL_BASE
 from tests.tiny import TINY_RANDOM, TINY_SDXL, random_networks
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 REQUEST = ldm.Request("a frog on the grass", steps=8, images=2)
 HALF = [torch.float16, torch.bfloat16]
 GIB = 2**30
 # A UNet with SD 1.5's levels and head widths, a fifth as wide: large enough for the kernels of the real one.
 NARROW = dataclasses.replace(
     TINY_RANDOM,
-    unet=UNetConfig(
-        channels=(64, 128, 256, 256), heads=(1, 2, 4, 4), context_dim=32, norm_groups=16
-    ),
+    unet=UNetConfig(channels=(64, 128, 256, 256), heads=(1, 2, 4, 4), context_dim=32, norm_groups=16),
     image_size=128,
 )
 
@@ -111,9 +106,7 @@ def test_half_precision_is_as_close_to_fp32_as_that_of_diffusers(folder, dtype):
         assert mine <= 1.1 * theirs  # other kernels round by chance
 
     with torch.no_grad():
-        unet = diffusers.UNet2DConditionModel.from_pretrained(
-            folder, subfolder="unet", torch_dtype=dtype
-        ).cuda()
+        unet = diffusers.UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=dtype).cuda()
         half = [v.to("cuda", dtype) for v in (x, context)]
         theirs = unet(half[0], t.cuda(), half[1], **options).sample
         moved = None if vector is None else vector.to("cuda", dtype)

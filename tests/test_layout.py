@@ -27,7 +27,8 @@ PACKAGES = {  # what each part of ldm may import of ldm, beside itself
     "memory": {"config", "models", "offload"},
     "request": {"config", "diffusion"},
     "pipeline": {
-        *("config", "models", "diffusion", "checkpoint", "diagnosis", "graphs", "images", "memory", "presets", "request")
+        *("checkpoint", "config", "diagnosis", "diffusion", "graphs", "images", "memory", "models"),
+        *("presets", "request"),
     },
     "training": {"config", "models", "diffusion", "checkpoint", "images", "presets"},
     "record": {"", "config", "images", "memory", "pipeline", "request"},
@@ -37,15 +38,7 @@ PACKAGES = {  # what each part of ldm may import of ldm, beside itself
     },
     "": {"config", "pipeline", "presets", "memory", "request"},  # ldm/__init__.py
 }
-THIRD_PARTY = {
-    "torch",
-    "safetensors",
-    "tokenizers",
-    "einops",
-    "numpy",
-    "PIL",
-    "tqdm",
-}
+THIRD_PARTY = {"torch", "safetensors", "tokenizers", "einops", "numpy", "PIL", "tqdm"}
 
 
 def part_of(module):
@@ -99,20 +92,14 @@ def test_the_library_needs_only_its_declared_packages():
 
 def test_importing_ldm_starts_no_thread():
     code = "import threading, ldm; print(threading.active_count())"
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
-    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert result.stdout.split() == ["1"]
 
 
 def test_a_picture_takes_no_import_that_it_has_no_use_for(model_folder, tmp_path):
     words = ["txt2img", "a frog", "--model", str(model_folder), "--steps", "1", "--device", "cpu"]
-    code = (
-        "import sys; from ldm import cli; assert cli.main(sys.argv[1:]) == 0; print(*sys.modules)"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=tmp_path
-    )
+    code = "import sys; from ldm import cli; assert cli.main(sys.argv[1:]) == 0; print(*sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     imported = set(result.stdout.split())
     assert (tmp_path / "out.png").is_file()
@@ -135,9 +122,7 @@ def test_the_library_never_prints_and_leaves_nothing_to_do():
 
 
 def test_the_top_level_is_what_was_agreed():
-    tracked = subprocess.run(
-        ["git", "ls-files"], capture_output=True, text=True, cwd=ROOT
-    ).stdout.splitlines()
+    tracked = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT).stdout.splitlines()
     if not tracked:
         pytest.skip("not a git checkout")
     folders = {Path(name).parts[0] for name in tracked if len(Path(name).parts) > 1}
@@ -155,12 +140,7 @@ def blocks(language):
 def commands():
     """Every `ldm ...` line of the README's shell blocks."""
     lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
-    return [
-        part.strip()
-        for line in lines
-        for part in line.split("&&")
-        if part.strip().startswith("ldm ")
-    ]
+    return [part.strip() for line in lines for part in line.split("&&") if part.strip().startswith("ldm ")]
 
 
 def test_the_readme_is_short_and_its_files_exist():

@@ -250,14 +250,10 @@ def test_no_copy_races_with_the_computation(unet, monkeypatch):
     assert not races.found
 
 
-@pytest.mark.parametrize(
-    ("stream", "message"), [("computing", "read before"), ("copying", "overwritten while")]
-)
+@pytest.mark.parametrize(("stream", "message"), [("computing", "read before"), ("copying", "overwritten while")])
 def test_that_check_would_see_a_wait_that_is_missing(unet, monkeypatch, stream, message):
     wait_stream = Stream.wait_stream
-    monkeypatch.setattr(
-        Stream, "wait_stream", lambda self, other: self.name == stream or wait_stream(self, other)
-    )
+    monkeypatch.setattr(Stream, "wait_stream", lambda self, other: self.name == stream or wait_stream(self, other))
     assert any(message in found for found in watch(unet, monkeypatch).found)
 
 

@@ -56,27 +56,15 @@ def pixels(picture: Image.Image) -> np.ndarray:
         ({"guidance_scale": math.nan}, "guidance_scale must be a finite number, 0 or more"),
         ({"guidance_scale": math.inf}, "guidance_scale must be a finite number, 0 or more"),
         ({"guidance_scale": 10**400}, "guidance_scale must be a finite number, 0 or more"),
-        (
-            {"width": 2**64},
-            "width must be a whole number from 1 to 65536, got 18446744073709551616",
-        ),
+        ({"width": 2**64}, "width must be a whole number from 1 to 65536, got 18446744073709551616"),
         ({"guidance_scale": -1.0}, "guidance_scale must be a finite number, 0 or more, got -1.0"),
         ({"guidance_rescale": 2}, "guidance_rescale must be a finite number from 0 to 1, got 2"),
-        (
-            {"guidance_interval": 1.0},
-            "guidance_interval must be two noise levels, low and high, got 1",
-        ),
+        ({"guidance_interval": 1.0}, "guidance_interval must be two noise levels, low and high, got 1"),
         ({"guidance_interval": (1, 2, 3)}, "two noise levels, low and high, got \\(1, 2, 3\\)"),
         ({"guidance_interval": (2, 1)}, "two noise levels, the lower one first, got \\(2, 1\\)"),
         ({"guidance_interval": (1, 1)}, "two noise levels, the lower one first, got \\(1, 1\\)"),
-        (
-            {"guidance_interval": (-1, 1)},
-            "guidance_interval must be a finite number, 0 or more, got -1",
-        ),
-        (
-            {"guidance_interval": (1, math.inf)},
-            "guidance_interval must be a finite number.* got inf",
-        ),
+        ({"guidance_interval": (-1, 1)}, "guidance_interval must be a finite number, 0 or more, got -1"),
+        ({"guidance_interval": (1, math.inf)}, "guidance_interval must be a finite number.* got inf"),
         ({"guidance_interval": ("a", 1)}, "guidance_interval must be a finite number.* got 'a'"),
         ({"sampler": "plms"}, f"sampler must be one of {', '.join(SAMPLERS)}, got 'plms'"),
         ({"spacing": "even"}, "spacing must be one of leading, trailing, linspace, lcm, karras"),
@@ -87,10 +75,7 @@ def pixels(picture: Image.Image) -> np.ndarray:
         ({"seed": 2**64 - 1, "images": 2}, "seeds must lie below 2\\^64"),
         ({"images": 0}, "images must be a whole number from 1 to 99999, got 0"),
         ({"original_width": 0}, "original_width must be a whole number from 1 to 65536, got 0"),
-        (
-            {"original_height": 1.5},
-            "original_height must be a whole number from 1 to 65536, got 1.5",
-        ),
+        ({"original_height": 1.5}, "original_height must be a whole number from 1 to 65536, got 1.5"),
         ({"target_width": -1}, "target_width must be a whole number from 1 to 65536, got -1"),
         ({"target_height": "9"}, "target_height must be a whole number from 1 to 65536, got '9'"),
         ({"crop_top": -1}, "crop_top must be a whole number from 0 to 65536, got -1"),
@@ -124,13 +109,7 @@ def test_what_a_request_leaves_open_is_the_models_own_choice():
     turbo = Request("a frog").resolved(SD_TURBO)
     assert (turbo.steps, turbo.sampler, turbo.spacing) == (4, "euler_ancestral", "trailing")
     assert turbo.guidance_scale == 0.0
-    chosen = Request(
-        *("a frog", "bad", 2, 0.0, 0.5),
-        sampler="lcm",
-        spacing="karras",
-        width=8,
-        height=16,
-    )
+    chosen = Request(*("a frog", "bad", 2, 0.0, 0.5), sampler="lcm", spacing="karras", width=8, height=16)
     assert chosen.resolved(SD15) == chosen
 
 
@@ -138,9 +117,7 @@ def test_a_clip_skip_beyond_the_layers_of_any_tower_is_refused():
     assert Request("a frog", clip_skip=12).resolved(SDXL_BASE).clip_skip == 12
     assert Request("a frog").resolved(SDXL_BASE).clip_skip is None
     for config, skip, layers in ((SD15, 13, 12), (SD21, 24, 23), (SDXL_BASE, 13, 12)):
-        with pytest.raises(
-            ValueError, match=rf"clip_skip must be from 1 .* to {layers}, .* got {skip}"
-        ):
+        with pytest.raises(ValueError, match=rf"clip_skip must be from 1 .* to {layers}, .* got {skip}"):
             Request("a frog", clip_skip=skip).resolved(config)
 
 
@@ -218,12 +195,9 @@ def test_the_stream_shows_every_step_and_ends_in_what_decode_takes(pipe):
 
 
 @pytest.mark.parametrize(
-    ("sampler", "spacing", "squared"),
-    [("euler", "trailing", 0), ("euler", "leading", 1), ("dpmpp_2m", "trailing", 1)],
+    ("sampler", "spacing", "squared"), [("euler", "trailing", 0), ("euler", "leading", 1), ("dpmpp_2m", "trailing", 1)]
 )
-def test_a_picture_starts_from_its_seeds_noise_at_the_samplers_own_scale(
-    pipe, sampler, spacing, squared
-):
+def test_a_picture_starts_from_its_seeds_noise_at_the_samplers_own_scale(pipe, sampler, spacing, squared):
     request = dataclasses.replace(FROG, sampler=sampler, spacing=spacing, steps=1, seed=3)
     (step,) = pipe.stream(request)  # one step to zero noise: x is x0 = start - sigma eps
     sigma = float(pipe.schedule.sigmas[-1])
@@ -261,12 +235,7 @@ def test_guidance_up_to_1_ignores_the_negative_prompt_and_above_1_follows_it(pip
     def picture(scale: float, negative: str, rescale: float = 0.0) -> np.ndarray:
         return pixels(
             pipe.generate(
-                dataclasses.replace(
-                    FROG,
-                    guidance_scale=scale,
-                    negative_prompt=negative,
-                    guidance_rescale=rescale,
-                )
+                dataclasses.replace(FROG, guidance_scale=scale, negative_prompt=negative, guidance_rescale=rescale)
             )[0]
         )
 
@@ -277,9 +246,7 @@ def test_guidance_up_to_1_ignores_the_negative_prompt_and_above_1_follows_it(pip
 
 
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "heun", "lcm"])
-def test_an_interval_of_all_levels_changes_nothing_and_one_of_none_turns_guidance_off(
-    pipe, sampler
-):
+def test_an_interval_of_all_levels_changes_nothing_and_one_of_none_turns_guidance_off(pipe, sampler):
     request = dataclasses.replace(FROG, sampler=sampler)
 
     def last(**changes) -> torch.Tensor:
@@ -296,9 +263,7 @@ def test_an_interval_of_all_levels_changes_nothing_and_one_of_none_turns_guidanc
 def test_only_levels_within_the_interval_cost_two_passes(pipe, monkeypatch):
     batches = []
     forward = pipe.unet.forward
-    monkeypatch.setattr(
-        pipe.unet, "forward", lambda z, *rest: batches.append(len(z)) or forward(z, *rest)
-    )
+    monkeypatch.setattr(pipe.unet, "forward", lambda z, *rest: batches.append(len(z)) or forward(z, *rest))
     high, middle, low, _ = pipe.schedule.steps(3).tolist()
     for interval, expected in [
         (None, [2, 2, 2]),
@@ -314,9 +279,7 @@ def test_only_levels_within_the_interval_cost_two_passes(pipe, monkeypatch):
 def test_without_guidance_the_negative_prompt_is_not_encoded(pipe, monkeypatch):
     seen = []
     encode = pipe.text_encoder.encode
-    monkeypatch.setattr(
-        pipe.text_encoder, "encode", lambda texts, skip: seen.append(texts) or encode(texts, skip)
-    )
+    monkeypatch.setattr(pipe.text_encoder, "encode", lambda texts, skip: seen.append(texts) or encode(texts, skip))
     for scale in (0.0, 1.0, 1.5):
         pipe.stream(dataclasses.replace(FROG, negative_prompt="bad", guidance_scale=scale))
     assert seen == [[FROG.prompt], [FROG.prompt], [FROG.prompt, "bad"]]
@@ -399,14 +362,10 @@ def test_a_prompt_longer_than_the_encoder_reads_is_cut_with_a_warning(pipe):
 
 
 @pytest.mark.parametrize("attention", ["sliced", "math"])
-def test_the_placements_attention_reaches_every_layer_and_changes_nothing(
-    pipe, model_folder, attention
-):
+def test_the_placements_attention_reaches_every_layer_and_changes_nothing(pipe, model_folder, attention):
     other = load(model_folder, Placement(device="cpu", attention=attention))
     if attention == "math":
-        attends = {
-            m.attend for n in (other.unet, other.vae) for m in n.modules() if hasattr(m, "attend")
-        }
+        attends = {m.attend for n in (other.unet, other.vae) for m in n.modules() if hasattr(m, "attend")}
         assert attends == {math_attention}
     difference = abs(pixels(pipe.generate(FROG)[0]) - pixels(other.generate(FROG)[0]))
     assert difference.max() <= 1  # fp32 sums in another order
@@ -419,27 +378,19 @@ def test_bf16_networks_make_nearly_the_same_picture_with_an_fp32_sampler(pipe, m
     assert {p.dtype for p in half.vae.parameters()} == {torch.bfloat16}
     assert all(step.x.dtype == torch.float32 for step in half.stream(FROG))
     difference = abs(pixels(pipe.generate(FROG)[0]) - pixels(half.generate(FROG)[0]))
-    assert (
-        difference.mean() < 4
-    )  # bf16 keeps 8 bits; 3 steps of a random network add up its rounding
+    assert difference.mean() < 4  # bf16 keeps 8 bits; 3 steps of a random network add up its rounding
 
 
 @pytest.mark.parametrize(
     ("part", "dtype", "message"),
     [
-        (
-            "unet.conv_out",
-            torch.float32,
-            r"the UNet gave .* in float32 at step 1 of 3, .*UNet that",
-        ),
+        ("unet.conv_out", torch.float32, r"the UNet gave .* in float32 at step 1 of 3, .*UNet that"),
         ("unet.conv_out", torch.bfloat16, r"the UNet gave .* in bfloat16 at step 1 of 3, .*UNet"),
         ("vae.decoder", torch.float32, "the VAE gave .* in float32, .* latents that reach"),
         ("text_encoder", torch.float32, "the text encoder gave .* in float32, "),
     ],
 )
-def test_numbers_that_are_not_finite_are_an_error_and_never_a_black_picture(
-    model_folder, part, dtype, message
-):
+def test_numbers_that_are_not_finite_are_an_error_and_never_a_black_picture(model_folder, part, dtype, message):
     broken = load(model_folder, Placement(device="cpu", dtype=dtype, vae_dtype=dtype))
     weights = next(operator.attrgetter(part)(broken).parameters())
     with torch.no_grad():
@@ -447,9 +398,7 @@ def test_numbers_that_are_not_finite_are_an_error_and_never_a_black_picture(
         weights.flatten()[::2] *= -1  # so that a norm meets an infinite sum, too
     with pytest.raises(FloatingPointError, match=message) as caught:
         broken.generate(FROG)
-    assert f"from finite weights (up to {float(weights.abs().max()):.3g}); usual causes" in str(
-        caught.value
-    )
+    assert f"from finite weights (up to {float(weights.abs().max()):.3g}); usual causes" in str(caught.value)
     assert "damaged, get" not in str(caught.value)
 
 
@@ -483,15 +432,9 @@ def test_guidance_that_is_too_strong_is_named_as_a_cause(pipe):
         ("text_encoder", r"towers.0\..* of the text encoder holds NaN or Inf: the file \S*t is"),
     ],
 )
-def test_a_damaged_weight_is_named_with_the_file_that_holds_it(
-    model_folder, tmp_path, part, number, packed, message
-):
+def test_a_damaged_weight_is_named_with_the_file_that_holds_it(model_folder, tmp_path, part, number, packed, message):
     model = files.load(model_folder)
-    layers = {
-        "unet": model.unet.mid.res_in.conv1,
-        "vae": model.vae.decoder.conv_in,
-        "text_encoder": model.text_encoder,
-    }
+    layers = {"unet": model.unet.mid.res_in.conv1, "vae": model.vae.decoder.conv_in, "text_encoder": model.text_encoder}
     with torch.no_grad():
         next(layers[part].parameters())[:] = number
     files.save(model, tmp_path / part[0])
@@ -538,9 +481,7 @@ def test_a_word_in_the_place_of_a_placement_or_a_request_is_told_what_to_write(p
 
 
 def test_a_model_whose_unet_takes_more_than_latents_is_refused(pipe):
-    config = dataclasses.replace(
-        pipe.config, unet=dataclasses.replace(pipe.config.unet, in_channels=9)
-    )
+    config = dataclasses.replace(pipe.config, unet=dataclasses.replace(pipe.config.unet, in_channels=9))
     inpainting = Pipeline(config, pipe.unet, pipe.vae, pipe.text_encoder)
     with pytest.raises(ValueError, match="takes 9 channels"):
         inpainting.stream(FROG)

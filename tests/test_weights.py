@@ -92,9 +92,7 @@ def find(*names: str) -> Path:
     for name in names:
         if (FOLDER / name).exists():
             return FOLDER / name
-    pytest.skip(
-        f"{FOLDER} has no {' or '.join(names)}: put it there, or name its folder in LDM_WEIGHTS"
-    )
+    pytest.skip(f"{FOLDER} has no {' or '.join(names)}: put it there, or name its folder in LDM_WEIGHTS")
 
 
 @pytest.mark.parametrize("name", DIGESTS)

@@ -12,25 +12,14 @@ from ldm.models.vae import VAE
 
 TINY_RANDOM = ModelConfig(
     name="random",
-    unet=UNetConfig(
-        channels=(16, 32), res_blocks=1, depth=(0, 1), heads=(2, 2), context_dim=32, norm_groups=8
-    ),
+    unet=UNetConfig(channels=(16, 32), res_blocks=1, depth=(0, 1), heads=(2, 2), context_dim=32, norm_groups=8),
     vae=VAEConfig(channels=(16, 16, 16), res_blocks=1, norm_groups=8, scaling_factor=0.5),
-    text=(
-        TextConfig(width=32, layers=2, heads=2, mlp=64, vocab_size=514, max_length=32, pad_id=513),
-    ),
+    text=(TextConfig(width=32, layers=2, heads=2, mlp=64, vocab_size=514, max_length=32, pad_id=513),),
     image_size=32,
     guidance_scale=3.0,
 )
 
-_CLIP = TextConfig(
-    *(16, 2, 2, 32),
-    vocab_size=514,
-    max_length=32,
-    pad_id=513,
-    output_layer=-2,
-    final_norm=False,
-)
+_CLIP = TextConfig(*(16, 2, 2, 32), vocab_size=514, max_length=32, pad_id=513, output_layer=-2, final_norm=False)
 _OPEN_CLIP = dataclasses.replace(_CLIP, activation="gelu", projection=24, pad_id=0)
 TINY_SDXL = dataclasses.replace(
     TINY_RANDOM,

@@ -17,9 +17,7 @@ def add(commands: Commands) -> None:
     command = commands.add_parser("inspect", help="tell what a file or folder holds")
     command.set_defaults(run=_inspect)
     command.add_argument("file", metavar="FILE", help="only headers and configurations are read")
-    command.add_argument(
-        "--check-sha256", action="store_true", help="look it up among the known files; reads it all"
-    )
+    command.add_argument("--check-sha256", action="store_true", help="look it up among the known files; reads it all")
     add_options(command, ModelChoice, MODEL_OPTIONS[1:2])
     command.add_argument("--json", action="store_true", help="print the report as JSON")
 

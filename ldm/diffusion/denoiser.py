@@ -45,11 +45,7 @@ def to_x0(prediction: Tensor, x: Tensor, sigma: float | Tensor, kind: Prediction
 
 
 def parametrise(
-    network: Network,
-    schedule: NoiseSchedule,
-    prediction: Prediction = "eps",
-    *,
-    dtype: torch.dtype | None = None,
+    network: Network, schedule: NoiseSchedule, prediction: Prediction = "eps", *, dtype: torch.dtype | None = None
 ) -> Denoiser:
     """Make a Denoiser of a network that predicts `prediction`.
 
@@ -148,11 +144,7 @@ def within(interval: tuple[float, float], inside: Denoiser, outside: Denoiser) -
 
 
 def consistency(
-    denoise: Denoiser,
-    schedule: NoiseSchedule,
-    *,
-    sigma_data: float = 0.5,
-    timestep_scaling: float = 10.0,
+    denoise: Denoiser, schedule: NoiseSchedule, *, sigma_data: float = 0.5, timestep_scaling: float = 10.0
 ) -> Denoiser:
     """Wrap the denoiser of a latent consistency model in its boundary scalings, for `lcm`.
 

@@ -49,9 +49,7 @@ class Step:
 class Sampler(Protocol):
     """The signature that all samplers share."""
 
-    def __call__(
-        self, denoise: Denoiser, x: Tensor, sigmas: Tensor, *, noise: Noise
-    ) -> Iterator[Step]:
+    def __call__(self, denoise: Denoiser, x: Tensor, sigmas: Tensor, *, noise: Noise) -> Iterator[Step]:
         """Walk `x` down `sigmas`."""
 
 
@@ -81,9 +79,7 @@ def seeded_noise(seeds: Sequence[int], shape: Sequence[int]) -> Noise:
     return draw
 
 
-def euler(
-    denoise: Denoiser, x: Tensor, sigmas: Tensor, *, noise: Noise | None = None
-) -> Iterator[Step]:
+def euler(denoise: Denoiser, x: Tensor, sigmas: Tensor, *, noise: Noise | None = None) -> Iterator[Step]:
     """Integrate the probability-flow ODE with Euler's method (Karras et al. 2022, eq. 3).
 
     x' = x + (sigma' - sigma) (x - x0) / sigma, which is DDIM with eta 0 under another name.
@@ -92,12 +88,7 @@ def euler(
 
 
 def ddim(
-    denoise: Denoiser,
-    x: Tensor,
-    sigmas: Tensor,
-    *,
-    noise: Noise | None = None,
-    eta: float = 0.0,
+    denoise: Denoiser, x: Tensor, sigmas: Tensor, *, noise: Noise | None = None, eta: float = 0.0
 ) -> Iterator[Step]:
     """Sample with DDIM (Song et al. 2020, eq. 12), in the sigma form of `schedule.py`.
 
@@ -120,9 +111,7 @@ def ddpm(denoise: Denoiser, x: Tensor, sigmas: Tensor, *, noise: Noise) -> Itera
     yield from ddim(denoise, x, sigmas, noise=noise, eta=1.0)
 
 
-def euler_ancestral(
-    denoise: Denoiser, x: Tensor, sigmas: Tensor, *, noise: Noise
-) -> Iterator[Step]:
+def euler_ancestral(denoise: Denoiser, x: Tensor, sigmas: Tensor, *, noise: Noise) -> Iterator[Step]:
     """Take an Euler step below the next level, then add the noise that is missing (k-diffusion).
 
     down^2 = sigma'^2 - up^2, up = sigma' sqrt(1 - sigma'^2 / sigma^2), the same as `ddpm`: what
@@ -131,9 +120,7 @@ def euler_ancestral(
     yield from ddim(denoise, x, sigmas, noise=noise, eta=1.0)
 
 
-def heun(
-    denoise: Denoiser, x: Tensor, sigmas: Tensor, *, noise: Noise | None = None
-) -> Iterator[Step]:
+def heun(denoise: Denoiser, x: Tensor, sigmas: Tensor, *, noise: Noise | None = None) -> Iterator[Step]:
     """Integrate the ODE with Heun's method (Karras et al. 2022, algorithm 1): two calls a step.
 
     With both slopes written by their x0, half of the difference between them adds
@@ -149,9 +136,7 @@ def heun(
         yield Step(i, len(sigmas) - 1, target, x, x0)
 
 
-def dpmpp_2m(
-    denoise: Denoiser, x: Tensor, sigmas: Tensor, *, noise: Noise | None = None
-) -> Iterator[Step]:
+def dpmpp_2m(denoise: Denoiser, x: Tensor, sigmas: Tensor, *, noise: Noise | None = None) -> Iterator[Step]:
     """Solve the ODE with DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): one call a step.
 
     In sigma space it is DDIM towards x0 extrapolated half a step ahead in log sigma.
@@ -206,9 +191,7 @@ def start(noise: Tensor, sigma: float | Tensor, *, sampler: str, spacing: str) -
     return to_ve(noise, sigma)
 
 
-def _multistep(
-    denoise: Denoiser, x: Tensor, sigmas: Tensor, *, eta: float, noise: Noise | None
-) -> Iterator[Step]:
+def _multistep(denoise: Denoiser, x: Tensor, sigmas: Tensor, *, eta: float, noise: Noise | None) -> Iterator[Step]:
     """`_move` towards x0 as the last two estimates, a line over log sigma, foretell it."""
     previous: tuple[Tensor, float] | None = None
     for i, sigma, target in _levels(sigmas):
@@ -221,14 +204,7 @@ def _multistep(
         previous = x0, sigma
 
 
-def _move(
-    x: Tensor,
-    x0: Tensor,
-    sigma: float,
-    target: float,
-    eta: float = 0.0,
-    noise: Noise | None = None,
-) -> Tensor:
+def _move(x: Tensor, x0: Tensor, sigma: float, target: float, eta: float = 0.0, noise: Noise | None = None) -> Tensor:
     """Lower the noise in `x` from `sigma` to `target`, renewing a part of it.
 
     x' = x0 + sqrt(target^2 - up^2) (x - x0) / sigma + up noise,
@@ -242,13 +218,9 @@ def _move(
 def _drawn(noise: Noise | None, *, like: Tensor) -> Tensor:
     """Fresh noise with the dtype and device of `like`."""
     if noise is None:
-        raise ValueError(
-            "this sampler draws noise, got None; pass noise=seeded_noise(seeds, shape)"
-        )
+        raise ValueError("this sampler draws noise, got None; pass noise=seeded_noise(seeds, shape)")
     drawn = noise()
-    if (
-        like.is_cuda
-    ):  # from page-locked memory a copy need not wait for what the device has yet to do
+    if like.is_cuda:  # from page-locked memory a copy need not wait for what the device has yet to do
         drawn = drawn.pin_memory()
     return drawn.to(like, non_blocking=drawn.is_pinned())
 

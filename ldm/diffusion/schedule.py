@@ -70,9 +70,7 @@ class NoiseSchedule:
         if betas not in get_args(BetaSchedule):
             raise ValueError(f"betas must be one of {get_args(BetaSchedule)}, got {betas!r}")
         if not 0 < beta_start <= beta_end < 1:
-            raise ValueError(
-                f"betas must satisfy 0 < beta_start <= beta_end < 1, got {beta_start}, {beta_end}"
-            )
+            raise ValueError(f"betas must satisfy 0 < beta_start <= beta_end < 1, got {beta_start}, {beta_end}")
         if timesteps < 2:
             raise ValueError(f"timesteps must be at least 2, got {timesteps}")
 
@@ -146,9 +144,7 @@ class NoiseSchedule:
         log_low, log_high = self.sigmas[high - 1].log(), self.sigmas[high].log()
         return high - (log_high - sigma.log()) / (log_high - log_low)
 
-    def steps(
-        self, n: int, spacing: Spacing = "leading", *, offset: int = 1, final: Final = "zero"
-    ) -> Tensor:
+    def steps(self, n: int, spacing: Spacing = "leading", *, offset: int = 1, final: Final = "zero") -> Tensor:
         """List the levels of `n` sampling steps: n + 1 strictly falling fp64 sigmas.
 
         n: any of 1 .. timesteps, for "lcm" 1 .. 50. A single step starts at the last timestep in every spacing.
@@ -176,9 +172,7 @@ class NoiseSchedule:
         if spacing not in get_args(Spacing):
             raise ValueError(f"spacing must be one of {get_args(Spacing)}, got {spacing!r}")
         if spacing == "lcm" and not n <= LCM_TIMESTEPS <= len(self):
-            raise ValueError(
-                f"spacing 'lcm' picks from {LCM_TIMESTEPS} of the timesteps, got {n} steps of {len(self)}"
-            )
+            raise ValueError(f"spacing 'lcm' picks from {LCM_TIMESTEPS} of the timesteps, got {n} steps of {len(self)}")
         if offset < 0:
             raise ValueError(f"offset must be 0 or more timesteps, got {offset}")
         if final not in get_args(Final):

@@ -13,9 +13,7 @@ class PatchDiscriminator(nn.Module):
         super().__init__()
         widths = [channels * 2**i for i in range(layers + 1)]
         self.conv_in = nn.Conv2d(3, widths[0], 4, stride=2, padding=1)
-        self.convs = nn.ModuleList(
-            nn.Conv2d(a, b, 4, stride=2, padding=1) for a, b in pairwise(widths)
-        )
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 4, stride=2, padding=1) for a, b in pairwise(widths))
         self.norms = nn.ModuleList(nn.GroupNorm(4, width) for width in widths[1:])
         self.conv_out = nn.Conv2d(widths[-1], 1, 3, padding=1)
 

@@ -36,13 +36,7 @@ class ResBlock(nn.Module):
     """Two normalised convolutions around an optional embedding, added to their (projected) input."""
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        *,
-        groups: int,
-        eps: float,
-        emb_dim: int | None = None,
+        self, in_channels: int, out_channels: int, *, groups: int, eps: float, emb_dim: int | None = None
     ) -> None:
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, in_channels, eps=eps)

@@ -45,9 +45,7 @@ class DeepCache(nn.Module):
         if every < 1:
             raise ValueError(f"every must be 1 call or more, got {every}")
         if not 1 <= depth < len(unet.up):
-            raise ValueError(
-                f"depth must be 1 to {len(unet.up) - 1} of this UNet's {len(unet.up)} stages, got {depth}"
-            )
+            raise ValueError(f"depth must be 1 to {len(unet.up) - 1} of this UNet's {len(unet.up)} stages, got {depth}")
         self.unet, self.every, self.depth = unet, every, depth
 
     def prepare(self, context: Tensor, vector: Tensor | None = None) -> tuple[Run, Tensor | None]:

@@ -43,25 +43,15 @@ def encode_tiles(vae: VAE, images: Tensor, *, tile: int = 64, overlap: int = 8) 
 
 
 def _blend(
-    network: Callable[[Tensor], Tensor],
-    x: Tensor,
-    *,
-    tile: int,
-    overlap: int,
-    before: int = 1,
-    after: int = 1,
+    network: Callable[[Tensor], Tensor], x: Tensor, *, tile: int, overlap: int, before: int = 1, after: int = 1
 ) -> Tensor:
     """Average what `network` makes of the tiles of x: 1 c h w, with weights that rise from the edges of a tile.
 
     before, after: how many pixels of x and of the result a latent pixel spans.
     """
     if not 1 <= overlap <= tile / 2:
-        raise ValueError(
-            f"tiles of {tile} must overlap by 1 to {tile // 2} latent pixels, got {overlap}"
-        )
-    rows, columns = (
-        _spans(n // before, tile, overlap, before, after, x.device) for n in x.shape[2:]
-    )
+        raise ValueError(f"tiles of {tile} must overlap by 1 to {tile // 2} latent pixels, got {overlap}")
+    rows, columns = (_spans(n // before, tile, overlap, before, after, x.device) for n in x.shape[2:])
     height, width = (n // before * after for n in x.shape[2:])
     out = None
     for source_rows, target_rows, down in rows:

@@ -23,9 +23,7 @@ class Attention(nn.Module):
     upcast: attend in fp32 where the network is fp16, whose range the scores of SD 2.1 at 768 pixels leave.
     """
 
-    def __init__(
-        self, dim: int, heads: int, context_dim: int | None = None, *, upcast: bool = False
-    ) -> None:
+    def __init__(self, dim: int, heads: int, context_dim: int | None = None, *, upcast: bool = False) -> None:
         super().__init__()
         context_dim = context_dim or dim
         self.heads = heads
@@ -98,23 +96,13 @@ class SpatialTransformer(nn.Module):
     """Transformer blocks over the pixels of a feature map, between two projections, added to it."""
 
     def __init__(
-        self,
-        dim: int,
-        heads: int,
-        context_dim: int,
-        *,
-        depth: int,
-        linear: bool,
-        groups: int,
-        upcast: bool = False,
+        self, dim: int, heads: int, context_dim: int, *, depth: int, linear: bool, groups: int, upcast: bool = False
     ) -> None:
         super().__init__()
         self.linear = linear  # SD2 and SDXL project tokens, SD1 projects pixels: the same numbers
         self.norm = nn.GroupNorm(groups, dim, eps=1e-6)  # 1e-5 in the UNet's other norms
         self.proj_in = nn.Linear(dim, dim) if linear else nn.Conv2d(dim, dim, 1)
-        self.blocks = nn.ModuleList(
-            TransformerBlock(dim, heads, context_dim, upcast=upcast) for _ in range(depth)
-        )
+        self.blocks = nn.ModuleList(TransformerBlock(dim, heads, context_dim, upcast=upcast) for _ in range(depth))
         self.proj_out = nn.Linear(dim, dim) if linear else nn.Conv2d(dim, dim, 1)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:

@@ -31,9 +31,7 @@ class Stage(nn.Module):
         self.conv, self.res, self.transformer = conv, res, transformer
         self.downsample, self.upsample = downsample, upsample
 
-    def forward(
-        self, x: Tensor, emb: Tensor, context: Context, size: torch.Size | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, context: Context, size: torch.Size | None = None) -> Tensor:
         """Map x: b c h w to b c' h' w'; `size` is what an upsampling stage grows to."""
         if self.conv is not None:
             x = self.conv(x)
@@ -52,10 +50,7 @@ class Middle(nn.Module):
     """The bottleneck: residual block, transformer, residual block; distilled models lack some or all of them."""
 
     def __init__(
-        self,
-        res_in: ResBlock | None,
-        transformer: SpatialTransformer | None,
-        res_out: ResBlock | None,
+        self, res_in: ResBlock | None, transformer: SpatialTransformer | None, res_out: ResBlock | None
     ) -> None:
         super().__init__()
         self.res_in, self.transformer, self.res_out = res_in, transformer, res_out
@@ -81,9 +76,7 @@ class Encoder(nn.Module):
         emb_dim = 4 * first
         self.time_embed = _embedding(first, emb_dim)
         self.vector_embed = _embedding(config.vector_dim, emb_dim) if config.vector_dim else None
-        self.guidance_embed = (
-            nn.Linear(config.guidance_dim, first, bias=False) if config.guidance_dim else None
-        )
+        self.guidance_embed = nn.Linear(config.guidance_dim, first, bias=False) if config.guidance_dim else None
 
         self.down = nn.ModuleList([Stage(conv=nn.Conv2d(config.in_channels, first, 3, padding=1))])
         self.skip_channels = [first]
@@ -91,17 +84,11 @@ class Encoder(nn.Module):
         down_depths, _ = config.depths()
         for level, (width, depths) in enumerate(zip(config.channels, down_depths, strict=True)):
             for depth in depths:
-                self.down.append(
-                    Stage(
-                        res=self._res(channels, width), transformer=self._transformer(level, depth)
-                    )
-                )
+                self.down.append(Stage(res=self._res(channels, width), transformer=self._transformer(level, depth)))
                 channels = width
                 self.skip_channels.append(channels)
             if level < len(config.channels) - 1:
-                self.down.append(
-                    Stage(downsample=nn.Conv2d(channels, channels, 3, stride=2, padding=1))
-                )
+                self.down.append(Stage(downsample=nn.Conv2d(channels, channels, 3, stride=2, padding=1)))
                 self.skip_channels.append(channels)
 
         self.mid = Middle(
@@ -134,11 +121,7 @@ class Encoder(nn.Module):
         )
 
     def embed(
-        self,
-        timesteps: Tensor,
-        vector: Tensor | None,
-        dtype: torch.dtype,
-        guidance: Tensor | None = None,
+        self, timesteps: Tensor, vector: Tensor | None, dtype: torch.dtype, guidance: Tensor | None = None
     ) -> Tensor:
         """Embed timesteps: b and, where the model has them, vector: b vector_dim and guidance: b, as b emb_dim."""
         embedded = timestep_embedding(timesteps, self.config.channels[0]).to(dtype)
@@ -152,15 +135,11 @@ class Encoder(nn.Module):
         emb: Tensor = self.time_embed(embedded)
         if self.vector_embed is not None:
             if vector is None:
-                raise ValueError(
-                    f"this UNet needs vector= of width {self.config.vector_dim} (pooled text and sizes)"
-                )
+                raise ValueError(f"this UNet needs vector= of width {self.config.vector_dim} (pooled text and sizes)")
             emb = emb + self.vector_embed(vector.to(dtype))
         return emb
 
-    def prepare(
-        self, context: Tensor, vector: Tensor | None = None
-    ) -> tuple[Context, Tensor | None]:
+    def prepare(self, context: Tensor, vector: Tensor | None = None) -> tuple[Context, Tensor | None]:
         """Return what `forward` may be given in place of these two, to do once what is the same at every step.
 
         The context becomes the keys and values of each block: the numbers are the same, until the weights change.

@@ -56,9 +56,7 @@ class Checker:
         self.templates = [(name, side) for side in sides for name in self.names]
         self.sprites = torch.zeros(len(self.templates), 4, SIDE, SIDE)  # color times alpha, alpha
         for i, (name, side) in enumerate(self.templates):
-            self.sprites[i, :, :side, :side] = torch.from_numpy(
-                painter.scaled(name, side).transpose(2, 0, 1)
-            )
+            self.sprites[i, :, :side, :side] = torch.from_numpy(painter.scaled(name, side).transpose(2, 0, 1))
         self.spectra = torch.fft.rfft2(self.sprites).conj().resolve_conj()
         color, alpha = self.sprites[:, :3], self.sprites[:, 3:]
         self.kernels = torch.cat([color * alpha, alpha.square()], dim=1).sum(3)  # t 4 h

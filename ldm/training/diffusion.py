@@ -22,9 +22,7 @@ from ldm.training.loop import Batch, Objective
 class DiffusionLoss:
     """How the prediction error is weighted, and how often the caption is left out."""
 
-    caption_dropout: float = (
-        0.1  # share of images trained without text, for guidance (Ho & Salimans 2022)
-    )
+    caption_dropout: float = 0.1  # share of images trained without text, for guidance (Ho & Salimans 2022)
     min_snr_gamma: float = 0.0  # 0: every timestep counts the same; 5 is Hang et al.'s choice
 
     def __post_init__(self) -> None:
@@ -90,9 +88,7 @@ class DiffusionObjective(Objective):
         predicted = self.networks.unet(noisy, t, context, vector)
 
         targets = {"eps": noise, "v": self.schedule.velocity(x0, noise, t), "x0": x0}
-        errors = F.mse_loss(predicted, targets[self.prediction], reduction="none").mean(
-            dim=(1, 2, 3)
-        )
+        errors = F.mse_loss(predicted, targets[self.prediction], reduction="none").mean(dim=(1, 2, 3))
         weights = loss_weights(self.schedule.snr(t), self.prediction, self.weights.min_snr_gamma)
         return (weights * errors).mean(), {"mse": errors.mean()}
 
@@ -102,11 +98,7 @@ class DiffusionObjective(Objective):
         prompts = self.sample_prompts or batch[1][:16]
         height, width = (side // self.vae.config.factor for side in batch[0].shape[-2:])
         noise = torch.randn(
-            len(prompts),
-            self.vae.config.latent_channels,
-            height,
-            width,
-            generator=torch.Generator().manual_seed(0),
+            len(prompts), self.vae.config.latent_channels, height, width, generator=torch.Generator().manual_seed(0)
         ).to(batch[0].device)
         sigmas = self.schedule.steps(25, "trailing")
         predict = guided(

@@ -118,10 +118,7 @@ class Report:
         answers = [
             {
                 **answer._asdict(),
-                "seen": {
-                    "ground": answer.seen.ground,
-                    "objects": [found._asdict() for found in answer.seen.objects],
-                },
+                "seen": {"ground": answer.seen.ground, "objects": [found._asdict() for found in answer.seen.objects]},
             }
             for answer in self.answers
         ]

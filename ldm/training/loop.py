@@ -89,9 +89,7 @@ def learning_rate(step: int, config: LoopConfig) -> float:
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def train(
-    objective: Objective, dataset: Dataset, config: LoopConfig, out: Path, recipe: str
-) -> nn.Module:
+def train(objective: Objective, dataset: Dataset, config: LoopConfig, out: Path, recipe: str) -> nn.Module:
     """Optimise `objective` on `dataset`, writing to the folder `out`; return the averaged `trained`.
 
     Resumes from `out`/checkpoint.pt where there is one. `recipe` is the run's whole configuration as text: it is
@@ -144,11 +142,7 @@ def _due(done: int, every: int, config: LoopConfig) -> bool:
 
 
 def _step(
-    objective: Objective,
-    optimizer: torch.optim.Optimizer,
-    batches: Iterator[Batch],
-    config: LoopConfig,
-    rate: float,
+    objective: Objective, optimizer: torch.optim.Optimizer, batches: Iterator[Batch], config: LoopConfig, rate: float
 ) -> tuple[Batch, dict[str, Tensor]]:
     """Take one optimiser step at learning rate `rate`; return its last batch and its scalars.
 
@@ -209,9 +203,7 @@ def _update(average: nn.Module, trained: nn.Module, decay: float) -> None:
         torch._foreach_lerp_(ours, theirs, 1 - decay)
 
 
-def _checkpoint(
-    out: Path, recipe: str, step: int, objective: nn.Module, average: nn.Module, optimizer: Any
-) -> None:
+def _checkpoint(out: Path, recipe: str, step: int, objective: nn.Module, average: nn.Module, optimizer: Any) -> None:
     """Write everything that a resumed run needs, under a temporary name first."""
     state = {
         "step": step,
@@ -225,9 +217,7 @@ def _checkpoint(
     os.replace(partial, out / "checkpoint.pt")
 
 
-def _resume(
-    out: Path, recipe: str, objective: nn.Module, average: nn.Module, optimizer: Any
-) -> int:
+def _resume(out: Path, recipe: str, objective: nn.Module, average: nn.Module, optimizer: Any) -> int:
     """Load the run's last checkpoint, cut its log back to it, and return the steps done so far."""
     path = out / "checkpoint.pt"
     if not path.is_file():

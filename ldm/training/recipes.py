@@ -61,16 +61,12 @@ def read_recipe(path: str | Path) -> Recipe:
     Raises ValueError for a missing file, an unknown recipe or key, or a bad value.
     """
     if not Path(path).is_file():
-        raise ValueError(
-            f"there is no recipe {path}; those that ship with the project are in configs/"
-        )
+        raise ValueError(f"there is no recipe {path}; those that ship with the project are in configs/")
     kinds = tuple(RECIPES)
     table = read_toml(path)
     kind = table.get("recipe")
     if kind not in kinds:
-        raise ValueError(
-            f"{path}: recipe must be one of {', '.join(map(repr, kinds))}, got {kind!r}"
-        )
+        raise ValueError(f"{path}: recipe must be one of {', '.join(map(repr, kinds))}, got {kind!r}")
     return from_dict(table, RECIPES[kind], where=str(path))
 
 
@@ -104,9 +100,7 @@ def _run_ldm(recipe: LDMRecipe, device: torch.device) -> Path:
     vae = load_vae(recipe.vae, device=device)
     start = load(recipe.start, device=device) if recipe.start else None
     tokenizer = start.text_encoder.tokenizers[0] if start else _tokenizer(recipe, dataset)
-    text = dataclasses.replace(
-        recipe.text, vocab_size=len(tokenizer.vocab), pad_id=tokenizer.eos_id
-    )
+    text = dataclasses.replace(recipe.text, vocab_size=len(tokenizer.vocab), pad_id=tokenizer.eos_id)
     torch.manual_seed(recipe.loop.seed)
     objective = DiffusionObjective(
         recipe.unet,
@@ -119,9 +113,7 @@ def _run_ldm(recipe: LDMRecipe, device: torch.device) -> Path:
     ).to(device)
     if start:
         if (start.config.unet, start.config.text) != (recipe.unet, (text,)):
-            raise ValueError(
-                f"the model in {recipe.start} is of another architecture than [unet] and [text] say"
-            )
+            raise ValueError(f"the model in {recipe.start} is of another architecture than [unet] and [text] say")
         objective.networks.load_state_dict(Networks(start.unet, start.text_encoder).state_dict())
     average = train(objective, dataset, recipe.loop, recipe.out, _text(recipe))
 

@@ -83,9 +83,7 @@ def _plain(color: tuple[int, int, int]) -> Ground:
 
 
 def _layers(
-    *bands: tuple[float, tuple[int, int, int], tuple[int, int, int]],
-    grain: tuple[int, int],
-    contrast: float,
+    *bands: tuple[float, tuple[int, int, int], tuple[int, int, int]], grain: tuple[int, int], contrast: float
 ) -> Ground:
     """Paint bands from top to bottom, each (end, top colour, bottom colour), then a grain.
 
@@ -104,9 +102,7 @@ def _layers(
             start = end
         across, down = grain
         cells = rng.normal(0, contrast, (down, across)).astype(np.float32)
-        texture: Pixels = np.asarray(
-            Image.fromarray(cells).resize((side, side), Image.Resampling.BILINEAR)
-        )
+        texture: Pixels = np.asarray(Image.fromarray(cells).resize((side, side), Image.Resampling.BILINEAR))
         shade = rng.normal(0, 5)
         return column[:, None, :] + texture[:, :, None] + np.float32(shade)
 
@@ -138,21 +134,13 @@ GROUNDS: dict[str, Ground] = {
     ),
     "sea": _layers((1, (40, 140, 215), (5, 50, 120)), grain=(4, 20), contrast=16),
     "desert": _layers(
-        (0.4, (250, 205, 140), (255, 235, 195)),
-        (1, (225, 150, 75), (190, 105, 45)),
-        grain=(5, 14),
-        contrast=9,
+        (0.4, (250, 205, 140), (255, 235, 195)), (1, (225, 150, 75), (190, 105, 45)), grain=(5, 14), contrast=9
     ),
-    "night": _dots(
-        _layers((1, (10, 10, 45), (35, 30, 85)), grain=(4, 4), contrast=3), 24, (255, 250, 210)
-    ),
+    "night": _dots(_layers((1, (10, 10, 45), (35, 30, 85)), grain=(4, 4), contrast=3), 24, (255, 250, 210)),
     "sky": _layers((1, (95, 170, 245), (195, 228, 252)), grain=(5, 7), contrast=11),
     "snow": _dots(
         _layers(
-            (0.4, (150, 165, 190), (190, 200, 215)),
-            (1, (250, 252, 255), (225, 235, 248)),
-            grain=(6, 6),
-            contrast=4,
+            (0.4, (150, 165, 190), (190, 200, 215)), (1, (250, 252, 255), (225, 235, 248)), grain=(6, 6), contrast=4
         ),
         24,
         (255, 255, 255),
@@ -193,23 +181,17 @@ def emoji_sprites(emoji: str = EMOJI, font: Path = FONT) -> dict[str, Image.Imag
     sprites = {}
     for character in emoji:
         image = Image.new("RGBA", (160, 160))
-        ImageDraw.Draw(image).text(
-            (0, 0), character, font=face, fill="magenta", embedded_color=True
-        )
+        ImageDraw.Draw(image).text((0, 0), character, font=face, fill="magenta", embedded_color=True)
         box = image.getbbox()
         if box is None or not image.getchannel("G").getbbox():  # nothing, or a character in ink
-            raise ValueError(
-                f"the font {font} has no color picture of {character} ({name_of(character)})"
-            )
+            raise ValueError(f"the font {font} has no color picture of {character} ({name_of(character)})")
         sprites[name_of(character)] = _square(image.crop(box))
     return sprites
 
 
 def name_of(character: str) -> str:
     """Return what people call an emoji, by Unicode's name of it: "frog" for FROG FACE."""
-    return NAMES.get(character) or unicodedata.name(character, "unknown").lower().removesuffix(
-        " face"
-    )
+    return NAMES.get(character) or unicodedata.name(character, "unknown").lower().removesuffix(" face")
 
 
 def _square(image: Image.Image) -> Image.Image:
@@ -263,18 +245,13 @@ def held_out(concepts: Sequence[str], name: str, ground: str) -> bool:
 class Scenes:
     """A million random scenes as a dataset of (image: uint8 3 h w, caption)."""
 
-    def __init__(
-        self, sprites: Sprites, side: int = 64, *, seed: int = 0, pairs: float = 0.2
-    ) -> None:
+    def __init__(self, sprites: Sprites, side: int = 64, *, seed: int = 0, pairs: float = 0.2) -> None:
         """Compose scenes of `side` pixels; `pairs` is the share with two objects."""
         self.concepts = tuple(sprites)
         self.painter = Painter(sprites, side)
         self.seed, self.pairs = seed, pairs
         self.seen = [
-            (name, ground)
-            for name in self.concepts
-            for ground in GROUNDS
-            if not held_out(self.concepts, name, ground)
+            (name, ground) for name in self.concepts for ground in GROUNDS if not held_out(self.concepts, name, ground)
         ]
 
     def __len__(self) -> int:

@@ -47,11 +47,7 @@ class VAEObjective(Objective):
         posterior = self.vae.encode(images)
         decoded = self.vae.decode(posterior.sample())
 
-        l1, edges, divergence = (
-            (images - decoded).abs().mean(),
-            gradient_l1(images, decoded),
-            kl(posterior),
-        )
+        l1, edges, divergence = ((images - decoded).abs().mean(), gradient_l1(images, decoded), kl(posterior))
         loss = l1 + self.weights.gradient * edges + self.weights.kl * divergence
         mse = F.mse_loss(decoded.detach().clamp(-1, 1), images)
         logs = {"l1": l1, "edges": edges, "kl": divergence, "psnr": 10 * torch.log10(4 / mse)}

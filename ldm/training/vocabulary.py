@@ -8,9 +8,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from ldm.models.text import BOS, EOS, byte_alphabet
 
 
-def build_vocabulary(
-    captions: Iterable[str], size: int
-) -> tuple[dict[str, int], list[tuple[str, str]]]:
+def build_vocabulary(captions: Iterable[str], size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Return at most `size` tokens and the merges that make them, in CLIP's order.
 
     The order: 256 byte characters, the same ending a word, one token per merge (Sennrich et al. 2016), then the begin
@@ -23,10 +21,7 @@ def build_vocabulary(
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     learner.normalizer = normalizers.Lowercase()
     learner.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Whitespace(),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
+        [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     trainer = trainers.BpeTrainer(
         vocab_size=10 * size,  # counts its own alphabet; cut below

@@ -130,9 +130,7 @@ def test_contexts_of_unlike_length_work_in_two_calls():
         guided(network, cond, uncond, 2.0)
 
 
-@pytest.mark.parametrize(
-    ("scale", "batched", "calls"), [(1.0, True, 1), (2.0, True, 1), (2.0, False, 2)]
-)
+@pytest.mark.parametrize(("scale", "batched", "calls"), [(1.0, True, 1), (2.0, True, 1), (2.0, False, 2)])
 def test_what_is_made_of_a_condition_once_is_given_to_every_call(scale, batched, calls):
     network, z, timesteps = Convolution(), draw(2, 4, 8, 8), torch.tensor([3.0, 900.0])
     cond, uncond = (draw(2, 5, 3, seed=1), draw(2, 6)), (draw(2, 5, 3, seed=2), draw(2, 6, seed=3))

@@ -165,9 +165,7 @@ def test_a_sampler_under_two_names_is_the_same_sampler():
 # ------------------------------------------------------------------ a problem with known answer
 
 
-@pytest.mark.parametrize(
-    ("name", "order"), [("euler", 1), ("ddim", 1), ("heun", 2), ("dpmpp_2m", 2)]
-)
+@pytest.mark.parametrize(("name", "order"), [("euler", 1), ("ddim", 1), ("heun", 2), ("dpmpp_2m", 2)])
 def test_the_measured_order_of_convergence_is_the_theoretical_one(name, order):
     mixture = papers.Mixture()
     q = torch.linspace(0.02, 0.98, 49, dtype=torch.float64)
@@ -179,9 +177,7 @@ def test_the_measured_order_of_convergence_is_the_theoretical_one(name, order):
         *_, last = SAMPLERS[name](mixture.denoise, start, sigmas, noise=None)
         errors.append((last.x - exact).abs().mean().item())
     orders = [math.log2(a / b) for a, b in pairwise(errors)]
-    print(
-        f"\n  {name}: errors {[f'{e:.1e}' for e in errors]}, orders {[f'{o:.2f}' for o in orders]}"
-    )
+    print(f"\n  {name}: errors {[f'{e:.1e}' for e in errors]}, orders {[f'{o:.2f}' for o in orders]}")
     assert orders[-1] == pytest.approx(order, abs=0.1)
 
 
@@ -231,9 +227,7 @@ def test_sde_samplers_reproduce_the_known_marginal_variance(name, order, toleran
         sigmas = torch.linspace(20 ** (1 / 7), 0.05 ** (1 / 7), n + 1, dtype=torch.float64) ** 7
         known = std**2 + sigmas[1:] ** 2
         errors.append((marginal_variances(name, sigmas, std) / known - 1).abs().max().item())
-    print(
-        f"\n  {name}: relative error of the variance at any step {errors[0]:.1e}, {errors[1]:.1e}"
-    )
+    print(f"\n  {name}: relative error of the variance at any step {errors[0]:.1e}, {errors[1]:.1e}")
     assert errors[1] < tolerance  # of a thousand steps
     assert order == 0 or math.log(errors[0] / errors[1], 4) == pytest.approx(order, abs=0.1)
 
@@ -285,22 +279,8 @@ CASES = [
     ("heun", "HeunDiscreteScheduler", "trailing", 20, "zero", {}),
     ("dpmpp_2m", "DPMSolverMultistepScheduler", "trailing", 10, "zero", {}),
     ("dpmpp_2m", "DPMSolverMultistepScheduler", "trailing", 25, "zero", {}),
-    (
-        "dpmpp_2m",
-        "DPMSolverMultistepScheduler",
-        "trailing",
-        20,
-        "first",
-        {"final_sigmas_type": "sigma_min"},
-    ),
-    (
-        "dpmpp_2m_sde",
-        "DPMSolverMultistepScheduler",
-        "trailing",
-        20,
-        "zero",
-        {"algorithm_type": "sde-dpmsolver++"},
-    ),
+    ("dpmpp_2m", "DPMSolverMultistepScheduler", "trailing", 20, "first", {"final_sigmas_type": "sigma_min"}),
+    ("dpmpp_2m_sde", "DPMSolverMultistepScheduler", "trailing", 20, "zero", {"algorithm_type": "sde-dpmsolver++"}),
 ]
 
 
@@ -313,15 +293,9 @@ CASES = [
         if not (prediction == "x0" and case[0] == "euler_ancestral")  # diffusers has not got it
     ],
 )
-def test_samplers_equal_diffusers_with_the_same_steps_and_seed(
-    name, reference, spacing, n, final, options, prediction
-):
+def test_samplers_equal_diffusers_with_the_same_steps_and_seed(name, reference, spacing, n, final, options, prediction):
     theirs = getattr(diffusers, reference)(
-        **STABLE_DIFFUSION,
-        timestep_spacing=spacing,
-        steps_offset=1,
-        prediction_type=PREDICTIONS[prediction],
-        **options,
+        **STABLE_DIFFUSION, timestep_spacing=spacing, steps_offset=1, prediction_type=PREDICTIONS[prediction], **options
     )
     theirs.set_timesteps(n)
     sigmas = SCHEDULE.steps(n, spacing, final=final)
@@ -331,20 +305,14 @@ def test_samplers_equal_diffusers_with_the_same_steps_and_seed(
     torch.randn(1, *SHAPE, generator=generator)  # the initial noise, which ours has drawn too
     denoise = parametrise(network, SCHEDULE, prediction)
     *_, last = SAMPLERS[name](denoise, x, sigmas, noise=noise)
-    expected = scheduler_walk(
-        theirs, x, sigmas[0], generator=generator if name in STOCHASTIC else None
-    )
-    difference = largest(
-        f"{name}, {n} {spacing}, final {final}, {prediction}", to_vp(last.x, last.sigma), expected
-    )
+    expected = scheduler_walk(theirs, x, sigmas[0], generator=generator if name in STOCHASTIC else None)
+    difference = largest(f"{name}, {n} {spacing}, final {final}, {prediction}", to_vp(last.x, last.sigma), expected)
     assert last.x.dtype == torch.float32
     assert difference < 1e-5  # fp32 on both sides, fp32 tables on theirs
 
 
 def test_ddim_with_eta_equals_diffusers():
-    theirs = diffusers.DDIMScheduler(
-        **STABLE_DIFFUSION, **EXACT, set_alpha_to_one=False, steps_offset=1
-    )
+    theirs = diffusers.DDIMScheduler(**STABLE_DIFFUSION, **EXACT, set_alpha_to_one=False, steps_offset=1)
     theirs.set_timesteps(20)
     sigmas = SCHEDULE.steps(20, final="first")
     noise = seeded_noise([42], SHAPE)
@@ -392,9 +360,7 @@ def test_pictures_start_from_the_noise_that_diffusers_starts_from(name, spacing)
 
 
 def test_karras_steps_equal_diffusers():
-    theirs = diffusers.EulerDiscreteScheduler(
-        **STABLE_DIFFUSION, timestep_spacing="linspace", use_karras_sigmas=True
-    )
+    theirs = diffusers.EulerDiscreteScheduler(**STABLE_DIFFUSION, timestep_spacing="linspace", use_karras_sigmas=True)
     theirs.set_timesteps(12)
     sigmas = SCHEDULE.steps(12, "karras")
     x = to_ve(seeded_noise([42], SHAPE)(), sigmas[0])
@@ -572,13 +538,9 @@ def test_deterministic_samplers_draw_no_noise(name):
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-@pytest.mark.parametrize(
-    "sigmas", [[], [1.0], [1.0, 2.0], [1.0, 1.0], [1.0, -1.0], [math.inf, 1.0], [math.nan, 0.0]]
-)
+@pytest.mark.parametrize("sigmas", [[], [1.0], [1.0, 2.0], [1.0, 1.0], [1.0, -1.0], [math.inf, 1.0], [math.nan, 0.0]])
 def test_levels_that_do_not_fall_are_refused(name, sigmas):
-    steps = SAMPLERS[name](
-        lambda x, sigma: x, torch.ones(1), torch.tensor(sigmas), noise=lambda: torch.ones(1)
-    )
+    steps = SAMPLERS[name](lambda x, sigma: x, torch.ones(1), torch.tensor(sigmas), noise=lambda: torch.ones(1))
     with pytest.raises(ValueError, match=r"strictly falling levels.*got \[.*NoiseSchedule.steps"):
         next(steps)
 

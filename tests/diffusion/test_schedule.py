@@ -107,9 +107,7 @@ def test_timestep_nearly_inverts_sigma_between_entries_and_clamps_beyond():
     schedule = NoiseSchedule()
     t = torch.linspace(0, 999, 5001, dtype=torch.float64)
     difference = (schedule.timestep(schedule.sigma(t)) - t).abs()
-    print(
-        f"\n  timestep(sigma(t)) - t: {difference.max():.1e}, {difference[t > 30].max():.1e} t > 30"
-    )
+    print(f"\n  timestep(sigma(t)) - t: {difference.max():.1e}, {difference[t > 30].max():.1e} t > 30")
     assert difference.max() < 0.05  # one is linear in sigma, the other in log sigma
     assert schedule.timestep(0.0) == 0
     assert schedule.timestep(1e6) == 999
@@ -118,42 +116,9 @@ def test_timestep_nearly_inverts_sigma_between_entries_and_clamps_beyond():
 # Ten steps of Stable Diffusion, printed by the scheduler classes of diffusers 0.42.1
 # (EulerDiscreteScheduler, timestep_spacing as named, steps_offset 1 unless said otherwise).
 LEADING = [8.39069, 5.13443, 3.34776, 2.29285, 1.62369, 1.16822, 0.83565, 0.57405, 0.34619, 0.04131]
-LEADING_0 = [
-    8.3466,
-    5.11103,
-    3.33439,
-    2.28464,
-    1.61828,
-    1.16439,
-    0.83275,
-    0.57167,
-    0.34393,
-    0.02917,
-]
-TRAILING = [
-    14.61465,
-    8.30281,
-    5.08777,
-    3.32108,
-    2.27646,
-    1.61289,
-    1.16058,
-    0.82986,
-    0.56929,
-    0.34167,
-]
-LINSPACE = [
-    14.61465,
-    7.83988,
-    4.60918,
-    2.91831,
-    1.95016,
-    1.34493,
-    0.93236,
-    0.62498,
-    0.36866,
-    0.02917,
-]
+LEADING_0 = [8.3466, 5.11103, 3.33439, 2.28464, 1.61828, 1.16439, 0.83275, 0.57167, 0.34393, 0.02917]
+TRAILING = [14.61465, 8.30281, 5.08777, 3.32108, 2.27646, 1.61289, 1.16058, 0.82986, 0.56929, 0.34167]
+LINSPACE = [14.61465, 7.83988, 4.60918, 2.91831, 1.95016, 1.34493, 0.93236, 0.62498, 0.36866, 0.02917]
 KARRAS = [14.61465, 9.10294, 5.4784, 3.16861, 1.74942, 0.91408, 0.44692, 0.2014, 0.08191, 0.02917]
 KARRAS_T = [999.0, 916.2841, 815.045, 687.1533, 523.199, 327.1472, 145.9391, 40.8569, 6.7324, 0.0]
 
@@ -179,13 +144,9 @@ def test_ten_steps_are_the_published_ones(spacing, offset, sigmas, timesteps):
 def test_four_turbo_and_zero_terminal_snr_steps_are_the_published_ones():
     # from the same print-out: SDXL-Turbo's four trailing steps, and with rescale_betas_zero_snr
     turbo, zero = NoiseSchedule(), NoiseSchedule(zero_terminal_snr=True)
-    assert turbo.steps(4, "trailing").tolist() == pytest.approx(
-        [14.61465, 4.08173, 1.61289, 0.69321, 0.0], abs=2e-5
-    )
+    assert turbo.steps(4, "trailing").tolist() == pytest.approx([14.61465, 4.08173, 1.61289, 0.69321, 0.0], abs=2e-5)
     assert turbo.steps(1, "trailing").tolist() == pytest.approx([14.61465, 0.0], abs=2e-5)
-    assert zero.steps(4, "trailing").tolist() == pytest.approx(
-        [4096.0, 5.39874, 1.76808, 0.72706, 0.0], rel=1e-5
-    )
+    assert zero.steps(4, "trailing").tolist() == pytest.approx([4096.0, 5.39874, 1.76808, 0.72706, 0.0], rel=1e-5)
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)

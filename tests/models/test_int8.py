@@ -49,9 +49,7 @@ def test_every_linear_layer_of_the_unet_is_held_in_a_byte_a_weight_and_nothing_e
 @pytest.mark.parametrize("guidance", ["batched", "sequential"])
 def test_the_latents_of_a_model_move_by_a_hundredth(model_folder, guidance):
     *_, expected = ldm.load(model_folder, Placement("cpu", guidance=guidance)).stream(REQUEST)
-    *_, found = ldm.load(model_folder, Placement("cpu", guidance=guidance, int8=True)).stream(
-        REQUEST
-    )
+    *_, found = ldm.load(model_folder, Placement("cpu", guidance=guidance, int8=True)).stream(REQUEST)
     error = difference(found.x, expected.x)
     print(f"{error:.1e}")
     assert 0 < error < 0.02

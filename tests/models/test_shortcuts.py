@@ -220,9 +220,7 @@ def test_the_self_attention_of_the_highest_resolution_sees_so_many_tokens_less(u
     seen = {}
     for module in unet.modules():
         if hasattr(module, "attn1"):
-            module.attn1.to_q.register_forward_hook(
-                lambda module, args, out: seen.update({module: out.shape[1]})
-            )
+            module.attn1.to_q.register_forward_hook(lambda module, args, out: seen.update({module: out.shape[1]}))
     x, t, context = inputs(SMALL, *size)
     unet(x, t, context)
     plain = dict(seen)

@@ -71,9 +71,7 @@ def test_slabs_equal_the_whole_in_fp64_where_roundings_are_nothing(budget):
     latents, images = (x.double() for x in pictures(NARROW, 9, 5))
     # fp64 keeps 16 digits; a halo, a row or a statistic that were wrong would differ by 1e-3 and more
     assert difference(decode_slabs(vae, latents, budget=budget), vae.decode(latents)) < 1e-13
-    assert (
-        difference(encode_slabs(vae, images, budget=budget).mean, vae.encode(images).mean) < 1e-13
-    )
+    assert difference(encode_slabs(vae, images, budget=budget).mean, vae.encode(images).mean) < 1e-13
 
 
 @pytest.mark.parametrize("levels", [1, 2])
@@ -196,9 +194,7 @@ def test_the_official_autoencoder_in_fp16_within_a_budget(direction, size, budge
     with LiveBytes() as live, Work(vae) as work:
         slabs(vae, x, budget=budget * MIB)
     ratio = work.done / plain.done
-    print(
-        f"{direction} {size}: {live.peak / MIB:.0f} MiB, image included, {ratio:.2f} times the work"
-    )
+    print(f"{direction} {size}: {live.peak / MIB:.0f} MiB, image included, {ratio:.2f} times the work")
     assert live.peak <= budget * MIB
     assert ratio < factor  # as computed in ldm.models.slabs, and two rows a slab and layer
 

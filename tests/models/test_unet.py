@@ -36,11 +36,7 @@ DISTILLED = {
 def inputs(config, height=8, width=8, batch=2):
     g = torch.Generator().manual_seed(0)
     x = torch.randn(batch, config.in_channels, height, width, generator=g)
-    return (
-        x,
-        torch.tensor([1.0, 500.5][:batch]),
-        torch.randn(batch, 5, config.context_dim, generator=g),
-    )
+    return (x, torch.tensor([1.0, 500.5][:batch]), torch.randn(batch, 5, config.context_dim, generator=g))
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
@@ -76,9 +72,7 @@ def test_an_image_does_not_depend_on_the_batch_around_it():
 
 
 def test_a_vector_is_needed_exactly_where_the_config_has_one():
-    config = UNetConfig(
-        channels=(16,), depth=(1,), heads=(2,), context_dim=12, norm_groups=4, vector_dim=6
-    )
+    config = UNetConfig(channels=(16,), depth=(1,), heads=(2,), context_dim=12, norm_groups=4, vector_dim=6)
     torch.manual_seed(0)
     unet = UNet(config)
     x, t, context = inputs(config)
@@ -109,9 +103,7 @@ def test_each_residual_is_added_to_its_own_skip_and_the_last_one_to_the_middle()
         changed = entering_up([residual if j == i else z for j, z in enumerate(zeros)])
         stage = 0 if i == len(skips) else len(skips) - 1 - i  # the last skip is used first
         # each stage takes what came before it, and then its skip
-        channels = (
-            slice(0, residual.shape[1]) if i == len(skips) else slice(-residual.shape[1], None)
-        )
+        channels = slice(0, residual.shape[1]) if i == len(skips) else slice(-residual.shape[1], None)
         assert all(map(torch.equal, changed[:stage], plain[:stage]))
         expected = plain[stage].clone()
         expected[:, channels] += residual

@@ -112,14 +112,10 @@ def of_ours(pipe: ldm.Pipeline, given: Inputs) -> Outputs:
 
 def requests(name: str, side: int = 64, images: int = 2) -> dict[str, ldm.Request]:
     """What both are asked for with the model `name`: every sampler of SD 1.5, and what others are made for."""
-    steered = ldm.Request(
-        *PROMPTS, guidance_scale=7.5, seed=42, images=images, width=side, height=side
-    )
+    steered = ldm.Request(*PROMPTS, guidance_scale=7.5, seed=42, images=images, width=side, height=side)
 
     def ask(sampler: str, spacing: str, steps: int, **more: Any) -> tuple[str, ldm.Request]:
-        request = dataclasses.replace(
-            steered, sampler=sampler, spacing=spacing, steps=steps, **more
-        )
+        request = dataclasses.replace(steered, sampler=sampler, spacing=spacing, steps=steps, **more)
         said = "".join(f", {key} {value!r}" for key, value in more.items())
         return f"{steps} {sampler} {spacing}{said}", request
 
@@ -271,9 +267,7 @@ def _run(networks: list[Outputs], made: dict[str, tuple[np.ndarray, Tensor]]) ->
     return Run(outputs | latents, {label: images for label, (images, _) in made.items()})
 
 
-def measure(
-    name: str, folder: Path, task: Task, device: str = "cpu", dtypes: Sequence[torch.dtype] = ()
-) -> list[Row]:
+def measure(name: str, folder: Path, task: Task, device: str = "cpu", dtypes: Sequence[torch.dtype] = ()) -> list[Row]:
     """Compare networks and pictures of the model in `folder`, in fp32 and `dtypes`; one copy of it is in memory."""
     theirs = run_diffusers(folder, task, device, torch.float32)
     ours = run_ours(folder, task, device, torch.float32)

@@ -42,9 +42,7 @@ class Family:
     scheduler: tuple[type, Json]  # the published one
     vae: Json = field(default_factory=dict)
     options: Json = field(default_factory=dict)  # of the pipeline
-    time_ids: tuple[
-        float, ...
-    ] = ()  # SDXL: plausible sizes, crops and, for the refiner, an aesthetic score
+    time_ids: tuple[float, ...] = ()  # SDXL: plausible sizes, crops and, for the refiner, an aesthetic score
 
     @property
     def makes_pictures(self) -> bool:
@@ -52,20 +50,13 @@ class Family:
         return self.unet.get("in_channels", 4) == 4
 
 
-NOISE: Json = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "steps_offset": 1,
-}
+NOISE: Json = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 _DDIM: Json = NOISE | {"clip_sample": False, "set_alpha_to_one": False}
 _PNDM: Json = NOISE | {"skip_prk_steps": True, "set_alpha_to_one": False}
 _IDS: Json = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}  # wrong, and as published
 
 _CLIP_L = Tower(
-    CLIPTextModel,
-    "<|endoftext|>",
-    {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12} | _IDS,
+    CLIPTextModel, "<|endoftext|>", {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12} | _IDS
 )
 _VIT_H = Tower(
     CLIPTextModel,
@@ -92,11 +83,7 @@ _BIG_G = Tower(
     }
     | _IDS,
 )
-_UNCHECKED: Json = {
-    "safety_checker": None,
-    "feature_extractor": None,
-    "requires_safety_checker": False,
-}
+_UNCHECKED: Json = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
 _SD15 = Family(
     pipeline=diffusers.StableDiffusionPipeline,
@@ -143,14 +130,10 @@ _SDXL_BASE = Family(
 FAMILIES: dict[str, Family] = {  # by the names of our presets
     "sd15": _SD15,
     "sd15-inpainting": replace(
-        _SD15,
-        pipeline=diffusers.StableDiffusionInpaintPipeline,
-        unet=_SD15.unet | {"in_channels": 9},
+        _SD15, pipeline=diffusers.StableDiffusionInpaintPipeline, unet=_SD15.unet | {"in_channels": 9}
     ),
     "sd15-instruct-pix2pix": replace(
-        _SD15,
-        pipeline=diffusers.StableDiffusionInstructPix2PixPipeline,
-        unet=_SD15.unet | {"in_channels": 8},
+        _SD15, pipeline=diffusers.StableDiffusionInstructPix2PixPipeline, unet=_SD15.unet | {"in_channels": 8}
     ),
     "sd21-base": _SD21_BASE,
     "sd21": replace(
@@ -159,8 +142,7 @@ FAMILIES: dict[str, Family] = {  # by the names of our presets
         scheduler=(diffusers.DDIMScheduler, _DDIM | {"prediction_type": "v_prediction"}),
     ),
     "sd-turbo": replace(
-        _SD21_BASE,
-        scheduler=(diffusers.EulerDiscreteScheduler, NOISE | {"timestep_spacing": "trailing"}),
+        _SD21_BASE, scheduler=(diffusers.EulerDiscreteScheduler, NOISE | {"timestep_spacing": "trailing"})
     ),
     "sdxl-base": _SDXL_BASE,
     "sdxl-refiner": replace(
@@ -169,14 +151,8 @@ FAMILIES: dict[str, Family] = {  # by the names of our presets
         unet=_XL_UNET
         | {
             "block_out_channels": (384, 768, 1536, 1536),
-            "down_block_types": (
-                *("DownBlock2D", "CrossAttnDownBlock2D"),
-                *("CrossAttnDownBlock2D", "DownBlock2D"),
-            ),
-            "up_block_types": (
-                *("UpBlock2D", "CrossAttnUpBlock2D"),
-                *("CrossAttnUpBlock2D", "UpBlock2D"),
-            ),
+            "down_block_types": (*("DownBlock2D", "CrossAttnDownBlock2D"), *("CrossAttnDownBlock2D", "DownBlock2D")),
+            "up_block_types": (*("UpBlock2D", "CrossAttnUpBlock2D"), *("CrossAttnUpBlock2D", "UpBlock2D")),
             "transformer_layers_per_block": 4,
             "attention_head_dim": (6, 12, 24, 24),
             "cross_attention_dim": 1280,
@@ -195,10 +171,7 @@ FAMILIES: dict[str, Family] = {  # by the names of our presets
     "sdxl-turbo": replace(
         _SDXL_BASE,
         unet=_SDXL_BASE.unet | {"sample_size": 64},
-        scheduler=(
-            diffusers.EulerAncestralDiscreteScheduler,
-            NOISE | {"timestep_spacing": "trailing"},
-        ),
+        scheduler=(diffusers.EulerAncestralDiscreteScheduler, NOISE | {"timestep_spacing": "trailing"}),
     ),
 }
 
@@ -218,13 +191,8 @@ RELATIVES: dict[str, Json] = {  # by our names
         "reverse_transformer_layers_per_block": [[2, 2, 2], [1, 1, 1], 1],
     },
     "KOALA-700M": _SDXL_BASE.unet
-    | {
-        "layers_per_block": 1,
-        "mid_block_type": None,
-        "transformer_layers_per_block": [1, 2, 5],
-    },
-    "KOALA-1B": _SDXL_BASE.unet
-    | {"layers_per_block": 1, "transformer_layers_per_block": [1, 2, 6]},
+    | {"layers_per_block": 1, "mid_block_type": None, "transformer_layers_per_block": [1, 2, 5]},
+    "KOALA-1B": _SDXL_BASE.unet | {"layers_per_block": 1, "transformer_layers_per_block": [1, 2, 6]},
     "BK-SDM-Base": _BK_SDM,
     "BK-SDM-Small": _BK_SDM | {"mid_block_type": None},
     "BK-SDM-Tiny": _BK_SDM
@@ -284,9 +252,7 @@ def build(folder: Path, family: Family) -> None:
     kind, noise = family.scheduler
     parts: Json = {
         "unet": diffusers.UNet2DConditionModel(**family.unet),
-        "vae": diffusers.AutoencoderKL(
-            **(_VAE | {"sample_size": 8 * family.unet["sample_size"]} | family.vae)
-        ),
+        "vae": diffusers.AutoencoderKL(**(_VAE | {"sample_size": 8 * family.unet["sample_size"]} | family.vae)),
         "scheduler": kind(**noise),
     }
     vocab, merges = official_vocabulary()
@@ -314,11 +280,7 @@ def towers(pipe: Any) -> Iterator[tuple[str, Any, Any]]:
     """The text encoders of a pipeline: name, tokenizer, model."""
     for name in ("text_encoder", "text_encoder_2"):
         if getattr(pipe, name, None) is not None:
-            yield (
-                name,
-                getattr(pipe, name.replace("text_encoder", "tokenizer")),
-                getattr(pipe, name),
-            )
+            yield (name, getattr(pipe, name.replace("text_encoder", "tokenizer")), getattr(pipe, name))
 
 
 @torch.no_grad()
@@ -396,9 +358,7 @@ def pictures(pipe: Any, request: ldm.Request) -> tuple[np.ndarray, Tensor]:
         options |= {"width": request.width, "height": request.height}
     last: list[Tensor] = []
 
-    def keep(
-        _pipe: Any, _index: int, _timestep: Any, values: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def keep(_pipe: Any, _index: int, _timestep: Any, values: dict[str, Tensor]) -> dict[str, Tensor]:
         last[:] = [values["latents"]]
         return values
 

@@ -21,20 +21,12 @@ def test_ids_are_those_of_transformers(case, tokenizer):
 
 
 def test_ids_are_those_of_openai_too_but_where_its_code_repairs_the_text_first(tokenizer):
-    unlike = {
-        case["prompt"]
-        for case in TOKENS
-        if golden.token_ids(tokenizer, case["prompt"]) != case["openai"]
-    }
+    unlike = {case["prompt"] for case in TOKENS if golden.token_ids(tokenizer, case["prompt"]) != case["openai"]}
     assert unlike == REPAIRED_BY_OPENAI.keys()
 
 
 def test_an_exclamation_mark_stays_one_where_transformers_takes_it_for_padding(tokenizer):
-    unlike = [
-        case
-        for case in TOKENS
-        if case["transformers"] != case["transformers_padding_with_exclamation_mark"]
-    ]
+    unlike = [case for case in TOKENS if case["transformers"] != case["transformers_padding_with_exclamation_mark"]]
     assert len(unlike) == 5
     for case in unlike:
         assert "!" in case["prompt"]
@@ -53,9 +45,7 @@ def test_a_tower_pads_and_cuts_every_golden_prompt_to_its_length(text, tokenizer
 
 
 @pytest.mark.parametrize(
-    "case",
-    [case for case in SCHEDULES if not isinstance(EXPRESSED[case["name"]], str)],
-    ids=lambda case: case["name"],
+    "case", [case for case in SCHEDULES if not isinstance(EXPRESSED[case["name"]], str)], ids=lambda case: case["name"]
 )
 def test_step_lists_are_those_of_diffusers(case):
     sigmas, timesteps = golden.steps(case)

@@ -72,9 +72,7 @@ def assert_equal_pictures(ours, theirs, request):
     assert compare.levels(made, expected) <= LEVELS
 
 
-@pytest.mark.parametrize(
-    ("name", "label"), [(name, label) for name in FAMILIES for label in compare.requests(name)]
-)
+@pytest.mark.parametrize(("name", "label"), [(name, label) for name in FAMILIES for label in compare.requests(name)])
 def test_pictures_equal_those_of_diffusers(name, label, both):
     request = compare.requests(name, images=1)[label]
     fewer = {10: 4, 8: 5}.get(request.steps, request.steps)  # on whole timesteps, or not, as before
@@ -120,8 +118,7 @@ def test_a_picture_follows_clip_skip(name, both):
     request = compare.requests("sd15", images=1)["10 euler leading"]
     own = 2 if name == "sdxl-base" else 1
     plain, same, other = (
-        compare.pictures(ours, dataclasses.replace(request, clip_skip=skip))[0]
-        for skip in (None, own, 3)
+        compare.pictures(ours, dataclasses.replace(request, clip_skip=skip))[0] for skip in (None, own, 3)
     )
     assert compare.levels(plain, same) == 0
     assert compare.levels(plain, other) > 3 * LEVELS
@@ -140,20 +137,13 @@ def test_a_picture_follows_clip_skip(name, both):
         ("sdxl-refiner", {"negative_aesthetic_score": 6.0}),
     ],
 )
-def test_what_is_asked_changes_the_picture_so_that_these_tests_would_see_it_ignored(
-    name, change, both
-):
+def test_what_is_asked_changes_the_picture_so_that_these_tests_would_see_it_ignored(name, change, both):
     request = compare.requests("sd15", images=1)["10 euler leading"]
-    plain, changed = (
-        compare.pictures(both(name)[0], r)[0]
-        for r in (request, dataclasses.replace(request, **change))
-    )
+    plain, changed = (compare.pictures(both(name)[0], r)[0] for r in (request, dataclasses.replace(request, **change)))
     assert compare.levels(plain, changed) > 3 * LEVELS
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in FAMILIES if "turbo" not in name]
-)  # as their base
+@pytest.mark.parametrize("name", [name for name in FAMILIES if "turbo" not in name])  # as their base
 def test_what_we_save_in_either_layout_diffusers_reads_bit_for_bit(name, both, folder):
     read = compare.saved(name, folder(name), *both(name))
     assert len(read) == 3

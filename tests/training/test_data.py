@@ -26,9 +26,7 @@ def test_pictures_are_paired_with_the_text_files_beside_them_in_subfolders_too(t
     assert [folder[i][1] for i in range(len(folder))] == ["a red one", "ein blaues Bild: größer"]
     image, _ = folder[1]
     assert image.dtype == torch.uint8
-    assert torch.equal(
-        image, torch.tensor([0, 0, 255], dtype=torch.uint8)[:, None, None].expand(3, 4, 4)
-    )
+    assert torch.equal(image, torch.tensor([0, 0, 255], dtype=torch.uint8)[:, None, None].expand(3, 4, 4))
 
 
 def test_metadata_lists_pictures_and_captions(tmp_path):

@@ -10,9 +10,7 @@ from ldm.models.vae import VAE
 from ldm.training.diffusion import DiffusionLoss, DiffusionObjective, loss_weights
 from ldm.training.vocabulary import build_vocabulary
 
-UNET = UNetConfig(
-    channels=(8, 16), depth=(0, 1), heads=(1, 2), context_dim=8, norm_groups=2, res_blocks=1
-)
+UNET = UNetConfig(channels=(8, 16), depth=(0, 1), heads=(1, 2), context_dim=8, norm_groups=2, res_blocks=1)
 VAE_ = VAEConfig(channels=(8, 8), res_blocks=1, norm_groups=2, scaling_factor=1.0)
 CAPTIONS = ["a frog", "an apple", "a frog", "a car"]
 
@@ -53,11 +51,7 @@ def test_weighting_by_min_snr_is_one_weighting_of_x0_whatever_is_predicted():
     t = torch.arange(0, 1000, 37)
     snr = schedule.snr(t).double()
     # errors of eps and v are multiples of the error of x0: SNR and SNR + 1 times
-    in_x0 = [
-        loss_weights(snr, "eps", 5.0) * snr,
-        loss_weights(snr, "v", 5.0) * (snr + 1),
-        loss_weights(snr, "x0", 5.0),
-    ]
+    in_x0 = [loss_weights(snr, "eps", 5.0) * snr, loss_weights(snr, "v", 5.0) * (snr + 1), loss_weights(snr, "x0", 5.0)]
     for weight in in_x0:
         torch.testing.assert_close(weight, snr.clamp(max=5.0))
     assert torch.equal(loss_weights(snr, "v", 0.0), torch.ones_like(snr))
@@ -98,9 +92,7 @@ def test_unet_and_text_encoder_learn_while_the_vae_stays(tokenizer):
         optimizer.step()
         losses.append(loss.item())
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
-    changed = {
-        name.split(".")[0] for name, p in o.named_parameters() if not torch.equal(p, before[name])
-    }
+    changed = {name.split(".")[0] for name, p in o.named_parameters() if not torch.equal(p, before[name])}
     assert changed == {"networks"}
     texts = [name for name, p in o.named_parameters() if "blocks.0.attn.to_q.weight" in name]
     assert texts
@@ -112,9 +104,7 @@ def test_caption_dropout_trains_on_the_empty_text(tokenizer, monkeypatch):
     shown = []
     encode = o.networks.text_encoder.encode
     monkeypatch.setattr(
-        type(o.networks.text_encoder),
-        "encode",
-        lambda self, texts: shown.extend(texts) or encode(texts),
+        type(o.networks.text_encoder), "encode", lambda self, texts: shown.extend(texts) or encode(texts)
     )
     torch.manual_seed(0)
     for _ in range(20):

@@ -103,16 +103,7 @@ def test_the_checker_is_measured_beside_the_model(report):
 
 def test_the_report_is_a_table_and_plain_json(report):
     lines = str(report).splitlines()
-    assert lines[0].split() == [
-        "object",
-        "ground",
-        "size",
-        "place",
-        "both",
-        "objects",
-        "relation",
-        "likeness",
-    ]
+    assert lines[0].split() == ["object", "ground", "size", "place", "both", "objects", "relation", "likeness"]
     assert len(lines) == 1 + len(report.rows)
     assert "9/12  75%" in lines[1]
     values = json.loads(json.dumps(report.to_json()))

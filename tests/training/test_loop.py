@@ -70,10 +70,7 @@ def test_a_run_that_was_killed_and_resumed_equals_one_that_was_not_bit_for_bit(t
     assert resumed.calls == 2  # only what was after the last checkpoint
     assert torch.equal(weights(resumed.trained), weights(straight.trained))
     assert torch.equal(weights(average), weights(expected))
-    logs = [
-        [json.loads(line) for line in (tmp_path / run / "log.jsonl").read_text().splitlines()]
-        for run in "ab"
-    ]
+    logs = [[json.loads(line) for line in (tmp_path / run / "log.jsonl").read_text().splitlines()] for run in "ab"]
     assert [row["step"] for row in logs[1]] == [1, 2, 3, 4, 5, 6]  # no step twice
     assert [row["loss"] for row in logs[0]] == [row["loss"] for row in logs[1]]
 
@@ -88,9 +85,7 @@ def test_a_finished_run_does_not_train_again_and_gives_its_average(tmp_path):
 def test_a_folder_with_another_recipes_run_is_left_alone(tmp_path):
     train(Toy(), Colours(), CONFIG, tmp_path, "one recipe")
     before = (tmp_path / "checkpoint.pt").read_bytes()
-    with pytest.raises(
-        ValueError, match="holds a run of another recipe, at step 6: choose another"
-    ):
+    with pytest.raises(ValueError, match="holds a run of another recipe, at step 6: choose another"):
         train(Toy(), Colours(), CONFIG, tmp_path, "another recipe")
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 

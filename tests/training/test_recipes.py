@@ -116,9 +116,7 @@ def test_a_finished_run_started_again_only_saves_again(pictures):
     vae_recipe = recipe(pictures, VAE_TOML)
     first = {p.name: p.read_bytes() for p in run(vae_recipe, CPU).iterdir()}
     again = {p.name: p.read_bytes() for p in run(vae_recipe, CPU).iterdir()}
-    assert (
-        again["diffusion_pytorch_model.safetensors"] == first["diffusion_pytorch_model.safetensors"]
-    )
+    assert again["diffusion_pytorch_model.safetensors"] == first["diffusion_pytorch_model.safetensors"]
     rows = (pictures / "vae" / "vae" / "config.json").read_text()
     assert json.loads(rows)["norm_num_groups"] == 2
 

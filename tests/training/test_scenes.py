@@ -47,18 +47,9 @@ def center(mask):
     [
         (Scene(("frog",), "grass"), "a frog on the grass"),
         (Scene(("apple",), "night", size="big"), "a big apple at night"),
-        (
-            Scene(("owl",), "sea", size="small", place="at the top"),
-            "a small owl in the sea, at the top",
-        ),
-        (
-            Scene(("frog", "apple"), "beach", relation="left of"),
-            "a frog left of an apple on the beach",
-        ),
-        (
-            Scene(("apple",), "red", place="on the left"),
-            "an apple on a red background, on the left",
-        ),
+        (Scene(("owl",), "sea", size="small", place="at the top"), "a small owl in the sea, at the top"),
+        (Scene(("frog", "apple"), "beach", relation="left of"), "a frog left of an apple on the beach"),
+        (Scene(("apple",), "red", place="on the left"), "an apple on a red background, on the left"),
     ],
 )
 def test_captions_are_english(scene, caption):
@@ -90,9 +81,7 @@ def test_an_object_is_where_its_place_says(place, size):
 
 
 def test_an_object_is_as_large_as_its_size_says():
-    areas = [
-        object_mask(Scene(("box",), "white", size=size)).sum() for size in ("small", "", "big")
-    ]
+    areas = [object_mask(Scene(("box",), "white", size=size)).sum() for size in ("small", "", "big")]
     assert areas == sorted(areas)
     for area, size in zip(areas, ("small", "", "big"), strict=True):
         drawn = 80 / 96 * SIZES[size]  # the box fills 80 of 96 pixels of its sprite
