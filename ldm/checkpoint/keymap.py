@@ -1,7 +1,7 @@
-"""Key maps: rules that rename our parameters, written in one direction and applied to the keys a model really has.
+"""Key maps: rules from our parameter names to the stored ones, applied to the state-dict keys of a model.
 
-A rule renames a dotted prefix; what follows it is renamed by the rules `inside`, or stays. The inverse map is
-the inverted dictionary, so the two directions cannot drift apart.
+A rule renames a dotted prefix. Its rules `inside` rename the rest of the key; without them the rest stays. The inverse
+map is this dictionary inverted, so the two directions always agree.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -13,28 +13,28 @@ from torch import Size, Tensor
 
 
 class Form(Enum):
-    """How the other side holds a value."""
+    """How the shape of a stored tensor differs from our parameter's."""
 
     SAME = "same"
-    PIXELS = "pixels"  # our Linear is a 1x1 convolution there
-    TRANSPOSED = "transposed"  # our Linear is a matrix there that is multiplied from the right
+    PIXELS = "pixels"  # our Linear weight is stored as that of a 1x1 convolution
+    TRANSPOSED = "transposed"  # our Linear weight is stored transposed
 
     def store(self, value: Tensor) -> Tensor:
-        """Return our value as the other side holds it."""
+        """Return our value in its stored shape."""
         if self is Form.PIXELS and value.dim() == 2:
             return value[..., None, None]
         return value.T if self is Form.TRANSPOSED else value
 
     def restore(self, value: Tensor, shape: Size) -> Tensor:
-        """Return a value of the other side in our shape. Some tools save a 1x1 convolution as a matrix."""
+        """Return a stored value in our `shape`. Some tools store a 1x1 convolution as a matrix."""
         return (value.T if self is Form.TRANSPOSED else value).reshape(shape)
 
 
 class Piece(NamedTuple):
-    """Which of how many equal parts, along the first dimension, of a stored tensor."""
+    """One of several equal parts of a stored tensor, split along its first dimension."""
 
     number: int  # from 0
-    of: int
+    of: int  # how many parts
 
 
 WHOLE = Piece(0, 1)
@@ -42,10 +42,10 @@ WHOLE = Piece(0, 1)
 
 @dataclass(frozen=True)
 class Rule:
-    """One renaming. `ours` and `theirs` are dotted; `{i}` in `ours` matches a number, which `theirs` may use.
+    """One renaming of a dotted prefix. `{i}` in `ours` matches a number, and `theirs` may contain it.
 
-    Where the numbering differs, `theirs` is a function of the numbers matched. Several of ours may be the pieces of
-    one of theirs.
+    Where the numbering differs, `theirs` is a function of the matched numbers. Several of our parameters may be the
+    pieces of one stored tensor.
     """
 
     ours: str
@@ -56,7 +56,7 @@ class Rule:
 
 
 class Stored(NamedTuple):
-    """Where one of our parameters lives on the other side, in which form, and as which piece of it."""
+    """Where one of our parameters is stored: under which name, in which form, and as which piece."""
 
     name: str
     form: Form
@@ -64,7 +64,7 @@ class Stored(NamedTuple):
 
 
 def key_map(keys: Iterable[str], rules: tuple[Rule, ...], prefix: str = "") -> dict[str, Stored]:
-    """Map every one of our `keys` to its stored name, `prefix` before it.
+    """Map each of our `keys` to where it is stored, with `prefix` before the stored name.
 
     Raises ValueError for a key that no rule covers, and as `inverse` does.
     """
@@ -74,9 +74,9 @@ def key_map(keys: Iterable[str], rules: tuple[Rule, ...], prefix: str = "") -> d
 
 
 def inverse(stored: Mapping[str, Stored]) -> dict[str, tuple[str, ...]]:
-    """Return stored name -> our keys, one per piece and in their order.
+    """Return stored name -> our keys, one per piece, in the order of the pieces.
 
-    Raises ValueError if two keys are the same piece of one name, or if a piece has no key.
+    Raises ValueError if two keys map to the same piece of one name, or if a piece has no key.
     """
     pieces: dict[str, dict[Piece, str]] = {}
     for key, (name, _, piece) in stored.items():
@@ -90,7 +90,7 @@ def inverse(stored: Mapping[str, Stored]) -> dict[str, tuple[str, ...]]:
 
 
 def translate(key: str, rules: tuple[Rule, ...], prefix: str = "") -> Stored:
-    """Return where our `key` is stored, `prefix` before its name. Raises ValueError for a key that no rule covers."""
+    """Return where our `key` is stored, with `prefix` before the name. Raises ValueError if no rule covers it."""
     parts = key.split(".")
     for rule in rules:
         pattern = rule.ours.split(".")
@@ -106,7 +106,7 @@ def translate(key: str, rules: tuple[Rule, ...], prefix: str = "") -> Stored:
 
 
 def _match(pattern: list[str], parts: list[str]) -> dict[str, int] | None:
-    """The numbers that the leading `parts` put in `pattern`'s braces; None if they do not match."""
+    """The numbers in `parts` at the braces of `pattern`, by name; None if `pattern` does not match."""
     if len(parts) < len(pattern):
         return None
     numbers = {}

@@ -1,4 +1,4 @@
-"""What is known of files: published models by their digests, and files that are no models by the names in them."""
+"""Known files: published models by digest, and files that are not models by the names of their tensors."""
 
 import json
 import re
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from ldm.checkpoint.tensors import Tensors
 
-NAMES = {  # of the families, by the width of the text that their UNet attends to
+NAMES = {  # families by the context width of their UNet
     768: "Stable Diffusion 1.x",
     1024: "Stable Diffusion 2.x",
     2048: "Stable Diffusion XL",
@@ -17,26 +17,26 @@ NAMES = {  # of the families, by the width of the text that their UNet attends t
 
 
 class KnownFile(NamedTuple):
-    """A published file: its usual name, its preset (None for a part of a model), and what it is known by."""
+    """A published file: its usual name, its preset (None for a part of a model), and how it was recognized."""
 
     name: str
     preset: str | None
     told_by: str = "sha256"
 
 
-# SDXL-Turbo has the names and shapes of SDXL base, and no other file that is known has its size to the byte.
+# SDXL-Turbo has the names and shapes of SDXL base; among the known files, its size in bytes is unique.
 KNOWN_SIZES = {6_938_081_905: KnownFile("sd_xl_turbo_1.0_fp16.safetensors", "sdxl-turbo", "size in bytes")}
 
 
 @cache
 def known_files() -> dict[str, KnownFile]:
-    """Return the known files by their digests, from publishers' pages. A file that is not there is not suspicious."""
+    """Return the known files by SHA-256, as their publishers state it. An unlisted file is not suspicious."""
     table = json.loads(resources.files("ldm.checkpoint").joinpath("known.json").read_text())
     files = ((sha, name, preset) for preset, names in table.items() for sha, name in names.items())
     return {sha: KnownFile(name, None if preset == "part" else preset) for sha, name, preset in files}
 
 
-_KINDS = (  # what a file is, if one of its names matches
+_KINDS = (  # (pattern of a tensor's name, kind of file); the first match decides
     (r"quant_state\.bitsandbytes__|\.absmax$", "a model quantized by bitsandbytes (NF4 or int8)"),
     (r"^lora_controlnet$", "a Control-LoRA"),
     (r"^lllite_unet_", "a ControlNet-LLLite"),
@@ -60,7 +60,7 @@ _TO_TEXT = re.compile(r"attn2[._]to_k(\.weight|\.lora_down\.weight|.*\.lora_A\.(
 
 
 def kind_of(tensors: Tensors) -> str | None:
-    """Return what a file is that is no model, such as "a LoRA for Stable Diffusion XL"; None if that is not known."""
+    """Return the kind of a file that is not a model, such as "a LoRA for Stable Diffusion XL"; None if unknown."""
     for pattern, kind in _KINDS:
         if any(re.search(pattern, name) for name in tensors.shapes):
             return kind + _for_family(tensors, kind)
@@ -68,7 +68,7 @@ def kind_of(tensors: Tensors) -> str | None:
 
 
 def _for_family(tensors: Tensors, kind: str) -> str:
-    """Say for which models an adapter is made, told from how wide a text it attends to or holds."""
+    """Return for which family an adapter is made, by its context width or the width of its embedding; else ""."""
     embedding = kind.startswith("a textual")
     widths = [
         shape[-1 if embedding else 1]

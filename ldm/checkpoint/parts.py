@@ -1,4 +1,4 @@
-"""The parts of a model on disk: where each network's tensors are, and how modules are filled with them, strictly."""
+"""The parts of a model on disk: where each network's tensors are, strict checks of them, and loading into modules."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -21,10 +21,10 @@ TOWERS = ("text_encoder", "text_encoder_2")  # names of the parts that hold the 
 
 
 class Model(NamedTuple):
-    """A model in memory. What `load` returns is in evaluation mode, without gradients.
+    """A model in memory. The networks that `load` returns are in evaluation mode and need no gradients.
 
-    unused: tensors that the official lists have and no network here computes with, such as the last block of SD 2's
-    text encoder; by part and name. They are saved again, so that nothing is lost.
+    unused: tensors of official files that no network here computes with, such as the last block of SD 2's text
+    encoder, by "part.name". `save` writes them again.
     """
 
     config: ModelConfig
@@ -36,7 +36,7 @@ class Model(NamedTuple):
 
 
 class ModelLike(Protocol):
-    """What can be saved: a Model, a Pipeline, or anything else with these four."""
+    """An object that `save` accepts: a Model, a Pipeline, or another object with these four attributes."""
 
     @property
     def config(self) -> ModelConfig: ...  # noqa: D102
@@ -50,10 +50,10 @@ class ModelLike(Protocol):
 
 @dataclass(frozen=True)
 class Part:
-    """One network's tensors: in which files, by which rules, behind which prefix.
+    """One network on disk: its tensors, the rules from our names to theirs, and the prefix of their names.
 
-    ema: read the averaged copy that training kept beside a UNet. unused: names that the network has no use for, though
-    official files have them: they are kept for saving.
+    ema: read the exponential moving average of the UNet instead. unused: stored names of official tensors that the
+    network does not use; they are kept for saving.
     """
 
     tensors: Tensors
@@ -63,7 +63,7 @@ class Part:
     unused: tuple[str, ...] = ()
 
     def stored(self, keys: Sequence[str]) -> dict[str, Stored]:
-        """Return where each of the network's `keys` is."""
+        """Return where each of the network's `keys` is stored."""
         found = key_map(keys, self.rules, self.prefix)
         if not self.ema:
             return found
@@ -72,44 +72,44 @@ class Part:
 
 @dataclass(frozen=True)
 class Source:
-    """A model on disk, or some parts of one, understood from headers and configurations but not read."""
+    """A model on disk, or some parts of one, known from headers and configurations; no tensor is read yet."""
 
-    config: ModelConfig  # for parts that are absent, it says what the family has
+    config: ModelConfig  # absent parts have the family's configuration
     layout: Layout
     why: str  # the reason for the architecture and the prediction type
-    parts: Mapping[str, Part]  # unet, vae, and those of TOWERS that there are
+    parts: Mapping[str, Part]  # keys: "unet", "vae" and TOWERS, those that are present
     tokenizers: tuple[Tokenizer, ...]  # one per tower
-    notes: tuple[str, ...] = ()  # what a user should know, a clause each
-    kept: Tensors | None = None  # what `Model.unused` is, in a file of its own
-    dropped: tuple[Part, ...] = ()  # parts in the same files that others replace
+    notes: tuple[str, ...] = ()  # clauses for the user
+    kept: Tensors | None = None  # the file of a folder that holds `Model.unused`
+    dropped: tuple[Part, ...] = ()  # parts that are in the files but not loaded
 
 
 def modules(unet: UNet, vae: VAE, text_encoder: TextEncoder) -> dict[str, nn.Module]:
-    """Return the networks by the names of their parts."""
+    """Return the networks by the names of their parts, as in `Source.parts`."""
     towers = dict(zip(TOWERS, text_encoder.towers, strict=False))
     return {"unet": unet, "vae": vae, **towers}
 
 
 def ema_name(name: str) -> str:
-    """Return where LDM keeps the average of a UNet's tensor. The dots are lost, so this has no inverse."""
+    """Return the name of the moving average of the UNet tensor `name` in LDM's files, which drop the dots."""
     return "model_ema." + name.removeprefix("model.").replace(".", "")
 
 
 def compare(
     networks: Mapping[str, nn.Module], parts: Mapping[str, Part], dropped: Sequence[Part] = ()
 ) -> tuple[dict[str, dict[str, list[str]]], list[str]]:
-    """Compare names and shapes of `networks`, on the meta device, with the files of their `parts`, reading no data.
+    """Compare names and shapes of `networks`, on the meta device, with the headers of the files of their `parts`.
 
-    dropped: parts in the same files that are not wanted. Returns, for each part that does not fit, the names that are
-    "missing", "misshapen" (with both shapes) and "unexpected"; and the names that nothing uses. A tensor that nothing
-    uses is harmless, unless it looks like another layer of a part's network, which would compute something else.
+    dropped: parts in the same files that are not loaded. Returns, for each part that does not fit, the names that are
+    "missing", "misshapen" (with both shapes) and "unexpected"; and all names that no network uses. "Unexpected" are
+    those of them that look like one more layer of a part: the network of the file has that layer, ours does not.
     """
     wanted, left = {}, set()
     for name, part in parts.items():
         held = collect(networks[name], part.rules, part.prefix)
         wanted[name] = {ema_name(n) if part.ema else n: list(t.shape) for n, t in held.items()}
         gone = tuple(other.prefix for other in dropped if other.tensors is part.tensors)
-        left |= {n for n in part.tensors.shapes if not gone or not n.startswith(gone)}
+        left |= {n for n in part.tensors.shapes if not n.startswith(gone)}
     left = left.difference(*wanted.values(), *(part.unused for part in parts.values()))
     found = {}
     for name, part in parts.items():
@@ -123,14 +123,13 @@ def compare(
         behind = sorted(n for n in left & shapes.keys() if n.startswith(part.prefix))
         unexpected = [n for n in behind if _kind(n.removeprefix(part.prefix)) in kinds]
         missing = [n for n in wanted[name] if n not in shapes]
-        differs = {"missing": missing, "misshapen": misshapen, "unexpected": unexpected}
-        if any(differs.values()):
-            found[name] = differs
+        if missing or misshapen or unexpected:
+            found[name] = {"missing": missing, "misshapen": misshapen, "unexpected": unexpected}
     return found, sorted(left)
 
 
 def check(networks: Mapping[str, nn.Module], parts: Mapping[str, Part], dropped: Sequence[Part] = ()) -> list[str]:
-    """Return the names that nothing uses. Raises ValueError for the first part that does not fit, with names."""
+    """Return the names that no network uses. Raises ValueError for the first part that does not fit its network."""
     mismatches, left = compare(networks, parts, dropped)
     for name, differs in mismatches.items():
         found = "; ".join(f"{len(names)} {what}: {some(names)}" for what, names in differs.items() if names)
@@ -139,45 +138,43 @@ def check(networks: Mapping[str, nn.Module], parts: Mapping[str, Part], dropped:
 
 
 def _kind(name: str) -> tuple[str, ...]:
-    """The first and the last two words of a tensor's name: those of another layer of the same network are alike."""
+    """The first and the last two words of a tensor's name, which agree in layers of the same kind."""
     words = name.split(".")
     return words[0], *words[-2:]
 
 
 def _squeezed(shape: Sequence[int]) -> list[int]:
-    """A shape without the pixels of a 1x1 convolution, which some tools save as a matrix."""
+    """`shape` without the kernel dimensions of a 1x1 convolution, which some tools store as a matrix."""
     return list(shape[:2] if len(shape) == 4 and tuple(shape[2:]) == (1, 1) else shape)
 
 
 def fill(module: nn.Module, part: Part, *, dtype: torch.dtype | None, device: torch.device) -> None:
-    """Give `module`, on the meta device, its tensors from `part` in `dtype` on `device`; it then evaluates, frozen.
+    """Load the tensors of `part` into `module`, which is on the meta device; it is then in evaluation mode and frozen.
 
-    dtype: None keeps what each tensor has. Tensors that need no cast and no move stay memory-mapped and are not read
-    yet; the others are read one at a time.
-    Raises ValueError naming a tensor that is not stored as floating-point numbers, or was read and holds NaN, infinity
-    or more than `dtype` can.
+    dtype: None keeps the stored one. Tensors that need no cast and no move stay memory-mapped and are not read yet;
+    the others are read one at a time.
+    Raises ValueError naming a tensor that is not stored in floating point. Of the tensors that are read: for one that
+    holds NaN, infinity or numbers out of the range of `dtype`.
     """
     wanted = module.state_dict()
     stored = part.stored(list(wanted))
     keys_of = inverse(stored)
     values: dict[str, Tensor] = {}
-    mapped: list[str] = []
-    copied: list[str] = []
+    groups: dict[bool, list[str]] = {True: [], False: []}  # by whether a tensor stays memory-mapped
     for name in keys_of:
         if (held := part.tensors.dtypes[name]) not in FLOATS:
             raise ValueError(
                 f"{name} in {part.tensors} is stored as {held}, weights are {', '.join(FLOATS)}: use another file"
             )
-        as_it_is = device.type == "cpu" and dtype in (None, DTYPES[held])
-        (mapped if as_it_is else copied).append(name)
-    for names in (mapped, copied):
-        for name, value in part.tensors.read(names, mapped=names is mapped):
-            if names is copied:
+        groups[device.type == "cpu" and dtype in (None, DTYPES[held])].append(name)
+    for mapped, names in groups.items():
+        for name, value in part.tensors.read(names, mapped=mapped):
+            if not mapped:
                 value = _cast(f"{name} in {part.tensors}", value, dtype or value.dtype)
             for key, piece in zip(keys_of[name], value.chunk(len(keys_of[name])), strict=True):
                 values[key] = stored[key].form.restore(piece, wanted[key].shape).to(device)
     module.load_state_dict(values, strict=True, assign=True)
-    module.to(device).eval().requires_grad_(False)  # `to`: buffers that no file holds
+    module.to(device).eval().requires_grad_(False)  # `to` moves the buffers, which are in no file
 
 
 def collect(
@@ -185,7 +182,7 @@ def collect(
 ) -> dict[str, Tensor]:
     """Return the module's tensors under their stored names and in their stored forms, in `dtype` if given.
 
-    Raises ValueError for weights that are not held as they are, such as in int8.
+    Raises ValueError for weights in int8, which cannot be saved.
     """
     state = module.state_dict()
     for name, value in state.items():
@@ -205,9 +202,9 @@ def collect(
 
 
 def _cast(what: str, value: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a copy of `value` in `dtype`. Raises ValueError if it holds what `dtype` has no finite number for.
+    """Return a copy of `value` in `dtype`. Raises ValueError for NaN, infinity or a number out of its range.
 
-    It goes a part at a time through fp32 (a cast to bf16 is faster so) and the processor's cache.
+    The cast goes through fp32, which is faster for bf16, in pieces that fit the processor's cache.
     """
     out = torch.empty(value.shape, dtype=dtype)
     wide = torch.float64 if value.dtype == torch.float64 else torch.float32

@@ -1,7 +1,7 @@
 """PyTorch pickles (.ckpt, .pt, .pth, .bin), read without running the code in them. Only `ldm convert` uses this.
 
-A pickle is a program. torch.load(weights_only=True) obeys only the instructions that build tensors and containers.
-Classes that training frameworks leave beside the tensors are replaced by an empty class; all others are refused.
+A pickle is a program. torch.load(weights_only=True) runs only the instructions that build tensors and containers.
+Classes that training frameworks save beside the tensors are replaced by an empty class; all others are refused.
 """
 
 import re
@@ -16,11 +16,11 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from ldm.checkpoint.tensors import DTYPES, PICKLE_STARTS, Tensors, read_header, some
 
-TORCH_NEEDED = "2.10"  # before it, weights_only did not keep pickles from corrupting memory
+TORCH_NEEDED = "2.10"  # earlier versions let a pickle corrupt memory in spite of weights_only
 NESTS = ("state_dict", "model", "module")  # names under which training loops keep the tensors
 
-# What honest files name beside their tensors: callbacks of Lightning and numpy's scalars (in the official Stable
-# Diffusion files), ParameterDict (in embeddings). Nothing of them is imported: `_Inert` stands in.
+# Classes and functions that harmless files name: callbacks of Lightning and numpy's scalars (in the official Stable
+# Diffusion files), ParameterDict (in embeddings). None of them is imported: `_Inert` replaces them.
 INERT = (
     *(f"{root}.callbacks.model_checkpoint.ModelCheckpoint" for root in ("pytorch_lightning", "lightning.pytorch")),
     *(f"{root}.callbacks.early_stopping.EarlyStopping" for root in ("pytorch_lightning", "lightning.pytorch")),
@@ -33,7 +33,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class _Inert:
-    """A class that takes any arguments and any state, and keeps none."""
+    """A class that accepts any arguments and any state, and ignores them."""
 
     def __new__(cls, *args: object) -> "_Inert":
         return super().__new__(cls)
@@ -47,8 +47,8 @@ class _Inert:
 class PickledTensors(Tensors):
     """The tensors of one pickle.
 
-    Zip files are memory-mapped; files older than torch 1.6 are read whole. metadata: "global_step" where there is one.
-    Raises ValueError for a file that is no whole pickle of tensors by name, and for one that names code.
+    Zip files are memory-mapped; the format from before torch 1.6 is read whole. metadata: "global_step", if present.
+    Raises ValueError for a file that is not a complete pickle of named tensors, and for one that names code.
     """
 
     def __init__(self, path: Path) -> None:
@@ -73,18 +73,18 @@ class PickledTensors(Tensors):
         self.dtypes = {name: _NAMES[value.dtype] for name, value in self._tensors.items()}
 
     def read(self, names: Iterable[str], *, mapped: bool = True) -> Iterator[tuple[str, Tensor]]:
-        """Yield them in the order of the file, contiguous; mapped: some may share one memory."""
+        """Yield contiguous tensors in the order of the file. mapped: several may be views of one storage."""
         wanted = set(names)
-        for name in (name for name in self._tensors if name in wanted):
-            value = self._tensors[name].contiguous()
-            yield name, value if mapped else value.clone()
+        for name, value in self._tensors.items():
+            if name in wanted:
+                yield name, value.contiguous() if mapped else value.clone(memory_format=torch.contiguous_format)
 
     def _unwrap(self, found: object) -> dict[object, object]:
-        """Follow the nests of training loops to the dictionary of tensors."""
+        """Return the dictionary of tensors, which training loops nest in others under the names in NESTS."""
         for _ in range(8):
             if not isinstance(found, dict):
                 break
-            found = dict(found)  # an OrderedDict may have an `items` of its own
+            found = dict(found)  # a pickled OrderedDict may carry an attribute `items`
             if type(step := found.get("global_step")) is int:
                 self.metadata = {"global_step": str(step)}
             nest = next((name for name in NESTS if isinstance(found.get(name), dict)), None)
@@ -95,18 +95,18 @@ class PickledTensors(Tensors):
 
 
 def is_pickle(path: Path) -> bool:
-    """Tell from its first bytes whether the file at `path` is a PyTorch pickle, whatever its name."""
+    """Whether the file at `path` is a PyTorch pickle, by its first bytes and not by its name."""
     if not path.is_file():
         return False
     with path.open("rb") as file:
-        start = file.read(9)  # with "{" as the ninth byte, the others are the length of a safetensors header
+        start = file.read(9)  # in a safetensors file: 8 bytes with the length of the header, then "{"
     return start.startswith(PICKLE_STARTS) and start[8:] != b"{"
 
 
 def _load(path: Path) -> Any:
-    """Return what the pickle at `path` holds, with `_Inert` for all that `INERT` names."""
+    """Return the content of the pickle at `path`, with `_Inert` in place of the classes in INERT."""
     if not is_pickle(path):
-        read_header(path)  # raises with what else it is, except for a safetensors file
+        read_header(path)  # raises ValueError unless `path` is a safetensors file
         raise ValueError(f"{path} is a safetensors file and no pickle, whatever its name")
     if path.suffix == ".safetensors":  # torch.load would go by the name
         raise ValueError(f"{path} is a pickle in spite of its name: rename it to .ckpt")

@@ -1,7 +1,7 @@
-"""Names of the official checkpoints as data: ours -> LDM single file, ours -> diffusers folder.
+"""Tensor names as data: ours -> LDM single file, and ours -> diffusers folder.
 
-The tables hold for every UNet of this kind: where numbering depends on the architecture, it is computed from the
-residual blocks and depths of its configuration.
+The tables hold for every configuration: where the numbering of the names depends on the number of residual blocks,
+levels or transformer blocks, a function computes the name.
 """
 
 from collections.abc import Callable
@@ -53,13 +53,13 @@ OLD_DIFFUSERS_VAE_ATTENTION = _renamed(  # of older folders, SD 1.5's own among 
 def ldm_unet(config: UNetConfig) -> tuple[Rule, ...]:
     """Return the rules from our UNet to LDM's, without UNET_PREFIX."""
 
-    def upsample(i: int) -> str:  # it follows the transformer, where there is one
+    def upsample(i: int) -> str:  # the entry after the transformer, or after the residual block if there is none
         level, block = divmod(i, config.res_blocks + 1)
         return f"output_blocks.{i}.{2 if config.depths()[1][level][block] else 1}.conv"
 
     return (
         *_renamed({"time_embed": "time_embed", "vector_embed": "label_emb.0"}),
-        Rule("guidance_embed", "time_embedding.cond_proj"),  # converters leave diffusers' name
+        Rule("guidance_embed", "time_embedding.cond_proj"),  # converters keep diffusers' name
         Rule("down.{i}.conv", "input_blocks.{i}.0"),
         Rule("down.{i}.res", "input_blocks.{i}.0", _LDM_RES),
         Rule("down.{i}.transformer", "input_blocks.{i}.1", _TRANSFORMER),
@@ -76,7 +76,7 @@ def ldm_unet(config: UNetConfig) -> tuple[Rule, ...]:
 
 def diffusers_unet(config: UNetConfig) -> tuple[Rule, ...]:
     """Return the rules from our UNet to diffusers' UNet2DConditionModel."""
-    per_level = config.res_blocks + 1  # entries: going down its blocks and one downsampler
+    per_level = config.res_blocks + 1  # stages: down, the residual blocks and one downsampler; up, one block more
 
     def down(part: str) -> Callable[[int], str]:  # stage 0 is conv_in
         return lambda i: f"down_blocks.{(i - 1) // per_level}.{part}.{(i - 1) % per_level}"
@@ -102,7 +102,7 @@ def diffusers_unet(config: UNetConfig) -> tuple[Rule, ...]:
 
 
 def ldm_vae(config: VAEConfig) -> tuple[Rule, ...]:
-    """Return the rules from our VAE to LDM's, without VAE_PREFIX; LDM counts the decoder's levels backwards."""
+    """Return the rules from our VAE to LDM's, without VAE_PREFIX; LDM numbers the decoder's levels in reverse."""
     last = len(config.channels) - 1
     shared = (
         *_same("conv_in", "norm_out", "conv_out"),
@@ -111,20 +111,18 @@ def ldm_vae(config: VAEConfig) -> tuple[Rule, ...]:
         Rule("mid.res_out", "mid.block_2", _LDM_VAE_RES),
     )
     encoder = (
-        *shared,
         Rule("levels.{i}.blocks.{j}", "down.{i}.block.{j}", _LDM_VAE_RES),
         Rule("levels.{i}.downsample", "down.{i}.downsample.conv"),
     )
     decoder = (
-        *shared,
         Rule("levels.{i}.blocks.{j}", lambda i, j: f"up.{last - i}.block.{j}", _LDM_VAE_RES),
         Rule("levels.{i}.upsample", lambda i: f"up.{last - i}.upsample.conv"),
     )
-    return _vae(encoder, decoder)
+    return _vae(shared, encoder, decoder)
 
 
 def diffusers_vae(attention: tuple[Rule, ...] = DIFFUSERS_VAE_ATTENTION) -> tuple[Rule, ...]:
-    """Return the rules from our VAE to diffusers' AutoencoderKL, with today's or the old `attention` names."""
+    """Return the rules from our VAE to diffusers' AutoencoderKL. attention: its current names or the old ones."""
     shared = (
         *_renamed({"conv_in": "conv_in", "norm_out": "conv_norm_out", "conv_out": "conv_out"}),
         Rule("mid.res_in", "mid_block.resnets.0", _DIFFUSERS_RES),
@@ -132,20 +130,18 @@ def diffusers_vae(attention: tuple[Rule, ...] = DIFFUSERS_VAE_ATTENTION) -> tupl
         Rule("mid.res_out", "mid_block.resnets.1", _DIFFUSERS_RES),
     )
     encoder = (
-        *shared,
         Rule("levels.{i}.blocks.{j}", "down_blocks.{i}.resnets.{j}", _DIFFUSERS_RES),
         Rule("levels.{i}.downsample", "down_blocks.{i}.downsamplers.0.conv"),
     )
     decoder = (
-        *shared,
         Rule("levels.{i}.blocks.{j}", "up_blocks.{i}.resnets.{j}", _DIFFUSERS_RES),
         Rule("levels.{i}.upsample", "up_blocks.{i}.upsamplers.0.conv"),
     )
-    return _vae(encoder, decoder)
+    return _vae(shared, encoder, decoder)
 
 
-def _vae(encoder: tuple[Rule, ...], decoder: tuple[Rule, ...]) -> tuple[Rule, ...]:
-    halves = Rule("encoder", "encoder", encoder), Rule("decoder", "decoder", decoder)
+def _vae(shared: tuple[Rule, ...], encoder: tuple[Rule, ...], decoder: tuple[Rule, ...]) -> tuple[Rule, ...]:
+    halves = Rule("encoder", "encoder", (*shared, *encoder)), Rule("decoder", "decoder", (*shared, *decoder))
     return (*halves, *_same("quant_conv", "post_quant_conv"))
 
 
@@ -159,7 +155,10 @@ _HF_BLOCK = (
 
 
 def hf_text(level: str = "text_model") -> tuple[Rule, ...]:
-    """Return the rules to the names of transformers, and of OpenAI's CLIP in LDM; in some files without `level`."""
+    """Return the rules from our tower to transformers' CLIPTextModel, whose names LDM uses too for OpenAI's CLIP.
+
+    level: the outer module of the names; "" for files that leave it out.
+    """
     above = f"{level}." if level else ""
     return (
         Rule("token_embedding", f"{above}embeddings.token_embedding"),
@@ -188,15 +187,12 @@ OPENCLIP_TEXT = (
 
 
 def official_towers(text: tuple[TextConfig, ...], *, sgm: bool) -> list[tuple[str, tuple[Rule, ...]]]:
-    """Return the prefixes and rules of the towers: in LDM's `cond_stage_model`, or as `sgm` (SDXL) counts embedders.
+    """Return the prefix and the rules of each tower in an official single file; sgm: in one of SDXL.
 
-    OpenAI's CLIP, with quick_gelu, is held under transformers' names, OpenCLIP's towers under their own.
+    OpenAI's CLIP, with quick_gelu, is stored under transformers' names, OpenCLIP's towers under their own.
     """
-    towers: list[tuple[str, tuple[Rule, ...]]] = []
-    for i, config in enumerate(text):
-        owner = f"conditioner.embedders.{i}." if sgm else "cond_stage_model."
-        if config.activation == "quick_gelu":
-            towers.append((f"{owner}transformer.", hf_text()))
-        else:
-            towers.append((f"{owner}model.", OPENCLIP_TEXT))
-    return towers
+    owners = [f"conditioner.embedders.{i}." if sgm else "cond_stage_model." for i in range(len(text))]
+    return [
+        (f"{owner}transformer.", hf_text()) if config.activation == "quick_gelu" else (f"{owner}model.", OPENCLIP_TEXT)
+        for owner, config in zip(owners, text, strict=True)
+    ]

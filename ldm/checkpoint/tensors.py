@@ -1,4 +1,4 @@
-"""Safetensors files: what a file is, its tensors read one at a time, and writing them."""
+"""Safetensors files: checking them, reading their tensors one at a time, and writing them."""
 
 import json
 import os
@@ -34,25 +34,24 @@ _PICKLE = (
     "writes a .safetensors file"
 )
 _WEB_PAGE = "is a web page, so the download went wrong (a login may be needed): fetch it again"
-_SIGNATURES = (  # in lower case
+_SIGNATURES = (  # (first bytes in lower case, what the file is)
     *((start.lower(), _PICKLE) for start in PICKLE_STARTS),
     (b"version https://git-lfs", "is a Git LFS pointer and not the file itself: run `git lfs pull`"),
-    (b"<!doctype", _WEB_PAGE),
-    (b"<html", _WEB_PAGE),
+    *((start, _WEB_PAGE) for start in (b"<!doctype", b"<html")),
     (b"{", "is a JSON file and holds no tensors: give a .safetensors file or a model folder"),
     (b"gguf", "is a GGUF file, which is not supported: give a .safetensors file"),
-    (b"\x89png", "is a picture and not a model"),
-    (b"\xff\xd8\xff", "is a picture and not a model"),
+    *((start, "is a picture and not a model") for start in (b"\x89png", b"\xff\xd8\xff")),
     (b"riff", "is a picture or sound and not a model"),
 )
-SHOWN = 3  # names that a message lists
+SHOWN = 3  # the most names that an error message lists
 _ERRNO = re.compile(r"os error (\d+)")  # at the end of safetensors' messages
 
 
 class Tensors:
     """Named tensors on disk, described before they are read.
 
-    shapes, dtypes: of each tensor; the dtype as safetensors names it. metadata: the strings of the (first) file.
+    shapes, dtypes: by tensor name; a dtype is a key of DTYPES, or another name in safetensors' format.
+    metadata: strings by key, from the first file that has any.
     """
 
     paths: tuple[Path, ...]
@@ -66,17 +65,17 @@ class Tensors:
     def read(self, names: Iterable[str], *, mapped: bool = True) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, tensor on the CPU) for each of `names`.
 
-        mapped: memory-map the tensors. Otherwise a tensor may be read into the memory of the one before, so the caller
-        must be done with the one before: use this for tensors that are cast or moved at once. It keeps the peak low.
+        mapped: memory-map the tensors. Otherwise each tensor may overwrite the one before, which keeps the peak of
+        memory low: cast, move or copy a tensor before asking for the next.
         Raises ValueError for a dtype that torch does not have.
         """
         raise NotImplementedError
 
 
 class TensorFiles(Tensors):
-    """The tensors of one safetensors file, or of the shards of one. Opening reads only the headers.
+    """The tensors of one safetensors file or of several shards. The constructor reads only the headers.
 
-    Raises ValueError for anything that is not a whole safetensors file, and for a name in two files.
+    Raises ValueError for a file that is not a complete safetensors file, and for a name in two files.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
@@ -95,7 +94,7 @@ class TensorFiles(Tensors):
                 self.shapes[name], self.dtypes[name] = tuple(entry["shape"]), entry["dtype"]
 
     def read(self, names: Iterable[str], *, mapped: bool = True) -> Iterator[tuple[str, Tensor]]:
-        """Yield them file by file, in the order in which they lie there."""
+        """Yield the tensors file by file, in the order of their bytes."""
         wanted = sorted(set(names), key=lambda name: self._places[name])
         for name in wanted:
             if self.dtypes[name] not in DTYPES:
@@ -105,8 +104,8 @@ class TensorFiles(Tensors):
                 yield from self._mapped(path, found) if mapped else self._copied(path, found)
 
     def _mapped(self, path: Path, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-        """Yield tensors that share a private mapping of the file. Making them reads none of the data."""
-        places = {name: self._places[name][1:] for name in names}  # safe_open would touch half of a cached file's pages
+        """Yield tensors that share a private memory map of `path`. No data is read until they are used."""
+        places = {name: self._places[name][1:] for name in names}  # safe_open would map in half of a cached file
         end = max(start + size for start, size in places.values())
         whole = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=end)
         for name, (start, size) in places.items():
@@ -114,7 +113,7 @@ class TensorFiles(Tensors):
             yield name, value.reshape(self.shapes[name])
 
     def _copied(self, path: Path, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-        """Yield tensors that share one buffer, into which they are read one after the other."""
+        """Read the tensors one after the other into one buffer, and yield each as a view of it."""
         buffer = torch.empty(max(self._places[name][2] for name in names), dtype=torch.uint8)
         with path.open("rb") as file:
             for name in names:
@@ -127,9 +126,9 @@ class TensorFiles(Tensors):
 
 
 def read_header(path: Path) -> tuple[int, dict[str, Any]]:
-    """Read the header of the safetensors file at `path`: its size in bytes, and its entries by name.
+    """Read the header of the safetensors file at `path`. Returns its size in bytes, and its entries by name.
 
-    Raises ValueError with what the file is instead, or what is wrong with it.
+    Raises ValueError for another kind of file, naming the kind, and for a truncated or damaged file.
     """
     check_file(path, "give a model folder or a .safetensors file")
     size = path.stat().st_size
@@ -141,7 +140,7 @@ def read_header(path: Path) -> tuple[int, dict[str, Any]]:
         file.seek(8)
         text = file.read(length)
     try:
-        with safe_open(path, framework="np"):  # it validates the header
+        with safe_open(path, framework="np"):  # safetensors validates the header
             pass
     except SafetensorError as error:
         promised = 8 + length
@@ -157,7 +156,7 @@ def read_header(path: Path) -> tuple[int, dict[str, Any]]:
 
 
 def parse_object(text: str | bytes, where: object) -> dict[str, Any]:
-    """Return the JSON object that `text` is. Raises ValueError naming `where` if it is none."""
+    """Parse `text` as a JSON object. Raises ValueError naming `where` if it is not one."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -168,7 +167,7 @@ def parse_object(text: str | bytes, where: object) -> dict[str, Any]:
 
 
 def check_file(path: Path, advice: str) -> None:
-    """Raise ValueError, with advice, unless `path` is a regular file that is not empty."""
+    """Raise ValueError, ending in `advice`, unless `path` is a regular file that is not empty."""
     if path.is_symlink() and not path.exists():
         raise ValueError(f"{path} is a broken link, its target {os.readlink(path)} is missing: fetch it again")
     if not path.exists():
@@ -180,7 +179,7 @@ def check_file(path: Path, advice: str) -> None:
 
 
 def _what_else(start: bytes) -> str:
-    """Say what a file is that begins with `start`, which is not the beginning of a safetensors file."""
+    """Describe a file that begins with `start` and is not a safetensors file."""
     for signature, what in _SIGNATURES:
         if start.lstrip().lower().startswith(signature):
             return what
@@ -188,7 +187,7 @@ def _what_else(start: bytes) -> str:
 
 
 def some(names: Sequence[str]) -> str:
-    """Return the first few of `names` as a list in a sentence."""
+    """Return the first SHOWN of `names`, separated by commas, for an error message."""
     return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
 
 
