@@ -1,4 +1,4 @@
-"""What a file of tensors holds: a model, parts of one, or something else, told from names, shapes and metadata."""
+"""Identify the networks in a file, their architecture and prediction type, from names, shapes and metadata."""
 
 import dataclasses
 import re
@@ -13,15 +13,15 @@ from ldm.checkpoint.tensors import Tensors
 from ldm.config import ModelConfig, Prediction, TextConfig, UNetConfig, VAEConfig
 from ldm.presets import FAMILIES, PRESETS, SD15, SD21, SD21_BASE, VARIANTS, tells
 
-ENOUGH_EMA = 100  # tensors that make an averaged copy; pruned files keep two counters of it
-OTHER_INPUTS = {  # UNets that take more than a prompt can give, by their input channels
+ENOUGH_EMA = 100  # the fewest tensors of a moving average of the UNet; pruned files keep two counters of it
+OTHER_INPUTS = {  # UNets with inputs that this package does not provide, by their input channels
     5: "Stable Diffusion 2 depth-to-image, which needs a depth map",
     7: "the Stable Diffusion x4 upscaler, which needs a small picture",
     13: "a virtual try-on model, which needs pictures of a person and of clothes",
 }
 
-# Tensors that stand beside a model and are of no use to it: the noise schedule (computed anew, because files in fp16
-# lose its low end), averaged copies, leftovers of training, and constants.
+# Tensors beside the networks that are left out without a note: the noise schedule (computed anew, because fp16 files
+# lose its low end), moving averages, training state, and constants.
 IGNORED = re.compile(
     r"betas|alphas_cumprod(_prev)?|(sqrt|log)_one_minus_alphas_cumprod|sqrt_(recip_|recipm1_)?alphas_cumprod"
     r"|posterior_(variance|log_variance_clipped|mean_coef[12])|logvar|scale_factor|denoiser\.(log_)?sigmas"
@@ -30,7 +30,7 @@ IGNORED = re.compile(
 )
 _SCALED = re.compile(r"scaled_fp8|.*\.(scale_weight|scale_input|weight_scale|input_scale|absmax|quant_map)")
 _EDM = {"edm_mean": "Playground v2.5", "edm_std": "Playground v2.5", "edm_vpred.sigma_max": "CosXL"}
-_TOWER = re.compile(  # a text tower's token embedding; what stands before it in parentheses tells the style
+_TOWER = re.compile(  # the token embedding of a text tower; the group `level` tells the style of its names
     r"(?P<prefix>((cond_stage_model|conditioner\.embedders\.\d+|text_encoders?(_2)?(\.clip_[lg])?|clip_[lg]|te[12]?)\.)?"
     r"((model|transformer)\.)?)(?P<level>text_model\.embeddings\.|embeddings\.|)token_embedding\.weight"
 )
@@ -38,14 +38,14 @@ _STYLES = {"text_model.embeddings.": "hf", "embeddings.": "hf without text_model
 
 
 class Place(NamedTuple):
-    """Where a network stands in a file: behind which prefix, and under whose names."""
+    """Where a network is in a file: the prefix of its tensors' names, and the style of the names after it."""
 
     prefix: str
     style: str  # "ldm", "diffusers"; for text towers "hf", "hf without text_model", "openclip"
 
 
 class Tower(NamedTuple):
-    """A text tower in a file: where it stands, how wide it is, and how many tokens it knows."""
+    """A text tower in a file."""
 
     place: Place
     width: int
@@ -53,7 +53,7 @@ class Tower(NamedTuple):
 
 
 class Contents(NamedTuple):
-    """The networks that a file holds. towers: candidates, likely ones first."""
+    """The networks that a file holds. towers: all text towers, those with the shortest prefix first."""
 
     unet: Place | None
     vae: Place | None
@@ -61,9 +61,9 @@ class Contents(NamedTuple):
 
 
 def find(tensors: Tensors) -> Contents:
-    """Look for networks under each of the prefixes and names that files in use have."""
+    """Find the networks of a file under the prefixes and styles of names in use."""
     names = {name for name in tensors.shapes if not IGNORED.fullmatch(name)}
-    unet_marks = {  # a ControlNet has the first of each, too
+    unet_marks = {  # all of a style must be there: a ControlNet has the first one too
         "ldm": ("input_blocks.0.0.weight", "out.2.weight"),
         "diffusers": ("conv_in.weight", "conv_norm_out.weight", "time_embedding.linear_1.weight"),
     }
@@ -86,7 +86,7 @@ def _place(names: set[str], prefixes: tuple[str, ...], marks: Mapping[str, tuple
 
 
 def check_stored_plainly(tensors: Tensors) -> None:
-    """Raise ValueError for numbers that need a scale, and for the noise levels of EDM, which are not supported."""
+    """Raise ValueError for quantized weights, which need a scale, and for EDM models: neither is supported."""
     if scaled := next((name for name in tensors.shapes if _SCALED.fullmatch(name)), None):
         raise ValueError(
             f"{tensors} is quantized, its numbers have scales beside them ({scaled}): give one in fp32, fp16 or bf16"
@@ -94,17 +94,17 @@ def check_stored_plainly(tensors: Tensors) -> None:
     for name, model in _EDM.items():
         if name in tensors.shapes:
             raise ValueError(
-                f"{tensors} is an EDM model as {model} is (it holds {name}); its noise levels are not supported"
+                f"{tensors} is an EDM model as {model} is (it holds {name}); EDM noise levels are not supported"
             )
 
 
 def unet_part(tensors: Tensors, place: Place, config: UNetConfig, *, ema: bool = False) -> Part:
-    """Return where a UNet's tensors are; ema: those of the averaged copy."""
+    """Return the UNet at `place` as a Part. ema: read its moving average instead."""
     return Part(tensors, _unet_rules(tensors, place, config), place.prefix, ema=ema)
 
 
 def vae_part(tensors: Tensors, place: Place, config: VAEConfig) -> Part:
-    """Return where a VAE's tensors are, under today's or the old names of its attention."""
+    """Return the VAE at `place` as a Part. In diffusers' style its attention has the current names or the old ones."""
     if place.style == "ldm":
         return Part(tensors, tables.ldm_vae(config), place.prefix)
     old = any(name.endswith("attentions.0.query.weight") for name in tensors.shapes)
@@ -113,14 +113,14 @@ def vae_part(tensors: Tensors, place: Place, config: VAEConfig) -> Part:
 
 
 def text_part(tensors: Tensors, place: Place, config: TextConfig) -> Part:
-    """Return where a tower's tensors are, and which of the official ones `config` has no use for."""
+    """Return the text tower at `place` as a Part, with the official tensors that `config` does not use."""
     prefix, shapes = place.prefix, tensors.shapes
     if place.style != "openclip":
         return Part(tensors, tables.hf_text("text_model" if place.style == "hf" else ""), prefix)
     rules: tuple[Rule, ...] = tables.OPENCLIP_TEXT
-    if f"{prefix}text_projection" not in shapes:  # Playground v2 holds it as a Linear's weight
+    if f"{prefix}text_projection" not in shapes:  # Playground v2 stores the weight of a Linear
         rules = (Rule("projection.weight", "text_projection.weight"), *rules)
-    last = f"{prefix}transformer.resblocks.{config.layers}."  # of SD 2, which takes the one before
+    last = f"{prefix}transformer.resblocks.{config.layers}."  # SD 2 uses the layers before this one only
     unused = {f"{prefix}logit_scale"}
     if config.projection is None:
         unused |= {f"{prefix}text_projection", *(n for n in shapes if n.startswith(last))}
@@ -128,12 +128,12 @@ def text_part(tensors: Tensors, place: Place, config: TextConfig) -> Part:
 
 
 def count_ema(tensors: Tensors) -> int:
-    """Count the tensors of an averaged copy of the UNet."""
+    """Count the tensors of the UNet's moving average."""
     return sum(name.startswith("model_ema.diffusion_model") for name in tensors.shapes)
 
 
 def _unet_rules(tensors: Tensors, place: Place, config: UNetConfig) -> tuple[Rule, ...]:
-    """Return the rules from our UNet to the file's names. Of an embedded guidance scale there are two in use."""
+    """Return the rules from our UNet to the file's names. Two names of the guidance embedding are in use."""
     if place.style == "diffusers":
         return tables.diffusers_unet(config)
     other = Rule("guidance_embed", "time_embed.cond_proj")
@@ -142,24 +142,23 @@ def _unet_rules(tensors: Tensors, place: Place, config: UNetConfig) -> tuple[Rul
 
 
 class _Shapes:
-    """The tensors behind a UNet's prefix by our own names, whichever names the file has."""
+    """The shapes of a UNet's tensors by our own names, whatever the style of the names in the file."""
 
     def __init__(self, tensors: Tensors, place: Place) -> None:
         self.tensors, self.place = tensors, place
         self.names = [n for n in tensors.shapes if n.startswith(place.prefix)]
-        self.res_blocks = 8  # per level: more than there are, until they are counted
+        self.res_blocks = 8  # per level; an upper bound until they are counted
 
     def name(self, key: str) -> str:
-        """Return where our parameter `key` is held, if the file has it."""
-        config = dataclasses.replace(SD15.unet, res_blocks=self.res_blocks)
-        rules = _unet_rules(self.tensors, self.place, config)
+        """Return the name that our parameter `key` has in the file's style."""
+        rules = _unet_rules(self.tensors, self.place, dataclasses.replace(SD15.unet, res_blocks=self.res_blocks))
         return translate(key, rules, self.place.prefix).name
 
     def __contains__(self, key: str) -> bool:
         return self.name(key) in self.tensors.shapes
 
     def size(self, key: str, dim: int) -> int:
-        """Return one of a tensor's sizes. Raises ValueError if there is none."""
+        """Return the size of `key` along `dim`. Raises ValueError if the tensor or the dimension is missing."""
         shape = self.tensors.shapes.get(self.name(key), ())
         if dim >= len(shape):
             raise ValueError(f"{self.tensors} lacks {self.name(key)}, or its shape is wrong: {list(shape)}")
@@ -173,10 +172,10 @@ class _Shapes:
 
 
 def unet_of(tensors: Tensors, place: Place) -> tuple[UNetConfig, ModelConfig, str]:
-    """Tell a UNet from the names and shapes of its tensors: its architecture, its family's preset, and by what.
+    """Identify a UNet by its names and shapes. Returns its architecture, its family's preset, and the reason.
 
-    Everything is counted, but for the numbers of heads, which are the family's. Raises ValueError for a family that is
-    not supported, by its name where it has one.
+    Everything is counted, except the numbers of heads, which are those of the family. Raises ValueError for a family
+    that is not supported, naming it if it is known.
     """
     shapes = _Shapes(tensors, place)
     counts = range(1, 9)
@@ -184,8 +183,8 @@ def unet_of(tensors: Tensors, place: Place) -> tuple[UNetConfig, ModelConfig, st
     per_level = shapes.res_blocks + 1
     levels = next(i for i in counts if f"down.{i * per_level + 1}.res.norm1.weight" not in shapes)
     channels = tuple(shapes.size(f"down.{i * per_level + 1}.res.conv1.weight", 0) for i in range(levels))
-    inputs, has_vector = shapes.size("down.0.conv.weight", 1), "vector_embed.0.weight" in shapes
-    vector = shapes.size("vector_embed.0.weight", 1) if has_vector else None
+    inputs = shapes.size("down.0.conv.weight", 1)
+    vector = shapes.size("vector_embed.0.weight", 1) if "vector_embed.0.weight" in shapes else None
     text = next((tensors.shapes[n] for n in shapes.names if n.endswith("attn2.to_k.weight")), ())
     context = text[1] if len(text) == 2 else 0
 
@@ -198,12 +197,10 @@ def unet_of(tensors: Tensors, place: Place) -> tuple[UNetConfig, ModelConfig, st
             f"{tensors} is {name} ({seen}, {f'a vector of {vector}' if vector else 'no vector'}): supported are "
             + ", ".join(NAMES.values())
         )
-    down = [shapes.depth(f"down.{i}") for i in range(levels * per_level)]
-    up = [shapes.depth(f"up.{i}") for i in range(levels * per_level)]
+    down, up = ([shapes.depth(f"{half}.{i}") for i in range(levels * per_level)] for half in ("down", "up"))
     middle: Literal["full", "residual", "none"] = "full" if shapes.depth("mid") else "residual"
     if "mid.res_in.norm1.weight" not in shapes:
         middle = "none"
-    guided = "guidance_embed.weight" in shapes
     config = dataclasses.replace(
         family[0].unet,
         in_channels=inputs,
@@ -215,30 +212,30 @@ def unet_of(tensors: Tensors, place: Place) -> tuple[UNetConfig, ModelConfig, st
         mid=middle,
         mid_depth=shapes.depth("mid"),
         heads=(8,) * levels if family[0] is SD15 else tuple(max(c // 64, 1) for c in channels),
-        guidance_dim=shapes.size("guidance_embed.weight", 1) if guided else None,
+        guidance_dim=shapes.size("guidance_embed.weight", 1) if "guidance_embed.weight" in shapes else None,
     )
     return config, family[0], f"{seen} are {NAMES[context]}"
 
 
 def check_inputs(channels: int, where: object) -> None:
-    """Raise ValueError for a UNet whose input is more than a prompt, a picture or a mask can give."""
+    """Raise ValueError for a number of UNet input channels that is not in VARIANTS."""
     if channels not in VARIANTS:
         name = OTHER_INPUTS.get(channels, "no model that is known here")
         raise ValueError(f"{where} is {name} ({channels} input channels): it is not supported")
 
 
 def padded_as_official(text: tuple[TextConfig, ...], *, ours: bool) -> tuple[tuple[TextConfig, ...], tuple[str, ...]]:
-    """Return `text` with the padding of OpenCLIP's towers mended where this package wrote it wrongly, and notes.
+    """Return `text` with the padding token of OpenCLIP's towers corrected if this package wrote the file, and notes.
 
-    ours: whether this package wrote the file. Its version 0.1 read SD 2 folders with the wrong padding token.
+    ours: whether this package wrote the file. Version 0.1 read SD 2 folders with the wrong padding token.
     """
     found, notes = [], []
     for config in text:
         if (config.activation, config.pad_id, config.vocab_size) == ("gelu", 49407, 49408):
-            note = 'its text encoder pads with <|endoftext|>, and all official ones of that kind with "!"'
+            note = 'its text encoder pads with <|endoftext|>, and all official OpenCLIP towers with "!"'
             if ours:
                 config = dataclasses.replace(config, pad_id=0)
-                note = 'an earlier version of ldm wrote the wrong padding token into it; "!" is taken'
+                note = 'an earlier version of ldm wrote the wrong padding token into it; "!" is used'
             notes.append(note)
         found.append(config)
     return tuple(found), tuple(notes)
@@ -252,7 +249,7 @@ _WORDS: dict[str, Prediction] = {
     **dict.fromkeys(("x0", "sample"), "x0"),
 }
 _METADATA: dict[str, dict[str, Prediction]] = {
-    "modelspec.prediction_type": _WORDS,  # "v-zsnr" and the like add the schedule to it
+    "modelspec.prediction_type": _WORDS,  # values such as "v-zsnr" also name the schedule
     "modelspec.predict_key": _WORDS,  # of ComfyUI
     "ss_v_parameterization": {"true": "v", "false": "eps"},  # of kohya's trainer
 }
@@ -260,12 +257,12 @@ _SD2_METADATA: dict[str, dict[str, Prediction]] = {
     "modelspec.architecture": {"stable_diffusion_v2_512": "eps", "stable_diffusion_v2_768_v": "v"},
     "global_step": {"875000": "eps", "220000": "eps", "110000": "v"},  # 2.0 base, 2.1 base, 2.1
 }
-# ComfyUI's rule: the standard deviation of this tensor is larger in SD 2 models that predict v, smaller in the others.
+# ComfyUI's rule: the standard deviation of this tensor is above the bound in SD 2 models that predict v only.
 _PROBED, _PROBED_STD = "up.11.transformer.blocks.0.norm1.bias", 0.09
 
 
 class Decision(NamedTuple):
-    """What the network predicts, whether its schedule ends in pure noise, and what says so."""
+    """What the UNet predicts, whether its schedule ends at zero SNR, the reason, and notes for the user."""
 
     prediction: Prediction
     zero_terminal_snr: bool
@@ -276,12 +273,12 @@ class Decision(NamedTuple):
 def decide(
     tensors: Tensors, place: Place, family: ModelConfig, asked: Prediction | None, known: KnownFile | None
 ) -> Decision:
-    """Decide what the UNet at `place` predicts: the first of these that speaks decides, the notes name the others.
+    """Decide what the UNet at `place` predicts, by the first source that tells; notes name the others that disagree.
 
-    The user (`asked`), a known file (`known`), marker tensors, metadata, the statistics of one small tensor of SD 2.
-    If none speaks, the UNet predicts eps.
+    The sources in order: the user (`asked`), a known file (`known`), marker tensors, metadata, and for SD 2 the
+    standard deviation of one small tensor. If none tells, the UNet predicts eps.
     """
-    said, notes = [], []  # said: prediction and the clause that says so
+    said, notes = [], []  # said: (prediction, the clause that gives the reason)
     zero_snr = "it holds the marker tensor ztsnr" if "ztsnr" in tensors.shapes else ""
     if asked:
         said.append((asked, f"you asked for {asked}"))
@@ -300,7 +297,7 @@ def decide(
         if plain in meanings:
             said.append((meanings[plain], clause))
         elif meanings is _WORDS and plain not in ("", "none"):
-            notes.append(f"{clause}, which says nothing known about what it predicts")
+            notes.append(f"{clause}, which is not a known prediction type")
     if tensors.metadata.get("ss_zero_terminal_snr", "").lower() == "true":
         zero_snr = zero_snr or "its metadata ss_zero_terminal_snr says so"
     if family is SD21_BASE:
@@ -315,7 +312,7 @@ def decide(
 
 
 def _probe(tensors: Tensors, shapes: _Shapes) -> Iterator[tuple[Prediction, str]]:
-    """Tell the plain SD 2 models apart, which agree in every name and shape."""
+    """Tell eps from v in SD 2 text-to-image models, which agree in all names and shapes."""
     shapes.res_blocks = SD21.unet.res_blocks
     name = shapes.name(_PROBED)
     if name in tensors.shapes and shapes.size("down.0.conv.weight", 1) == 4:

@@ -120,7 +120,7 @@ def test_words_that_are_not_known_are_noted_and_do_not_decide(key, value):
     decision = decided(File(metadata={key: value}))
     assert (decision.prediction, decision.why) == ("eps", BY_DEFAULT)
     assert decision.notes == (
-        f"its metadata {key} says {value[:40]!r}, which says nothing known about what it predicts",
+        f"its metadata {key} says {value[:40]!r}, which is not a known prediction type",
     )
 
 
