@@ -1,7 +1,7 @@
 """diffusers' and transformers' config.json files <-> our dataclasses.
 
-Unknown keys are ignored and missing ones take the classes' own defaults, as those libraries do. A value that would
-change the numbers in a way that this package does not implement is an error.
+As in those libraries, unknown keys are ignored and missing ones take the defaults of the class. A value that would
+change the numbers in a way that is not implemented here is an error.
 """
 
 from collections.abc import Callable
@@ -13,13 +13,13 @@ from ldm.config import Depths, DiffusionConfig, TextConfig, UNetConfig, VAEConfi
 Json = dict[str, Any]
 Fields = dict[str, tuple[str, Any]]
 
-# Our fields: their names in a configuration, and the defaults of the classes that read it.
+# Our field: (its key in config.json, the default of the class that reads the key).
 _UNET: Fields = {
     "in_channels": ("in_channels", 4),
     "out_channels": ("out_channels", 4),
     "channels": ("block_out_channels", [320, 640, 1280, 1280]),
     "res_blocks": ("layers_per_block", 2),
-    "heads": ("attention_head_dim", 8),  # a historic misnomer: it is the number of heads
+    "heads": ("attention_head_dim", 8),  # a misnomer in diffusers: the number of heads
     "context_dim": ("cross_attention_dim", 1280),
     "guidance_dim": ("time_cond_proj_dim", None),
     "linear_projection": ("use_linear_projection", False),
@@ -44,7 +44,7 @@ _TEXT: Fields = {
     "max_length": ("max_position_embeddings", 77),
 }
 _SCHEDULER: Fields = {
-    "betas": ("beta_schedule", None),  # each class has its own betas
+    "betas": ("beta_schedule", None),  # the defaults of the betas differ between classes, so these are required
     "beta_start": ("beta_start", None),
     "beta_end": ("beta_end", None),
     "timesteps": ("num_train_timesteps", 1000),
@@ -55,13 +55,14 @@ _PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 _MIDDLES = {"UNetMidBlock2DCrossAttn": "full", "UNetMidBlock2D": "residual", None: "none"}
 _PROJECTED = "CLIPTextModelWithProjection"
 _EULER = {"euler": "EulerDiscreteScheduler", "euler_ancestral": "EulerAncestralDiscreteScheduler"}
+_CURVES = ("karras", "exponential")  # of the sigmas
 _LEADING_BY_DEFAULT = ("PNDM", "DDIM", "DDPM", "TCD")
 
-# What a file may say of things that are fixed here. The first value is the default of the class.
+# Keys whose value is fixed here, with the allowed values. The first is the default of the class.
 _UNET_FIXED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("class_embed_type", "num_class_embeds", "encoder_hid_dim", "encoder_hid_dim_type"), (None,)),
     **dict.fromkeys(("num_attention_heads", "time_embedding_act_fn", "time_embedding_dim"), (None,)),
-    **dict.fromkeys(("center_input_sample", "dual_cross_attention"), (False,)),
+    **dict.fromkeys(("center_input_sample", "dual_cross_attention", "only_cross_attention"), (False,)),
     **dict.fromkeys(("attention_type", "resnet_time_scale_shift"), ("default",)),
     **dict.fromkeys(("conv_in_kernel", "conv_out_kernel"), (3,)),
     **dict.fromkeys(("downsample_padding", "mid_block_scale_factor"), (1,)),
@@ -73,7 +74,6 @@ _UNET_FIXED: dict[str, tuple[Any, ...]] = {
     "freq_shift": (0,),
     "mid_block_type": tuple(_MIDDLES),
     "norm_eps": (1e-5,),
-    "only_cross_attention": (False,),
     "time_embedding_type": ("positional",),
 }
 _VAE_FIXED: dict[str, tuple[Any, ...]] = {
@@ -93,7 +93,7 @@ _SCHEDULER_FIXED: dict[str, tuple[Any, ...]] = {
     "interpolation_type": ("linear",),
     "timestep_type": ("discrete",),
 }
-_SCHEDULER_USUAL = {  # options of single schedulers that samplers here do not have, as they usually are
+_SCHEDULER_USUAL = {  # options that no sampler here has, with their usual values
     "algorithm_type": ("dpmsolver++", "sde-dpmsolver++"),
     "final_sigmas_type": ("zero",),
     "set_alpha_to_one": (False,),
@@ -102,7 +102,7 @@ _SCHEDULER_USUAL = {  # options of single schedulers that samplers here do not h
 
 
 def unet_from_json(json: Json, where: str) -> UNetConfig:
-    """Read unet/config.json. Raises ValueError naming `where` for what is malformed or not implemented."""
+    """Read unet/config.json. Raises ValueError naming `where` for a value that is malformed or not implemented."""
     _check_fixed(json, _UNET_FIXED, where)
     table = _read(json, _UNET)
     levels = len(table["channels"]) if isinstance(table["channels"], list) else 0
@@ -118,7 +118,7 @@ def unet_from_json(json: Json, where: str) -> UNetConfig:
     table["up_depth"] = _depth(ups, up_layers, "UpBlock2D", where)
     table["mid"] = _MIDDLES[json.get("mid_block_type", "UNetMidBlock2DCrossAttn")]
     if table["mid"] == "full":
-        table["mid_depth"] = _per_level(layers[-1], 1)[0]  # diffusers' middle takes the first
+        table["mid_depth"] = _per_level(layers[-1], 1)[0]  # as in diffusers: the first number of the last level
     table["upcast_attention"] = table["upcast_attention"] or False
     if json.get("addition_embed_type") == "text_time":
         table["vector_dim"] = json.get("projection_class_embeddings_input_dim")
@@ -126,11 +126,11 @@ def unet_from_json(json: Json, where: str) -> UNetConfig:
 
 
 def unet_to_json(config: UNetConfig, sample_size: int) -> Json:
-    """Write unet/config.json; sample_size: latent pixels. Raises ValueError for what it cannot express."""
+    """Write unet/config.json. sample_size: latent pixels. Raises ValueError if the format cannot express `config`."""
     down, up = config.depths()
     layers = _layers(config.depth)
     if config.depth[-1] == 0:
-        layers[-1] = config.mid_depth or 1  # the middle's number is the last level's
+        layers[-1] = config.mid_depth or 1  # diffusers' middle has the depth of the last level
     json = _write("UNet2DConditionModel", config, _UNET) | {
         "sample_size": sample_size,
         "down_block_types": [f"{'CrossAttn' * any(level)}DownBlock2D" for level in down],
@@ -148,9 +148,9 @@ def unet_to_json(config: UNetConfig, sample_size: int) -> Json:
 
 
 def vae_from_json(json: Json, where: str, *, sdxl: bool) -> VAEConfig:
-    """Read vae/config.json. sdxl: whether it belongs to SDXL, whose VAE overflows in fp16 unless it says otherwise.
+    """Read vae/config.json. sdxl: whether the VAE is SDXL's, which overflows in fp16 unless force_upcast is false.
 
-    Raises ValueError naming `where` for what is malformed or not implemented.
+    Raises ValueError naming `where` for a value that is malformed or not implemented.
     """
     _check_fixed(json, _VAE_FIXED, where)
     table = _read(json, _VAE)
@@ -173,10 +173,10 @@ def vae_to_json(config: VAEConfig, image_size: int) -> Json:
 
 
 def text_from_json(json: Json, where: str, pad_id: int, *, sdxl: bool) -> TextConfig:
-    """Read text_encoder/config.json; transformers leaves out what equals its defaults.
+    """Read text_encoder/config.json. transformers leaves out the keys that have their default values.
 
-    sdxl: whether the UNet takes the layer before the last, without norm, as SDXL's do.
-    Raises ValueError naming `where` for what is malformed or not implemented.
+    sdxl: the UNet takes the output of the layer before the last, without the final norm, as SDXL's does.
+    Raises ValueError naming `where` for a value that is malformed or not implemented.
     """
     _check_fixed(json, _TEXT_FIXED, where)
     table = _read(json, _TEXT) | {"pad_id": pad_id}
@@ -188,7 +188,7 @@ def text_from_json(json: Json, where: str, pad_id: int, *, sdxl: bool) -> TextCo
 
 
 def text_to_json(config: TextConfig, bos_id: int, eos_id: int, *, sdxl: bool) -> Json:
-    """Write text_encoder/config.json. Raises ValueError for outputs that diffusers would not take."""
+    """Write text_encoder/config.json. Raises ValueError for a choice of outputs that diffusers does not make."""
     name = _PROJECTED if config.projection else "CLIPTextModel"
     json = _write(name, config, _TEXT) | {
         "architectures": [name],
@@ -203,7 +203,7 @@ def text_to_json(config: TextConfig, bos_id: int, eos_id: int, *, sdxl: bool) ->
 
 
 def _check_expressed(config: object, read: Callable[[], object]) -> None:
-    """Raise ValueError if what was written of a configuration is not read back as it is."""
+    """Raise ValueError unless `read` returns `config` from the JSON that was written for it."""
     try:
         same = read() == config
     except ValueError:
@@ -213,11 +213,11 @@ def _check_expressed(config: object, read: Callable[[], object]) -> None:
 
 
 def diffusion_from_json(json: Json, where: str, *, sdxl: bool) -> tuple[DiffusionConfig, tuple[str, ...]]:
-    """Read scheduler_config.json, whichever of diffusers' schedulers it is for: the process, and notes.
+    """Read scheduler_config.json of any of diffusers' schedulers. Returns the diffusion process, and notes.
 
-    json: its "_class_name" is the one of model_index.json, which diffusers follows. The notes name options that have
-    no counterpart here. sdxl: diffusers' pipelines of SD 1 and 2 take offset 1 whatever the file says, SDXL's do not.
-    Raises ValueError naming `where` for what is malformed, or would give other pictures than diffusers.
+    json: its "_class_name" must be the one in model_index.json, which diffusers follows. The notes name options that
+    no sampler here has. sdxl: diffusers' SD 1 and 2 pipelines set steps_offset to 1 whatever the file says, SDXL's do
+    not. Raises ValueError naming `where` for a value that is malformed, or would give other pictures than diffusers.
     """
     name = str(json.get("_class_name") or "DDIMScheduler")
     predictions = {theirs: ours for ours, theirs in _PREDICTIONS.items()}
@@ -229,12 +229,11 @@ def diffusion_from_json(json: Json, where: str, *, sdxl: bool) -> tuple[Diffusio
         )
     _check_fixed(json, _SCHEDULER_FIXED, where)
     if missing := [key for key in ("beta_schedule", "beta_start", "beta_end") if key not in json]:
-        raise ValueError(f"{where} lacks {', '.join(missing)}")  # each class has its own defaults
+        raise ValueError(f"{where} lacks {', '.join(missing)}")
     default = "leading" if name.startswith(_LEADING_BY_DEFAULT) else "linspace"
     spacing = "lcm" if name == "LCMScheduler" else json.get("timestep_spacing", default)
-    curves = ("karras", "exponential")
-    if curve := next((curve for curve in curves if json.get(f"use_{curve}_sigmas")), None):
-        # Euler's schedulers bend the list of the spacing, DPM-Solver's that of all timesteps
+    if curve := next((name for name in _CURVES if json.get(f"use_{name}_sigmas")), None):
+        # Euler's schedulers apply the curve to the spaced timesteps, DPM-Solver's to all timesteps
         spacing = f"{spacing}_{curve}" if "Euler" in name and spacing != "linspace" else curve
     table = _read(json, _SCHEDULER) | {"prediction": predictions[prediction], "spacing": spacing}
     if not sdxl:
@@ -245,31 +244,30 @@ def diffusion_from_json(json: Json, where: str, *, sdxl: bool) -> tuple[Diffusio
 
 
 def diffusion_to_json(config: DiffusionConfig, sampler: str) -> Json:
-    """Write scheduler_config.json for the class of the model's `sampler` if that is Euler's or LCM's, else for DDIM.
+    """Write scheduler_config.json for diffusers' LCM, Euler or DDIM scheduler, by the spacing and `sampler`.
 
-    Where the levels follow a curve, which DDIM has not, it is Euler's, too.
+    Sigmas on a curve, which DDIM does not have, are written for Euler.
     """
     json = _write("DDIMScheduler", config, _SCHEDULER)
     json["prediction_type"] = _PREDICTIONS[config.prediction]
     if config.spacing == "lcm":
         return json | {"_class_name": "LCMScheduler"}
     base, _, curve = config.spacing.rpartition("_")
-    if curve in ("karras", "exponential"):
+    if curve in _CURVES:
         spacing = {"timestep_spacing": base or "linspace", f"use_{curve}_sigmas": True}
         return json | {"_class_name": _EULER["euler"]} | spacing
     if sampler in _EULER:
         return json | {"_class_name": _EULER[sampler], "timestep_spacing": config.spacing}
-    ddim = {"clip_sample": False, "set_alpha_to_one": False, "timestep_spacing": config.spacing}
-    return json | ddim
+    return json | {"clip_sample": False, "set_alpha_to_one": False, "timestep_spacing": config.spacing}
 
 
 def _read(json: Json, fields: Fields) -> Json:
-    """Our fields, as a configuration or the defaults of its class have them."""
+    """Our `fields` from `json`, or their defaults."""
     return {ours: json.get(theirs, default) for ours, (theirs, default) in fields.items()}
 
 
 def _write(class_name: str, config: object, fields: Fields) -> Json:
-    """Our fields under their names, tuples as lists."""
+    """The `fields` of `config` under their keys in JSON, tuples as lists."""
     values = {theirs: getattr(config, ours) for ours, (theirs, _) in fields.items()}
     lists = {name: list(value) for name, value in values.items() if isinstance(value, tuple)}
     return {"_class_name": class_name} | values | lists
@@ -280,7 +278,7 @@ def _per_level(value: Any, levels: int) -> list[Any]:
 
 
 def _depth(types: list[Any], layers: list[Any], kind: str, where: str) -> list[Any]:
-    """The depth of each level: what `layers` says, or 0 where the block of this `kind` does not attend."""
+    """The depth of each level: its number in `layers`, or 0 where the block has no cross-attention."""
     pairs = list(zip(types, layers, strict=False)) if isinstance(types, list) and len(types) == len(layers) else []
     attends = f"CrossAttn{kind}"
     if not pairs or not all(name == kind or (name == attends and 0 not in _per_level(n, 1)) for name, n in pairs):
@@ -292,7 +290,7 @@ def _depth(types: list[Any], layers: list[Any], kind: str, where: str) -> list[A
 
 
 def _layers(depth: Depths) -> list[int | list[int]]:
-    """`depth` as diffusers writes it: any number, here 1, for a level that does not attend."""
+    """`depth` as diffusers writes it, with 1 for a level without transformers, where it ignores the number."""
     return [list(level) if isinstance(level, tuple) else level or 1 for level in depth]
 
 
