@@ -20,12 +20,12 @@ from ldm.models.vae import VAE
 
 
 class Identity(NamedTuple):
-    """A model on disk, understood and checked but not read. preset: the name of the one it equals, or "custom"."""
+    """A model on disk, identified and checked, whose tensors are not read yet."""
 
     source: Source
     networks: Networks  # on the meta device
     config: ModelConfig
-    preset: str
+    preset: str  # the name of the architecture in `ldm.presets`, or "custom"
     prediction: Prediction
     why: str  # the reason for the architecture and the prediction, and notes for the user
     left: tuple[str, ...]  # names of the tensors that no network uses
@@ -39,13 +39,13 @@ def identify(
     replace: Mapping[str, str | Path] = {},
     pickles: bool = False,
 ) -> Identity:
-    """Tell what model is at `path`, and check that its tensors fit its networks, from headers and configs alone.
+    """Identify the model at `path` and check that its tensors fit its networks, from headers and configs alone.
 
-    path: a folder of ours or diffusers', or a .safetensors file; its content counts, not its name. prediction: what the
-    user says that the UNet predicts. ema: take the averaged copy of the UNet that a full single file holds. replace:
-    "unet", "vae" or "text_encoder" -> a file or folder to take that part from. pickles: whether one may be opened.
-    (Of SD 2 files one tensor of a kilobyte is read: names and shapes do not tell eps from v.)
-    Raises ValueError saying what is there instead of a model, and for tensors that are missing or of another shape.
+    path: a folder in diffusers' layout, or a .safetensors file; the content decides, not the name. prediction: what the
+    UNet predicts, whatever the file says. ema: use the moving average of the UNet in a full single file. replace:
+    "unet", "vae" or "text_encoder" -> a file or folder to take that part from. pickles: whether `path` may be a pickle.
+    Of SD 2 files one tensor of a kilobyte is read, because names and shapes do not tell eps from v.
+    Raises ValueError for anything but a model, naming it, and for tensors that are missing or of another shape.
     """
     source = merge(open_source(path, prediction=prediction, ema=ema, pickles=pickles), replace)
     check_complete(source, path)
@@ -61,16 +61,16 @@ def read(
     vae_dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> Model:
-    """Read the tensors of an identified model, each straight to `device` and in `dtype` (None: as it is stored).
+    """Read the tensors of an identified model, one at a time, to `device` and in `dtype` (None: the stored dtype).
 
-    vae_dtype: of the VAE, if another. On the CPU, tensors that need no cast stay memory-mapped.
+    vae_dtype: the dtype of the VAE, if another. On the CPU, tensors that need no cast stay memory-mapped.
     Raises ValueError for a tensor that is not finite in its new dtype.
     """
     source, networks = model.source, model.networks
     for name, module in modules(*networks).items():
         wanted = (vae_dtype or dtype) if name == "vae" else dtype
         fill(module, source.parts[name], dtype=wanted, device=torch.device(device))
-    networks[2].eval()  # its towers are, as they were filled
+    networks[2].eval()  # `fill` did so for its towers
     unused = {}
     for name, part in source.parts.items():
         for stored, value in part.tensors.read(part.unused):
@@ -90,15 +90,15 @@ def load(
     ema: bool = False,
     replace: Mapping[str, str | Path] = {},
 ) -> Model:
-    """`identify` the model at `path` and `read` it. Raises ValueError as these do."""
+    """`identify` the model at `path` and `read` it. Raises ValueError as these two do."""
     model = identify(path, prediction=prediction, ema=ema, replace=replace)
     return read(model, dtype=dtype, vae_dtype=vae_dtype, device=device)
 
 
 def load_vae(path: str | Path, *, device: torch.device | str = "cpu") -> VAE:
-    """Load a VAE alone, in fp32, from a file or a folder that holds one, such as a model's `vae/`, or a whole model.
+    """Load only the VAE, in fp32, from a file or folder of a VAE or of a model.
 
-    Raises ValueError for a path without one, or tensors that do not match the configuration.
+    Raises ValueError for a path without a VAE, and for tensors that do not match its configuration.
     """
     source = open_source(path)
     if "vae" not in source.parts:
@@ -120,11 +120,11 @@ def save(
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Save `model` as a folder (diffusers, and ours) or as one .safetensors file (ldm), in `dtype` if given.
+    """Save `model` as a folder (layout "diffusers") or as one .safetensors file ("ldm"), in `dtype` if given.
 
-    Written beside `path` and renamed, so that a failure leaves what was there; what else lies in an overwritten folder
-    stays. Raises ValueError for a path that exists, unless it is a model of the same layout and `overwrite` is given,
-    and for a model that the layout cannot express.
+    The model is written beside `path` and then renamed, so a failure leaves the old model. Other files in an
+    overwritten folder stay. Raises ValueError for a path that exists, unless `overwrite` is given and the path has a
+    model of the same layout, and for a model that the layout cannot express.
     """
     if layout not in ("ldm", "diffusers"):
         raise ValueError(f"layout must be 'ldm' (a file) or 'diffusers' (a folder), got {layout!r}")
@@ -132,7 +132,7 @@ def save(
     path = Path(path).resolve()
     with beside(path) as new:
         (write_single if layout == "ldm" else write_folder)(new, model, dtype)
-        _check_target(path, layout, overwrite)  # again: another program may have taken the name meanwhile
+        _check_target(path, layout, overwrite)  # again, because another program may have created `path` meanwhile
         if layout == "ldm":
             new.replace(path)
         else:
@@ -150,11 +150,11 @@ def convert(
     replace: Mapping[str, str | Path] = {},
     overwrite: bool = False,
 ) -> tuple[str, ...]:
-    """Write the model at `path`, which may be a pickle, to `target` in another layout or dtype; else bit for bit.
+    """Write the model at `path`, which may be a pickle, to `target`. Without `dtype` the values stay bit for bit.
 
-    A pickle that holds something else, such as a VAE or a ControlNet, becomes a .safetensors file (layout "ldm") with
-    the same names. Returns the names of the tensors that no network uses, such as schedules: they are left out.
-    Raises ValueError as `load` and `save` do, and for a pickle that holds anything but tensors and plain values.
+    A pickle of something else, such as a VAE or a ControlNet, becomes a .safetensors file (layout "ldm") with the same
+    names. Returns the names of the tensors that are left out because no network uses them, such as noise schedules.
+    Raises ValueError as `load` and `save` do, and for a pickle that names code.
     """
     _check_target(Path(target), layout, overwrite)
     if not replace and is_pickle(Path(path)):
@@ -168,9 +168,9 @@ def convert(
 
 
 def save_vae(vae: VAE, path: str | Path, *, image_size: int) -> None:
-    """Save a VAE alone as a folder for `load_vae` and for diffusers, replacing one that is there once it is written.
+    """Save a VAE as a folder for `load_vae` and for diffusers. A VAE folder at `path` is replaced at the end.
 
-    image_size: pixels it was trained at, for the configuration. Raises ValueError if something else is at `path`.
+    image_size: the pixels that it was trained at, for its config.json. Raises ValueError if `path` is anything else.
     """
     if Path(path).exists() and not (Path(path) / "config.json").is_file():
         raise ValueError(f"{path} is not a VAE folder, so it is not overwritten: give another path")
@@ -181,14 +181,14 @@ def save_vae(vae: VAE, path: str | Path, *, image_size: int) -> None:
 
 
 def _rewrite(tensors: PickledTensors, target: Path, layout: Layout, dtype: torch.dtype | None) -> None:
-    """Write the tensors of a pickle that is no whole model under their own names, in `dtype` where they are floats."""
+    """Write the tensors of a pickle under their own names, those in floating point in `dtype` if given."""
     if layout != "ldm":
         what = kind_of(tensors) or "a part of a model"
         raise ValueError(
             f"{tensors} is {what}, not a model: its tensors can be written into one file as they are, with layout 'ldm'"
         )
     held = {}
-    for name, value in tensors.read(tensors.shapes, mapped=False):  # names may share one memory
+    for name, value in tensors.read(tensors.shapes, mapped=False):  # views of one storage cannot be saved
         held[name] = value.to(dtype) if dtype and value.is_floating_point() else value
     with beside(target) as new:
         write_tensors(held, new)
@@ -196,7 +196,7 @@ def _rewrite(tensors: PickledTensors, target: Path, layout: Layout, dtype: torch
 
 
 def _check_target(path: Path, layout: Layout, overwrite: bool) -> None:
-    """Raise ValueError if saving to `path` would replace something that it must not."""
+    """Raise ValueError if `path` exists and may not be overwritten."""
     if not path.exists():
         return
     if not overwrite:

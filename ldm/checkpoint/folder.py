@@ -1,6 +1,6 @@
-"""Model folders in diffusers' layout, which is also ours: reading their configs and shards, and writing them.
+"""Model folders in diffusers' layout: reading their configs and shards, and writing them.
 
-Ours adds `ldm.json`, with what the layout has no place for; diffusers ignores it, and it may be absent.
+Folders that this package writes also have `ldm.json`, with fields that the layout lacks; diffusers ignores it.
 """
 
 import dataclasses
@@ -18,25 +18,24 @@ from ldm.checkpoint.identify import Place, check_inputs, padded_as_official, tex
 from ldm.checkpoint.parts import TOWERS, Model, ModelLike, Part, Source, collect
 from ldm.checkpoint.pickles import PickledTensors
 from ldm.checkpoint.tensors import TensorFiles, Tensors, check_file, parse_object, some, write_tensors
-from ldm.config import ModelConfig, Prediction, TextConfig, VAEConfig, from_dict
+from ldm.config import ModelConfig, Prediction, TextConfig, from_dict
 from ldm.models.text import EOS, Tokenizer
 from ldm.models.vae import VAE
 from ldm.presets import SD15, recognize
 
 _NETWORK, _TOWER = "diffusion_pytorch_model", "model"  # stems of the files with the weights
 _REFUSED = ("controlnet", "adapter", "motion_adapter", "prior", "prior_prior", "transformer", "low_res_scheduler")
-_CLASSES = {  # of diffusers and transformers; another class computes something else
+_CLASSES = {  # the classes of diffusers and transformers that are implemented here
     "unet": ("UNet2DConditionModel",),
     "vae": ("AutoencoderKL",),
-    "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
-    "text_encoder_2": ("CLIPTextModel", "CLIPTextModelWithProjection"),
+    **dict.fromkeys(TOWERS, ("CLIPTextModel", "CLIPTextModelWithProjection")),
 }
-_KEPT = "ldm.safetensors"  # tensors of a single file that this layout has no place for
+_KEPT = "ldm.safetensors"  # `Model.unused`, for which diffusers' layout has no file
 
 
 @dataclass(frozen=True)
 class Extras:
-    """The contents of ldm.json: fields of ModelConfig that diffusers' layout has no place for."""
+    """The contents of ldm.json: fields of ModelConfig that diffusers' layout lacks."""
 
     name: str
     image_size: int
@@ -75,7 +74,7 @@ def open_folder(folder: Path, *, prediction: Prediction | None = None, pickles: 
         diffusion = dataclasses.replace(diffusion, prediction=prediction)
         why += f", you asked for {prediction}"
     size = unet_json.get("sample_size")
-    named = any("turbo" in part.lower() for part in folder.resolve().parts[-3:])  # all that tells SD-Turbo
+    named = any("turbo" in part.lower() for part in folder.resolve().parts[-3:])  # SD-Turbo's configs do not tell
     turbo = diffusion.spacing == "trailing" and not ours and (size == 64 if sdxl else named)
     config = recognize(unet, vae, text, diffusion, turbo=turbo)
     if isinstance(size, int):
@@ -88,23 +87,17 @@ def open_folder(folder: Path, *, prediction: Prediction | None = None, pickles: 
 
     parts = {
         "unet": Part(_tensors(folder / "unet", _NETWORK, pickles), tables.diffusers_unet(unet)),
-        "vae": _vae_part(_tensors(folder / "vae", _NETWORK, pickles)),
+        "vae": vae_part(_tensors(folder / "vae", _NETWORK, pickles), Place("", "diffusers"), vae),
     }
     for name, component, tower in zip(TOWERS, towers, text, strict=False):
         parts[name] = _text_part(_tensors(folder / component, _TOWER, pickles), tower)
-    return Source(
-        config=config,
-        layout="diffusers",
-        why=why,
-        parts=parts,
-        tokenizers=tuple(tokenizer for tokenizer, _ in tokenizers),
-        notes=(*notes, *repadded, *unfollowed),
-        kept=TensorFiles([folder / _KEPT]) if (folder / _KEPT).is_file() else None,
-    )
+    notes += (*repadded, *unfollowed)
+    kept = TensorFiles([folder / _KEPT]) if (folder / _KEPT).is_file() else None
+    return Source(config, "diffusers", why, parts, tuple(tokenizer for tokenizer, _ in tokenizers), notes, kept)
 
 
 def write_folder(folder: Path, model: ModelLike, dtype: torch.dtype | None) -> None:
-    """Write `model` into the new `folder`, for us and for diffusers' `from_pretrained`.
+    """Write `model` into the new `folder`, for `load` and for diffusers' `from_pretrained`.
 
     Raises ValueError for a model that the layout cannot express.
     """
@@ -125,17 +118,16 @@ def write_folder(folder: Path, model: ModelLike, dtype: torch.dtype | None) -> N
     encoder = model.text_encoder
     for name, tower, tokenizer, text in zip(names, encoder.towers, encoder.tokenizers, config.text, strict=True):
         json = configs.text_to_json(text, tokenizer.bos_id, tokenizer.eos_id, sdxl=sdxl)
-        # with the level `text_model.`, which every version of transformers reads
+        # under the names with `text_model.`, which every version of transformers reads
         _write_network(folder / name, _TOWER, json, collect(tower, tables.hf_text(), dtype=dtype))
-        where = folder / name.replace("text_encoder", "tokenizer")
-        tokenizer.save(where, text.max_length, text.pad_id)
+        tokenizer.save(folder / name.replace("text_encoder", "tokenizer"), text.max_length, text.pad_id)
     if kept := model.unused if isinstance(model, Model) else {}:
         held = {name: value.to(dtype or value.dtype).contiguous() for name, value in kept.items()}
         write_tensors(held, folder / _KEPT)
 
 
 def write_vae(folder: Path, vae: VAE, image_size: int, dtype: torch.dtype | None = None) -> None:
-    """Write a VAE alone into `folder`, for us and for diffusers' `from_pretrained`."""
+    """Write only a VAE into `folder`, for `load_vae` and for diffusers' `from_pretrained`."""
     config = configs.vae_to_json(vae.config, image_size)
     _write_network(folder, _NETWORK, config, collect(vae, tables.diffusers_vae(), dtype=dtype))
 
@@ -151,7 +143,7 @@ def _write_json(path: Path, value: Json) -> None:
 
 
 def _open_part(folder: Path, pickles: bool) -> Source:
-    """Understand a folder that holds one component: a UNet, a VAE or a text encoder."""
+    """Identify a folder of one component: a UNet, a VAE or a text encoder."""
     json, where = _config(folder)
     config, parts = SD15, {}
     classes = json.get("architectures") or json.get("_class_name")  # of text encoders, of the others
@@ -160,12 +152,12 @@ def _open_part(folder: Path, pickles: bool) -> Source:
         parts["unet"] = Part(_tensors(folder, _NETWORK, pickles), tables.diffusers_unet(unet))
         config = dataclasses.replace(config, unet=unet)
     elif classes == "AutoencoderKL":
-        vae = configs.vae_from_json(json, where, sdxl=True)  # `merge` knows whether it is SDXL's
+        vae = configs.vae_from_json(json, where, sdxl=True)  # `merge` corrects this for the other families
         config = dataclasses.replace(config, vae=vae)
-        parts["vae"] = _vae_part(_tensors(folder, _NETWORK, pickles))
+        parts["vae"] = vae_part(_tensors(folder, _NETWORK, pickles), Place("", "diffusers"), vae)
     elif classes in (["CLIPTextModel"], ["CLIPTextModelWithProjection"]):
-        projected = classes == ["CLIPTextModelWithProjection"]
-        text = configs.text_from_json(json, where, SD15.text[0].pad_id, sdxl=projected)
+        sdxl = classes == ["CLIPTextModelWithProjection"]
+        text = configs.text_from_json(json, where, SD15.text[0].pad_id, sdxl=sdxl)
         config = dataclasses.replace(config, text=(text,))
         parts[TOWERS[0]] = _text_part(_tensors(folder, _TOWER, pickles), text)
     else:
@@ -178,14 +170,10 @@ def _open_part(folder: Path, pickles: bool) -> Source:
 
 
 def _tensors(folder: Path, stem: str, pickles: bool) -> Tensors:
-    """Return the tensors of a component; those of a pickle if they may be read, and there is nothing better."""
+    """Return the tensors of a component. With `pickles`, a .bin file is used if there is no .safetensors file."""
     if pickles and not any(folder.glob("*.safetensors")) and (found := sorted(folder.glob("*.bin"))):
         return PickledTensors(found[0])
     return TensorFiles(_weight_files(folder, stem))
-
-
-def _vae_part(tensors: Tensors) -> Part:
-    return vae_part(tensors, Place("", "diffusers"), VAEConfig())
 
 
 def _text_part(tensors: Tensors, config: TextConfig) -> Part:
@@ -198,7 +186,7 @@ def _write_index(config: ModelConfig, scheduler: Json, towers: tuple[str, ...]) 
     task = {8: "InstructPix2Pix", 9: "Inpaint"}.get(config.unet.in_channels, "Img2Img" if refiner else "")
     index: Json = {
         "_class_name": f"StableDiffusion{'XL' * sdxl}{task}Pipeline",
-        "_diffusers_version": "0.36.0",  # the oldest supported; some of its classes need one
+        "_diffusers_version": "0.36.0",  # the oldest supported; some pipelines require the key
         "scheduler": ["diffusers", scheduler["_class_name"]],
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
@@ -219,7 +207,7 @@ def _write_index(config: ModelConfig, scheduler: Json, towers: tuple[str, ...]) 
 
 
 def _read_index(folder: Path) -> tuple[Json, tuple[str, ...], tuple[str, ...]]:
-    """Read model_index.json and check its components: it, the folders of the text encoders, and notes."""
+    """Read and check model_index.json. Returns its contents, the folders of the text encoders, and notes."""
     if not (folder / "model_index.json").is_file():
         snapshots = sorted(folder.glob("snapshots/*/model_index.json"))
         files = sorted(path.name for path in folder.glob("*.safetensors"))
@@ -246,7 +234,7 @@ def _read_index(folder: Path) -> tuple[Json, tuple[str, ...], tuple[str, ...]]:
 
 
 def _class(index: Json, name: str) -> str:
-    """The class of a component that model_index.json lists; "" for anything else."""
+    """The class of a component in model_index.json; "" if it is absent or null."""
     value = index.get(name)
     return str(value[1]) if isinstance(value, list) and len(value) == 2 and value[1] else ""
 
@@ -267,7 +255,7 @@ def _read_json(path: Path) -> Json:
 
 
 def _weight_files(folder: Path, stem: str) -> list[Path]:
-    """The safetensors file of a component, or its shards; another variant, such as fp16, if no plain one."""
+    """The safetensors file of a component, or its shards; a variant such as fp16 if there is no plain one."""
     files = sorted(folder.glob(f"{stem}.*.safetensors"))
     others = [path.name.split(".")[1].split("-")[0] for path in files]  # a shard ends in -00001-of-2
     for variant in ("", ".fp16", *(f".{name}" for name in others)):
@@ -278,14 +266,12 @@ def _weight_files(folder: Path, stem: str) -> list[Path]:
         if index.is_file():
             return _shards(index)
     pickles = sorted(path.name for path in folder.glob("*.bin"))
-    what = "no weights"
-    if pickles:
-        what = f"only {pickles[0]}, a pickle, which `ldm convert` makes a .safetensors file of"
+    what = f"only {pickles[0]}, a pickle, which `ldm convert` makes a .safetensors file of" if pickles else "no weights"
     raise ValueError(f"{folder} has {what}: it needs {stem}.safetensors")
 
 
 def _shards(index: Path) -> list[Path]:
-    """The files that a shard index names, each checked to lie beside it."""
+    """The files that a shard index names. Raises ValueError for a file that is not beside the index."""
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} must hold a weight_map of tensor names to file names")
@@ -298,10 +284,10 @@ def _shards(index: Path) -> list[Path]:
 
 
 def _tokenizer(folder: Path) -> tuple[Tokenizer, int]:
-    """Read a tokenizer and the id that pads prompts.
+    """Read a tokenizer, and the id of the token that pads prompts.
 
-    special_tokens_map.json decides only beside a tokenizer_config.json without "added_tokens_decoder", which
-    transformers writes since 4.34; otherwise tokenizer_config.json does. No pad token there means the end token.
+    The pad token of tokenizer_config.json counts, or that of special_tokens_map.json if the former lacks
+    "added_tokens_decoder", which transformers writes since 4.34. The default is the end token.
     """
     tokenizer = Tokenizer.from_folder(folder)
     said: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Models, or parts of them, in one file: understanding what it holds, and writing it."""
+"""Models, or parts of them, in one file: identifying and writing them."""
 
 import dataclasses
 import json
@@ -18,18 +18,18 @@ from ldm.config import DiffusionConfig, ModelConfig, Prediction, TextConfig, fro
 from ldm.models.text import Tokenizer, official_vocabulary
 from ldm.presets import FAMILIES, SD21_BASE, SD_TURBO, SDXL_BASE, recognize
 
-METADATA_KEY = "ldm.config"  # a file that this package wrote carries its ModelConfig there, as JSON
+METADATA_KEY = "ldm.config"  # the metadata key under which this package writes the ModelConfig as JSON
 _NEW_FIELDS = {"overflows_fp16", "up_depth", "mid", "guidance_dim"}  # files of version 0.1 lack them
 
 
 def open_single(
     tensors: Tensors, *, prediction: Prediction | None = None, ema: bool = False, known: KnownFile | None = None
 ) -> Source:
-    """Understand what a file holds, a whole model or parts of one, from names, shapes and metadata.
+    """Identify a model or parts of one in `tensors` from names, shapes and metadata.
 
-    prediction: what the user says that its UNet predicts. ema: whether the averaged copy of the UNet is wanted.
-    known: what the file's digest or size says. Raises ValueError for a file that holds neither, and for a family that
-    is not supported.
+    prediction: what the UNet predicts, whatever the file says. ema: use the moving average of the UNet. known: the
+    published file that has this digest or size. Raises ValueError for a file without any part of a model, and for a
+    family that is not supported.
     """
     contents = identify.find(tensors)
     if contents == Contents(None, None, ()):
@@ -66,7 +66,7 @@ def open_single(
 
 
 def _towers(contents: Contents, text: tuple[TextConfig, ...]) -> list[Tower | None]:
-    """Return the tower of a file for each of a model's, told by its width; None where there is none."""
+    """Return the file's tower for each of the model's towers, by its width; None if the file has none."""
     found: list[Tower | None] = []
     for config in text:
         fitting = (t for t in contents.towers if t.width == config.width and t not in found)
@@ -75,7 +75,7 @@ def _towers(contents: Contents, text: tuple[TextConfig, ...]) -> list[Tower | No
 
 
 def write_single(path: Path, model: ModelLike, dtype: torch.dtype | None) -> None:
-    """Write `model` into the new file `path`. Raises ValueError for one that the layout cannot express."""
+    """Write `model` into the new file `path`. Raises ValueError for a tokenizer that is not CLIP's own."""
     vocab = official_vocabulary()[0]
     for tokenizer in model.text_encoder.tokenizers:
         if tokenizer.vocab != vocab:
@@ -90,7 +90,7 @@ def write_single(path: Path, model: ModelLike, dtype: torch.dtype | None) -> Non
 def ldm_tensors(model: ModelLike, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """Return the model's tensors under LDM's names: for each official family exactly the official list.
 
-    What of that list the model has no use for comes from `Model.unused`, or is a neutral stand-in.
+    Official tensors that the model does not use come from `Model.unused`, or are neutral stand-ins.
     """
     config = model.config
     kept = model.unused if isinstance(model, Model) else {}
@@ -114,9 +114,9 @@ def ldm_tensors(model: ModelLike, dtype: torch.dtype | None = None) -> dict[str,
 
 
 def _stand_ins(text: TextConfig, tower: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What an official OpenCLIP tower has beside ours: a temperature and, where no pooled text is used, a last block.
+    """Stand-ins for the tensors of an official OpenCLIP tower that ours lacks: a temperature and, for SD 2, a block.
 
-    The block changes nothing, and the projection is the identity.
+    The block (the last one) adds nothing to its input, and the projection after it is the identity.
     """
     like = tower["token_embedding.weight"]
     neutral: dict[str, Tensor] = {"logit_scale": like.new_tensor(100.0).log()}
@@ -131,10 +131,10 @@ def _stand_ins(text: TextConfig, tower: Mapping[str, Tensor]) -> dict[str, Tenso
 
 
 def _from_metadata(tensors: Tensors, prediction: Prediction | None) -> tuple[ModelConfig, str, tuple[str, ...]]:
-    """Read the configuration that this package wrote into a file: it, why, and notes."""
+    """Read the configuration from the metadata. Returns the configuration, the reason, and notes."""
     where = f"{tensors}, metadata {METADATA_KEY}"
     table = parse_object(tensors.metadata[METADATA_KEY], where)
-    table.pop("micro_conditioning", None)  # in files of version 0.1; it follows from the rest
+    table.pop("micro_conditioning", None)  # files of version 0.1 have it; it follows from the other fields
     config = from_dict(table, ModelConfig, where, may_lack=_NEW_FIELDS)
     if "overflows_fp16" not in table["vae"]:
         vae = dataclasses.replace(config.vae, overflows_fp16=config.unet.vector_dim is not None)
@@ -151,7 +151,7 @@ def _from_metadata(tensors: Tensors, prediction: Prediction | None) -> tuple[Mod
 def _from_shapes(
     tensors: Tensors, contents: Contents, prediction: Prediction | None, known: KnownFile | None
 ) -> tuple[ModelConfig, str, tuple[str, ...]]:
-    """Tell the configuration of a file from the tensors alone: it, why, and notes."""
+    """Identify the configuration without METADATA_KEY. Returns the configuration, the reason, and notes."""
     if contents.unet is None:
         widths = sorted(tower.width for tower in contents.towers)
         fitting = (f for f in FAMILIES if [text.width for text in f.text] == widths)
@@ -164,8 +164,7 @@ def _from_shapes(
     unet, like, why = identify.unet_of(tensors, contents.unet)
     decision = identify.decide(tensors, contents.unet, like, prediction, known)
     diffusion, turbo = _diffusion(tensors, like, decision, known)
-    upcast = like is SD21_BASE and decision.prediction == "v"
-    unet = dataclasses.replace(unet, upcast_attention=upcast)
+    unet = dataclasses.replace(unet, upcast_attention=like is SD21_BASE and decision.prediction == "v")
     config = recognize(unet, like.vae, _text(contents, like), diffusion, turbo=turbo)
     return config, f"{why}; it predicts {decision.prediction}: {decision.why}", decision.notes
 
@@ -173,19 +172,19 @@ def _from_shapes(
 def _diffusion(
     tensors: Tensors, like: ModelConfig, decision: Decision, known: KnownFile | None
 ) -> tuple[DiffusionConfig, bool]:
-    """Return the diffusion process of a family, as what was decided changes it, and whether it is a Turbo model."""
+    """Return the diffusion process of the family `like` with the `decision`, and whether the model is a Turbo one."""
     turbo = known is not None and known.preset in ("sd-turbo", "sdxl-turbo")
-    if like is SD21_BASE and decision.prediction == "eps":  # SD-Turbo alone has the names of sgm
+    if like is SD21_BASE and decision.prediction == "eps":  # of these, SD-Turbo alone has names as in SDXL
         turbo = turbo or any(name.startswith("conditioner.") for name in tensors.shapes)
     diffusion = SD_TURBO.diffusion if turbo else like.diffusion
     diffusion = dataclasses.replace(diffusion, prediction=decision.prediction)
-    if decision.zero_terminal_snr:  # sampled from the very last timestep, or it means nothing
+    if decision.zero_terminal_snr:  # it has an effect only if sampling starts at the last timestep
         diffusion = dataclasses.replace(diffusion, zero_terminal_snr=True, spacing="trailing")
     return diffusion, turbo
 
 
 def _text(contents: Contents, like: ModelConfig) -> tuple[TextConfig, ...]:
-    """Return the family's towers, with as many tokens as those of the file know."""
+    """Return the configurations of the family's towers, with the vocabulary sizes of the file's."""
     return tuple(
         text if tower is None else dataclasses.replace(text, vocab_size=tower.vocab_size)
         for tower, text in zip(_towers(contents, like.text), like.text, strict=True)

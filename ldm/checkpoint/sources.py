@@ -1,4 +1,4 @@
-"""From a path to a `Source`: opening what is there, taking parts from elsewhere, and comparing it with the networks."""
+"""From a path to a checked `Source`: open it, replace parts of it, and compare its tensors with the networks."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -32,10 +32,10 @@ def open_source(
     sha256: str | None = None,
     pickles: bool = False,
 ) -> Source:
-    """Understand what is at `path`, a model or parts of one, without reading it.
+    """Identify a model or parts of one at `path` from headers and configurations.
 
-    sha256: of the file, to look it up among the known ones. pickles: whether a pickle may be opened, safely.
-    Raises ValueError for what is neither, saying what it is instead, or what is wrong with it.
+    sha256: the digest of the file, to look it up in `known_files`. pickles: whether `path` may be a pickle.
+    Raises ValueError for anything else at `path`, naming it, and for a damaged file.
     """
     if prediction not in (None, *get_args(Prediction)):
         choices = ", ".join(get_args(Prediction))
@@ -45,9 +45,7 @@ def open_source(
     path = Path(path)
     if path.is_dir():
         if ema:
-            raise ValueError(
-                f"{path} is a folder, which holds one set of weights: leave out ema, or give the single file"
-            )
+            raise ValueError(f"{path} is a folder, which holds one set of weights: leave out ema or give a single file")
         return open_folder(path, prediction=prediction, pickles=pickles)
     tensors: Tensors = PickledTensors(path) if pickles and is_pickle(path) else TensorFiles([path])
     known = known_files().get(sha256) if sha256 else KNOWN_SIZES.get(path.stat().st_size)
@@ -55,10 +53,10 @@ def open_source(
 
 
 def merge(source: Source, replace: Mapping[str, str | Path]) -> Source:
-    """Return `source` with the parts that `replace` names taken from elsewhere.
+    """Return `source` with the parts in `replace`, by name, taken from other files or folders.
 
-    A VAE from a single file takes the scale of the model that it joins, a text encoder how its outputs are used.
-    Raises ValueError for a part that is not there, or of another size.
+    The model's scaling factor applies to a VAE from a file without a model, and its choice of outputs to a new text
+    encoder. Raises ValueError for a part that is not at its path, or is of another size.
     """
     for name, path in replace.items():
         if name not in REPLACEABLE:
@@ -73,12 +71,12 @@ def merge(source: Source, replace: Mapping[str, str | Path]) -> Source:
 def _replaced(source: Source, other: Source, name: str, path: str | Path) -> Source:
     """Return `source` with its part `name` from `other`, which was opened from `path`."""
     config, parts, notes = source.config, dict(source.parts), list(source.notes)
-    taken = {name: name}  # which of theirs becomes which of ours
+    taken = {name: name}  # our part -> the part of `other` that replaces it
     why = f"{source.why}; its {name} is from {path}"
     if name == "vae":
         vae, scale = other.config.vae, config.vae.scaling_factor
         sdxl = config.unet.vector_dim is not None
-        alone = other.layout == "ldm" and len(other.parts) == 1  # then nothing says its scale
+        alone = other.layout == "ldm" and len(other.parts) == 1  # then its scaling factor is unknown
         if vae.scaling_factor != scale and not (alone and vae == SD15.vae):
             notes.append(
                 f"the VAE from {path} is made for latents scaled by {vae.scaling_factor:g}, the model's are scaled by "
@@ -89,7 +87,7 @@ def _replaced(source: Source, other: Source, name: str, path: str | Path) -> Sou
         config = dataclasses.replace(config, vae=vae)
     elif name == "unet":
         diffusion = config.diffusion
-        if other.layout == "ldm" or len(other.parts) > 1:  # the folder of a part does not say
+        if other.layout == "ldm" or len(other.parts) > 1:  # the folder of a UNet alone has no prediction type
             diffusion, why = other.config.diffusion, f"{why} ({other.why})"
         config = dataclasses.replace(config, unet=other.config.unet, diffusion=diffusion)
     else:
@@ -106,7 +104,7 @@ def _replaced(source: Source, other: Source, name: str, path: str | Path) -> Sou
     dropped = [part for n, part in source.parts.items() if n in taken]
     dropped += [part for n, part in other.parts.items() if n not in taken.values()]
     parts |= {ours: other.parts[tower] for ours, tower in taken.items()}
-    if config.unet != source.config.unet:  # another model, perhaps one that has a name
+    if config.unet != source.config.unet:  # another architecture has another name and other defaults
         known = recognize(config.unet, config.vae, config.text, config.diffusion)
         config = dataclasses.replace(known, image_size=config.image_size)
     return dataclasses.replace(
@@ -127,9 +125,10 @@ def check_complete(source: Source, path: str | Path) -> None:
 
 
 def check_fits(source: Source, path: str | Path) -> tuple[Networks, Source, tuple[str, ...]]:
-    """Return the networks on the meta device, the source, and the tensors that no network uses: a note names them.
+    """Compare the tensors of `source` with its networks, which are on the meta device.
 
-    Raises ValueError for a configuration that describes no model, and for tensors that do not fit it.
+    Returns the networks, `source` with a note on tensors that are left out, and the names that no network uses.
+    Raises ValueError for a configuration that describes no model, and for tensors that do not fit the networks.
     """
     networks = build(source, path)
     left = check(modules(*networks), source.parts, source.dropped)
@@ -140,7 +139,7 @@ def check_fits(source: Source, path: str | Path) -> tuple[Networks, Source, tupl
 
 
 def build(source: Source, path: str | Path) -> Networks:
-    """Return the source's networks on the meta device. Raises ValueError if its configuration describes none."""
+    """Return the networks of `source` on the meta device. Raises ValueError if the configuration is inconsistent."""
     config = source.config
     width = sum(text.width for text in config.text)
     if width != config.unet.context_dim:
@@ -153,21 +152,21 @@ def build(source: Source, path: str | Path) -> Networks:
             raise ValueError(f"the tokenizer of {path} has {tokens} tokens, its text encoder knows {text.vocab_size}")
     tensors = sum(len(part.tensors.shapes) for part in source.parts.values())
     counts = [*_counts(config)]
-    if max(counts) > tensors or min(counts) < 0:  # before they are built: a damaged number may be huge
+    if max(counts) > tensors or min(counts) < 0:  # a damaged number may be too large to build the network
         wants = f"{min(counts)} to {max(counts)} blocks of a kind"
         raise ValueError(f"the configuration of {path} wants {wants}, and there are {tensors} tensors")
     try:
-        config.micro_conditioning  # noqa: B018  # raises for a vector that no model has
+        config.micro_conditioning  # noqa: B018  # raises ValueError for an unknown width of the vector
         with torch.device("meta"):
             text_encoder = TextEncoder(config.text, source.tokenizers)
             return UNet(config.unet), VAE(config.vae), text_encoder
-    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:  # numbers that do not go together
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:  # inconsistent numbers
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"the configuration of {path} describes no model: {reason}") from error
 
 
 def _counts(config: ModelConfig) -> Iterator[int]:
-    """Numbers of blocks and levels that a model has; a tower has at least one."""
+    """The numbers of blocks and levels of a model; -1 for a text tower without layers, which is an error."""
     yield from (config.unet.mid_depth, config.unet.res_blocks, config.vae.res_blocks)
     yield from (len(config.unet.channels), len(config.vae.channels), *(text.layers or -1 for text in config.text))
     for depth in (*config.unet.depth, *(config.unet.up_depth or ())):

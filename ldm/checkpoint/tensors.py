@@ -105,7 +105,7 @@ class TensorFiles(Tensors):
 
     def _mapped(self, path: Path, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
         """Yield tensors that share a private memory map of `path`. No data is read until they are used."""
-        places = {name: self._places[name][1:] for name in names}  # safe_open would map in half of a cached file
+        places = {name: self._places[name][1:] for name in names}  # safe_open would touch half of a cached file's pages
         end = max(start + size for start, size in places.values())
         whole = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=end)
         for name, (start, size) in places.items():
