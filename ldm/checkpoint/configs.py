@@ -111,7 +111,7 @@ def unet_from_json(json: Json, where: str) -> UNetConfig:
     layers = _per_level(json.get("transformer_layers_per_block", 1), levels)
     up_layers = _per_level(json.get("reverse_transformer_layers_per_block") or layers[::-1], levels)
     blocks = table["res_blocks"]
-    if isinstance(blocks, list) and blocks == blocks[:1] * levels:
+    if isinstance(blocks, list) and blocks and blocks == blocks[:1] * levels:
         table["res_blocks"] = blocks[0]
     table["heads"] = _per_level(table["heads"], levels)
     table["depth"] = _depth(downs, layers, "DownBlock2D", where)

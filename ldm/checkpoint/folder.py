@@ -45,11 +45,11 @@ class Extras:
 
 
 def open_folder(folder: Path, *, prediction: Prediction | None = None, pickles: bool = False) -> Source:
-    """Understand the model in `folder`, or the part of one, from its configs and headers.
+    """Identify a model or the part of one in `folder` from its configs and headers.
 
-    prediction: what the user says that its UNet predicts. pickles: whether weights that are pickles may be opened.
-    Raises ValueError for a folder that is no model, lacks a component, or holds one that changes the pictures in a way
-    that is not implemented. Components that are of no use here are named in a note.
+    prediction: what the UNet predicts, whatever the configs say. pickles: whether the weights may be pickles.
+    Raises ValueError for a folder that is not a model, lacks a component, or has one that changes the pictures in a way
+    that is not implemented. A note names components that are not used.
     """
     if not (folder / "model_index.json").is_file() and (folder / "config.json").is_file():
         return _open_part(folder, pickles)
@@ -165,8 +165,7 @@ def _open_part(folder: Path, pickles: bool) -> Source:
             f"{where} describes {classes or 'nothing'}: allowed are UNet2DConditionModel, AutoencoderKL and "
             "CLIPTextModel"
         )
-    tokenizers = (Tokenizer.official(),) * len(config.text)
-    return Source(config, "diffusers", f"{where} says so", parts, tokenizers)
+    return Source(config, "diffusers", f"{where} says so", parts, (Tokenizer.official(),))
 
 
 def _tensors(folder: Path, stem: str, pickles: bool) -> Tensors:
@@ -249,7 +248,6 @@ def _config(folder: Path, part: str = "", name: str = "config.json") -> tuple[Js
 
 
 def _read_json(path: Path) -> Json:
-    """Read the JSON object at `path`. Raises ValueError if there is none."""
     check_file(path, "fetch the folder again")
     return parse_object(path.read_bytes(), path)
 
@@ -296,6 +294,6 @@ def _tokenizer(folder: Path) -> tuple[Tokenizer, int]:
             said |= _read_json(folder / name)
     token = said.get("pad_token") or EOS
     token = token.get("content") if isinstance(token, dict) else token
-    if token not in tokenizer.vocab:
+    if not isinstance(token, str) or token not in tokenizer.vocab:
         raise ValueError(f"{folder} pads with {token!r}, which is not in its vocabulary")
     return tokenizer, tokenizer.vocab[token]

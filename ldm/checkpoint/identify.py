@@ -93,9 +93,7 @@ def check_stored_plainly(tensors: Tensors) -> None:
         )
     for name, model in _EDM.items():
         if name in tensors.shapes:
-            raise ValueError(
-                f"{tensors} is an EDM model as {model} is (it holds {name}); EDM noise levels are not supported"
-            )
+            raise ValueError(f"{tensors} is an EDM model as {model} is (it holds {name}), which is not supported")
 
 
 def unet_part(tensors: Tensors, place: Place, config: UNetConfig, *, ema: bool = False) -> Part:
@@ -229,16 +227,13 @@ def padded_as_official(text: tuple[TextConfig, ...], *, ours: bool) -> tuple[tup
 
     ours: whether this package wrote the file. Version 0.1 read SD 2 folders with the wrong padding token.
     """
-    found, notes = [], []
-    for config in text:
-        if (config.activation, config.pad_id, config.vocab_size) == ("gelu", 49407, 49408):
-            note = 'its text encoder pads with <|endoftext|>, and all official OpenCLIP towers with "!"'
-            if ours:
-                config = dataclasses.replace(config, pad_id=0)
-                note = 'an earlier version of ldm wrote the wrong padding token into it; "!" is used'
-            notes.append(note)
-        found.append(config)
-    return tuple(found), tuple(notes)
+    wrong = [(t.activation, t.pad_id, t.vocab_size) == ("gelu", 49407, 49408) for t in text]
+    if not any(wrong):
+        return text, ()
+    if not ours:
+        return text, ('its text encoder pads with <|endoftext|>, and all official OpenCLIP towers with "!"',)
+    text = tuple(dataclasses.replace(t, pad_id=0) if bad else t for t, bad in zip(text, wrong, strict=True))
+    return text, ('an earlier version of ldm wrote the wrong padding token into it; "!" is used',)
 
 
 # What the UNet predicts.
@@ -318,9 +313,7 @@ def _probe(tensors: Tensors, shapes: _Shapes) -> Iterator[tuple[Prediction, str]
     if name in tensors.shapes and shapes.size("down.0.conv.weight", 1) == 4:
         ((_, value),) = tensors.read([name])
         std = value.float().std(unbiased=False).item()
-        side, prediction = ("above", "v") if std > _PROBED_STD else ("not above", "eps")
-        yield (
-            prediction,  # type: ignore[misc]  # mypy widens the literals
-            f"the standard deviation of {name}, {std:.3f}, is {side} {_PROBED_STD}, as in SD 2 models that predict "
-            f"{prediction}",
-        )
+        prediction: Prediction = "v" if std > _PROBED_STD else "eps"
+        side = "above" if prediction == "v" else "not above"
+        found = f"the standard deviation of {name}, {std:.3f}, is {side} {_PROBED_STD}"
+        yield prediction, f"{found}, as in SD 2 models that predict {prediction}"

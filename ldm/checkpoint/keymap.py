@@ -94,8 +94,7 @@ def translate(key: str, rules: tuple[Rule, ...], prefix: str = "") -> Stored:
     parts = key.split(".")
     for rule in rules:
         pattern = rule.ours.split(".")
-        numbers = _match(pattern, parts)
-        if numbers is None:
+        if (numbers := _match(pattern, parts)) is None:
             continue
         name = (rule.theirs.format if isinstance(rule.theirs, str) else rule.theirs)(**numbers)
         inner = Stored(".".join(parts[len(pattern) :]), rule.form, rule.piece)

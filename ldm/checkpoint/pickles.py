@@ -38,10 +38,7 @@ class _Inert:
     def __new__(cls, *args: object) -> "_Inert":
         return super().__new__(cls)
 
-    def __init__(self, *args: object) -> None: ...
-
-    def __setstate__(self, state: object) -> None:
-        pass
+    def __setstate__(self, state: object) -> None: ...
 
 
 class PickledTensors(Tensors):

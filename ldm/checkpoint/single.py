@@ -75,7 +75,7 @@ def _towers(contents: Contents, text: tuple[TextConfig, ...]) -> list[Tower | No
 
 
 def write_single(path: Path, model: ModelLike, dtype: torch.dtype | None) -> None:
-    """Write `model` into the new file `path`. Raises ValueError for a tokenizer that is not CLIP's own."""
+    """Write `model` into the new file `path`. Raises ValueError for a tokenizer other than CLIP's own."""
     vocab = official_vocabulary()[0]
     for tokenizer in model.text_encoder.tokenizers:
         if tokenizer.vocab != vocab:

@@ -38,8 +38,7 @@ def open_source(
     Raises ValueError for anything else at `path`, naming it, and for a damaged file.
     """
     if prediction not in (None, *get_args(Prediction)):
-        choices = ", ".join(get_args(Prediction))
-        raise ValueError(f"prediction must be one of {choices}, got {prediction!r}")
+        raise ValueError(f"prediction must be one of {', '.join(get_args(Prediction))}, got {prediction!r}")
     if not isinstance(path, str | Path):
         raise ValueError(f"a model is named by its path, a str or a Path, got {path!r}")
     path = Path(path)

@@ -23,6 +23,7 @@ def _renamed(names: dict[str, str], form: Form = Form.SAME) -> tuple[Rule, ...]:
 
 # Parts of the UNet and the VAE.
 
+_RES = _same("norm1", "conv1", "norm2", "conv2")
 _TRANSFORMER_BLOCK = (
     *_renamed({"attn1.to_out": "attn1.to_out.0", "attn2.to_out": "attn2.to_out.0"}),
     *_renamed({"ff.proj": "ff.net.0.proj", "ff.out": "ff.net.2"}),
@@ -33,15 +34,12 @@ _LDM_RES = (
     *_renamed({"norm1": "in_layers.0", "conv1": "in_layers.2", "emb": "emb_layers.1"}),
     *_renamed({"norm2": "out_layers.0", "conv2": "out_layers.3", "skip": "skip_connection"}),
 )
-_LDM_VAE_RES = (*_same("norm1", "conv1", "norm2", "conv2"), Rule("skip", "nin_shortcut"))
+_LDM_VAE_RES = (*_RES, Rule("skip", "nin_shortcut"))
 _LDM_VAE_ATTENTION = (
     *_same("norm"),
     *_renamed({"to_q": "q", "to_k": "k", "to_v": "v", "to_out": "proj_out"}, Form.PIXELS),
 )
-_DIFFUSERS_RES = (
-    *_same("norm1", "conv1", "norm2", "conv2"),
-    *_renamed({"emb": "time_emb_proj", "skip": "conv_shortcut"}),
-)
+_DIFFUSERS_RES = (*_RES, *_renamed({"emb": "time_emb_proj", "skip": "conv_shortcut"}))
 DIFFUSERS_VAE_ATTENTION = _renamed(
     {"norm": "group_norm", "to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out": "to_out.0"}
 )
