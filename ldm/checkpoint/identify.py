@@ -179,7 +179,7 @@ def unet_of(tensors: Tensors, place: Place) -> tuple[UNetConfig, ModelConfig, st
     counts = range(1, 9)
     shapes.res_blocks = next((i for i in counts if f"down.{i + 1}.res.norm1.weight" not in shapes), 8)
     per_level = shapes.res_blocks + 1
-    levels = next(i for i in counts if f"down.{i * per_level + 1}.res.norm1.weight" not in shapes)
+    levels = next((i for i in counts if f"down.{i * per_level + 1}.res.norm1.weight" not in shapes), 8)
     channels = tuple(shapes.size(f"down.{i * per_level + 1}.res.conv1.weight", 0) for i in range(levels))
     inputs = shapes.size("down.0.conv.weight", 1)
     vector = shapes.size("vector_embed.0.weight", 1) if "vector_embed.0.weight" in shapes else None

@@ -154,8 +154,7 @@ def _from_shapes(
     """Identify the configuration without METADATA_KEY. Returns the configuration, the reason, and notes."""
     if contents.unet is None:
         widths = sorted(tower.width for tower in contents.towers)
-        fitting = (f for f in FAMILIES if [text.width for text in f.text] == widths)
-        like = next(fitting, FAMILIES[0])
+        like = next((f for f in FAMILIES if [text.width for text in f.text] == widths), FAMILIES[0])
         if not widths and re.search(r"xl(?![a-z])", tensors.paths[0].stem.lower()):
             like = SDXL_BASE  # a VAE has the same names and shapes in all families
         text = _text(contents, like)
@@ -176,8 +175,7 @@ def _diffusion(
     turbo = known is not None and known.preset in ("sd-turbo", "sdxl-turbo")
     if like is SD21_BASE and decision.prediction == "eps":  # of these, SD-Turbo alone has names as in SDXL
         turbo = turbo or any(name.startswith("conditioner.") for name in tensors.shapes)
-    diffusion = SD_TURBO.diffusion if turbo else like.diffusion
-    diffusion = dataclasses.replace(diffusion, prediction=decision.prediction)
+    diffusion = dataclasses.replace((SD_TURBO if turbo else like).diffusion, prediction=decision.prediction)
     if decision.zero_terminal_snr:  # it has an effect only if sampling starts at the last timestep
         diffusion = dataclasses.replace(diffusion, zero_terminal_snr=True, spacing="trailing")
     return diffusion, turbo

@@ -180,10 +180,8 @@ def check_file(path: Path, advice: str) -> None:
 
 def _what_else(start: bytes) -> str:
     """Describe a file that begins with `start` and is not a safetensors file."""
-    for signature, what in _SIGNATURES:
-        if start.lstrip().lower().startswith(signature):
-            return what
-    return f"is not a safetensors file: it starts with {start[:16]!r}"
+    known = (what for signature, what in _SIGNATURES if start.lstrip().lower().startswith(signature))
+    return next(known, f"is not a safetensors file: it starts with {start[:16]!r}")
 
 
 def some(names: Sequence[str]) -> str:
