@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all, whatever fails: the disk is full, the process is killed."""
+"""Atomic writing of files and folders: a full disk or a killed process leaves none half-written."""
 
 import os
 import shutil
@@ -9,10 +9,10 @@ from pathlib import Path
 
 @contextmanager
 def beside(path: Path) -> Iterator[Path]:
-    """Give a temporary path in the folder of `path`, to write to and then rename. Nothing of it stays behind."""
+    """Yield a temporary path in the folder of `path`, to write to and then rename. It is removed at the end."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.{os.getpid()}.new")
-    _remove(new)  # left by a process that had this number and was killed
+    _remove(new)  # it is there if a process with the same number was killed
     try:
         yield new
     finally:

@@ -1,4 +1,4 @@
-"""Architectures as frozen dataclasses, and a strict reader of them from TOML."""
+"""Architectures as frozen dataclasses, and strict reading of dataclasses from TOML."""
 
 import dataclasses
 import sys
@@ -31,19 +31,19 @@ class UNetConfig:
     channels: tuple[int, ...] = (320, 640, 1280, 1280)  # one entry per level, full resolution first
     res_blocks: int = 2  # per level going down; one more per level going up
     depth: Depths = (1, 1, 1, 0)  # transformer blocks after a residual block; 0: no attention
-    up_depth: Depths | None = None  # the same going up, deepest level first; None: mirrored
+    up_depth: Depths | None = None  # the same for the decoder, deepest level first; None: `depth` reversed
     mid: Literal["full", "residual", "none"] = "full"  # residual: the first residual block alone
     mid_depth: int = 1  # transformer blocks; 0 unless the middle is full
     heads: tuple[int, ...] = (8, 8, 8, 8)  # the number of heads, not their width
     context_dim: int = 768
     vector_dim: int | None = None  # pooled text and sizes (SDXL); None: timestep conditioning only
-    guidance_dim: int | None = None  # width that the guidance scale is embedded in (LCM: 256)
+    guidance_dim: int | None = None  # width of the guidance scale's embedding (LCM: 256); None: no embedding
     linear_projection: bool = False  # linear instead of 1x1-convolution projections around transformers
     norm_groups: int = 32
     upcast_attention: bool = False  # queries and keys in fp32 where fp16 overflows (SD 2.1 at 768)
 
     def __post_init__(self) -> None:
-        """Check the numbers, and write equal architectures alike, so that they are equal as values."""
+        """Check the numbers, and normalize them, so that equal architectures compare equal."""
         up_depth = self.depth[::-1] if self.up_depth is None else self.up_depth
         if not len(self.channels) == len(self.depth) == len(up_depth) == len(self.heads):
             raise ValueError(
@@ -59,7 +59,7 @@ class UNetConfig:
         elif self.mid_depth < 1:
             raise ValueError(
                 f"mid_depth must be 1 or more in a full middle, got {short(self.mid_depth)}; "
-                "without transformer the middle is 'residual' or 'none'"
+                "for a middle without transformer set mid to 'residual' or 'none'"
             )
         for channels, heads in zip(self.channels, self.heads, strict=True):
             for divisor, what in ((self.norm_groups, "norm_groups"), (heads, "heads")):
@@ -69,7 +69,7 @@ class UNetConfig:
             raise ValueError(f"guidance_dim must be even and 4 or more, got {short(self.guidance_dim)}")
 
     def depths(self) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
-        """Return the transformer blocks after each residual block, per level as the data flow: going down, going up."""
+        """Return the number of transformer blocks after each residual block, per level: encoder's, decoder's."""
         up_depth = self.depth[::-1] if self.up_depth is None else self.up_depth
         return (
             [_per_block(level, self.res_blocks) for level in self.depth],
@@ -82,7 +82,7 @@ def _per_block(level: int | tuple[int, ...], blocks: int) -> tuple[int, ...]:
 
 
 def _shortest(name: str, depths: Depths, blocks: int) -> Depths:
-    """`depths`, checked, with one number for each level whose blocks are alike."""
+    """Check `depths`, and write a level whose residual blocks have equal depths as one number."""
     for level in depths:
         numbers = level if isinstance(level, tuple) else (level,)
         if min(numbers, default=-1) < 0 or (isinstance(level, tuple) and len(level) != blocks):
@@ -95,7 +95,7 @@ def _shortest(name: str, depths: Depths, blocks: int) -> Depths:
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """The autoencoder with a KL-regularised latent (Rombach et al. 2022, section 3.1)."""
+    """The autoencoder with KL-regularised latents (Rombach et al. 2022, section 3.1)."""
 
     channels: tuple[int, ...] = (128, 256, 512, 512)
     res_blocks: int = 2
@@ -127,10 +127,10 @@ class TextConfig:
     final_norm: bool = True  # apply the tower's final LayerNorm to that hidden state
 
     def context_layer(self, clip_skip: int | None = None) -> int:
-        """Return after how many layers the context is taken: `output_layer` says so, or `clip_skip`.
+        """Return the number of layers before the context, from `clip_skip` if given, else from `output_layer`.
 
-        clip_skip: counted from the end, as in A1111: 1 the last layer, 2 the one before. SDXL's own is 2.
-        Raises ValueError for a clip_skip that is no layer of the tower.
+        clip_skip: counted from the end, as in A1111: 1 is the last layer, 2 the one before. SDXL's default is 2.
+        Raises ValueError for a clip_skip beyond the layers of the tower.
         """
         if clip_skip is None:
             back = self.output_layer
@@ -145,7 +145,7 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """The forward process, what the network predicts, and the step list its authors sample with."""
+    """The forward process, the prediction type, and the spacing of the timesteps that the authors sample with."""
 
     prediction: Prediction = "eps"
     betas: BetaSchedule = "scaled_linear"
@@ -167,16 +167,16 @@ class ModelConfig:
     text: tuple[TextConfig, ...] = field(default_factory=lambda: (TextConfig(),))
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     image_size: int = 512  # pixels; what the model was trained at
-    guidance_scale: float = 7.5  # the default of its authors, as the two below
+    guidance_scale: float = 7.5  # this and the two below: the authors' defaults
     steps: int = 25
     sampler: str = "dpmpp_2m"
-    zero_negative: bool = False  # no negative prompt is zeros (SDXL base), not the encoded ""
+    zero_negative: bool = False  # without a negative prompt, condition on zeros (SDXL base), not on the encoded ""
 
     @property
     def micro_conditioning(self) -> tuple[str, ...]:
-        """The scalars that the UNet's vector holds after the pooled text, 256 numbers each, in order; () for none.
+        """The scalars in the UNet's vector after the pooled text, 256 numbers each, in order; () without a vector.
 
-        Raises ValueError for a number of scalars that neither SDXL base (6) nor its refiner (5) has.
+        Raises ValueError for any number of scalars except 6 (SDXL base) and 5 (its refiner).
         """
         if self.unet.vector_dim is None:
             return ()
@@ -200,8 +200,8 @@ REFINER_CONDITIONING = (*("original_height", "original_width", "crop_top", "crop
 def from_toml(path: str | Path, kind: type[T]) -> T:
     """Read the TOML file at `path` into the dataclass `kind`, tables into nested dataclasses.
 
-    Raises ValueError for a file that is not TOML, an unknown key (listing the valid ones), a missing
-    required key or a value of the wrong type.
+    Raises ValueError for a file that is not TOML, an unknown key (listing the valid ones), a missing required key or a
+    value of the wrong type.
     """
     return from_dict(read_toml(path), kind, where=str(path))
 
@@ -217,8 +217,8 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 def from_dict(table: dict[str, Any], kind: type[T], where: str = "", *, may_lack: Container[str] | None = None) -> T:
     """Build the dataclass `kind` from plain values, strictly; `where` names the source in errors.
 
-    may_lack: if given, all other fields must be there, at every depth, but for those that may be None.
-    Raises ValueError as `from_toml` does, and for a field that is not there and must be.
+    may_lack: if given, only these fields and those that may be None can be missing, also in nested dataclasses.
+    Raises ValueError as `from_toml` does, and for a required field that is missing.
     """
     hints = typing.get_type_hints(kind)
     fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
@@ -233,12 +233,12 @@ def from_dict(table: dict[str, Any], kind: type[T], where: str = "", *, may_lack
     values = {k: _convert(v, hints[k], f"{where}: {k}", may_lack) for k, v in table.items()}
     try:
         return kind(**values)
-    except ValueError as error:  # values do not go together
+    except ValueError as error:  # inconsistent values
         raise ValueError(f"{where}: {error}") from error
 
 
 def _convert(value: Any, kind: Any, where: str, may_lack: Container[str] | None) -> Any:
-    """`value` as the annotation `kind` wants it (dataclass, tuple, Literal, union or scalar)."""
+    """Convert `value` to the annotation `kind`: a dataclass, tuple, Literal, union or scalar."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind) and isinstance(kind, type) and isinstance(value, dict):
         return from_dict(value, kind, where, may_lack=may_lack)
@@ -248,7 +248,7 @@ def _convert(value: Any, kind: Any, where: str, may_lack: Container[str] | None)
         raise ValueError(f"{where} must be one of {', '.join(map(repr, args))}, got {short(value)}")
     if origin is tuple and isinstance(value, list | tuple):
         return tuple(_convert(v, args[0], where, may_lack) for v in value)
-    if origin in (typing.Union, types.UnionType):  # X | None, where TOML has no null, or X | tuple
+    if origin in (typing.Union, types.UnionType):  # X | None, or X | tuple; TOML has no null
         if value is None and type(None) in args:
             return None
         listed = isinstance(value, list | tuple) and typing.get_origin(args[1]) is tuple

@@ -1,4 +1,4 @@
-"""What is known of the reason why a network gave numbers that are not finite."""
+"""The reason why a network returned NaN or Inf, as an error message."""
 
 import math
 from collections.abc import Iterator
@@ -14,15 +14,15 @@ NAMES = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder"}
 
 
 def not_finite(part: str, network: nn.Module, file: Path | None, *, causes: str, where: str = "") -> FloatingPointError:
-    """Return the error to raise: of a damaged weight, of float16's range, or else of one of the usual causes.
+    """Return the error to raise, which names a damaged weight, the range of float16, or else the usual causes.
 
-    part: "unet", "vae" or "text_encoder". file: where its weights came from, if that is known. where: such as " at step
-    3". causes: what else it may be if its weights are finite and its dtype has the range of float32.
+    part: "unet", "vae" or "text_encoder". file: that of its weights, if known. where: a suffix such as " at step 3".
+    causes: the usual causes if the weights are finite and the dtype has the range of float32.
     """
     name, dtype, peak = NAMES[part], next(network.parameters()).dtype, 0.0
     for key, weight in _weights(network):
         largest = float(weight.detach().abs().max())  # NaN if there is one
-        # A cast to float16 makes Inf of large numbers, so there only NaN is a sign of damage.
+        # A cast to float16 turns large numbers into Inf, so in float16 only NaN shows damage.
         if math.isnan(largest) or (math.isinf(largest) and dtype != torch.float16):
             source = f"the file {file}" if file else "the model's file"
             return FloatingPointError(f"{key} of the {name} holds NaN or Inf: {source} is damaged, get it again")
@@ -37,7 +37,7 @@ def not_finite(part: str, network: nn.Module, file: Path | None, *, causes: str,
 
 
 def _weights(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the weights that are held as they are or packed; those in eight bits are left out."""
+    """Yield the plain and the packed weights by name, but not those in int8."""
     for prefix, module in network.named_modules():
         for name, weight in module.named_parameters(prefix, recurse=False):
             if is_plain(weight):

@@ -1,6 +1,6 @@
-"""The official models and their relatives as configurations, and which of them an architecture is.
+"""Configurations of the official models and of models distilled from them, and the name of an architecture.
 
-A preset holds every number that a checkpoint dictates; nothing else in the package branches on a model's name.
+A preset has every number that a checkpoint requires; nothing else in the package branches on a model's name.
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ from ldm.config import DiffusionConfig, ModelConfig, TextConfig, UNetConfig, VAE
 
 _VIT_H = TextConfig(
     width=1024,
-    layers=23,  # the 24th layer of the file is unused: the context is the penultimate layer, normed
+    layers=23,  # the 24th layer of the file is unused: the context is the layer before it, after the final norm
     heads=16,
     mlp=4096,
     activation="gelu",
@@ -43,7 +43,7 @@ SD_TURBO = dataclasses.replace(
     SD21_BASE,
     name="sd-turbo",
     diffusion=DiffusionConfig(spacing="trailing"),
-    guidance_scale=0.0,  # distilled in: Sauer et al. 2023
+    guidance_scale=0.0,  # the guidance is distilled into the weights (Sauer et al. 2023)
     steps=4,
     sampler="euler_ancestral",
 )
@@ -89,7 +89,7 @@ SDXL_REFINER = ModelConfig(
     image_size=1024,
     guidance_scale=5.0,
 )
-TINY = ModelConfig(  # weights/tiny, as configs/train_vae.toml and train_ldm.toml make it
+TINY = ModelConfig(  # weights/tiny, trained by configs/train_vae.toml and train_ldm.toml
     name="tiny",
     unet=UNetConfig(
         channels=(96, 160, 192),
@@ -97,7 +97,7 @@ TINY = ModelConfig(  # weights/tiny, as configs/train_vae.toml and train_ldm.tom
         depth=(0, 1, 1),
         heads=(3, 5, 6),
         context_dim=192,
-        norm_groups=8,  # 12 and more channels a group: few would lose absolute colour
+        norm_groups=8,  # at least 12 channels per group; with fewer, absolute colour is lost
     ),
     vae=VAEConfig(channels=(32, 64, 128), res_blocks=1, norm_groups=4, scaling_factor=0.5041212288825143),
     text=(TextConfig(width=192, layers=3, heads=6, mlp=768, vocab_size=705, max_length=32, pad_id=704),),
@@ -109,7 +109,7 @@ PRESETS: dict[str, ModelConfig] = {
     preset.name: preset for preset in (*(SD15, SD21_BASE, SD21, SD_TURBO), *(SDXL_BASE, SDXL_REFINER, SDXL_TURBO, TINY))
 }
 
-# UNets distilled from those of a preset, by the names of their authors. All else is as in that preset.
+# UNets distilled from that of SD 1.5 or SDXL, by their published names. All else is as in that preset.
 _KOALA = dataclasses.replace(SDXL_BASE.unet, res_blocks=1, depth=(0, 2, 5), mid="none")
 _BK_SDM = dataclasses.replace(SD15.unet, res_blocks=1)
 RELATIVES: dict[str, UNetConfig] = {
@@ -124,16 +124,17 @@ RELATIVES: dict[str, UNetConfig] = {
     ),
 }
 
-FAMILIES = (SD15, SD21_BASE, SDXL_BASE, SDXL_REFINER)  # each with the architecture of a family
-VARIANTS = {4: "", 8: "-instruct-pix2pix", 9: "-inpainting"}  # by the UNet's input channels
+FAMILIES = (SD15, SD21_BASE, SDXL_BASE, SDXL_REFINER)  # one preset per family
+VARIANTS = {4: "", 8: "-instruct-pix2pix", 9: "-inpainting"}  # suffixes of names, by the UNet's input channels
 
 
 def recognize(
     unet: UNetConfig, vae: VAEConfig, text: tuple[TextConfig, ...], diffusion: DiffusionConfig, *, turbo: bool = False
 ) -> ModelConfig:
-    """Complete an architecture with its name, and with the image size, guidance and steps that suit it.
+    """Return an architecture as a ModelConfig, with the name and the defaults of the preset that it matches.
 
-    turbo: whether something says that it is SD-Turbo or SDXL-Turbo, whose networks are those of SD 2 and SDXL.
+    Without a match the name is "custom", and the image size, guidance and steps are those of the closest family.
+    turbo: the model is SD-Turbo or SDXL-Turbo, whose networks are those of SD 2 and SDXL.
     """
     family = next((p for p in FAMILIES if tells(p.unet) == tells(unet)), None)
     like = family or (SD15 if unet.vector_dim is None else SDXL_BASE)
@@ -155,5 +156,5 @@ def recognize(
 
 
 def tells(unet: UNetConfig) -> tuple[int, int, int | None]:
-    """What tells the UNets of the families apart."""
+    """Return the numbers by which the UNets of the families differ."""
     return unet.channels[0], unet.context_dim, unet.vector_dim

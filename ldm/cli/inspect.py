@@ -1,4 +1,4 @@
-"""What `ldm inspect` reports: everything that can be told of a file or folder from its headers."""
+"""The report of `ldm inspect` on a file or folder, from its headers and configs."""
 
 import dataclasses
 import math
@@ -17,13 +17,13 @@ from ldm.checkpoint.tensors import TensorFiles, Tensors
 from ldm.config import Prediction
 from ldm.record import digest
 
-SHOWN = 10  # names of a list that the text shows; `as_dict` has all
-_LONGEST = 200  # characters of a metadata value that are shown; some hold a picture
+SHOWN = 10  # the most names of a list in the text; `as_dict` has all
+_LONGEST = 200  # the most characters of a metadata value; some values hold a picture
 
 
 @dataclass(frozen=True)
 class Component:
-    """One network of a model: how many tensors and numbers, and how many tensors of each dtype."""
+    """One network of a model: the numbers of its tensors and parameters, and of its tensors by dtype."""
 
     name: str
     tensors: int
@@ -34,11 +34,11 @@ class Component:
 
 @dataclass(frozen=True)
 class Report:
-    """What is at a path, for `ldm inspect`. problem: why it cannot be loaded as it is, "" if it can.
+    """The report on a path. problem: the reason why it cannot be loaded, "" if it can.
 
-    prediction, why: what its UNet predicts, and what says so; None where there is none.
-    missing, misshapen: names of tensors that do not fit the model. unknown: tensors that no network uses.
-    left_out: those of them that are known to stand beside models. ema: how many tensors are an averaged copy.
+    prediction, why: what the UNet predicts, and the reason; prediction is None without a UNet.
+    missing, misshapen: names of tensors that do not fit the model. unknown, left_out: names that no network uses;
+    the latter are common beside models and of no use. ema: the number of tensors of the UNet's moving average.
     """
 
     path: str
@@ -60,11 +60,11 @@ class Report:
     known_as: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Return all of it as JSON-ready values."""
+        """Return all fields as JSON-ready values."""
         return dataclasses.asdict(self)
 
     def __str__(self) -> str:
-        """Return it as lines of text."""
+        """Return the report as lines of text."""
         lines = [f"{self.path}: {self.kind}"]
         if self.preset:
             lines.append(f"  preset       {self.preset}, {self.layout} layout")
@@ -95,10 +95,10 @@ class Report:
 
 
 def inspect(path: str | Path, *, prediction: Prediction | None = None, check_sha256: bool = False) -> Report:
-    """Report what is at `path`, reading headers and configs only, and all of a file if `check_sha256`.
+    """Report on `path` from headers and configs only; with `check_sha256` the whole file is read.
 
-    prediction: what the user says that its UNet predicts.
-    Raises ValueError for what is no file of tensors and no model folder, saying what it is instead.
+    prediction: what the UNet predicts, whatever the file says.
+    Raises ValueError if `path` is neither a safetensors file nor a model folder, naming what it is.
     """
     path = Path(path)
     sha256 = digest(path) if check_sha256 and path.exists() else None
@@ -150,14 +150,14 @@ def inspect(path: str | Path, *, prediction: Prediction | None = None, check_sha
 
 
 def _component(name: str, tensors: Tensors, names: Iterable[str], prefix: str) -> Component:
-    """Count the tensors of those names."""
+    """Count the tensors with these `names`."""
     shapes = {n: tensors.shapes[n] for n in names}
     numbers = sum(math.prod(shape) for shape in shapes.values())
     return Component(name, len(shapes), numbers, dict(Counter(tensors.dtypes[n] for n in shapes)), prefix)
 
 
 def _grouped(names: Sequence[str]) -> list[str]:
-    """`names`, where several begin with the same word and a dot counted, as in "model_ema.* (688)"."""
+    """Return `names`, with those that share their first word counted, as in "model_ema.* (688)"."""
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(name.partition(".")[0], []).append(name)
@@ -165,6 +165,6 @@ def _grouped(names: Sequence[str]) -> list[str]:
 
 
 def _short(text: str) -> str:
-    """Return the beginning of a text from a file, without line breaks and terminal commands."""
+    """Return the beginning of `text`, without line breaks and control characters."""
     shown = "".join(c if c.isprintable() else " " for c in text[:_LONGEST])
     return shown if len(text) <= _LONGEST else f"{shown}... ({len(text):,} characters)"

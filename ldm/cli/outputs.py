@@ -1,4 +1,4 @@
-"""Where a command's pictures go: checked before the work, and each name taken only when its picture is saved."""
+"""The output files of a command: checked before the work; each name is claimed only when its picture is saved."""
 
 import itertools
 import re
@@ -17,10 +17,10 @@ DEFAULT = Path("out.png")
 
 @dataclass(frozen=True)
 class Outputs:
-    """The PNG files of one command; several get numbers.
+    """The PNG files of one command, numbered if there are several.
 
-    Without `out` they are out.png or out-00001.png and so on, from the first number that is free. Files of a given name
-    must not exist, or are replaced with `overwrite`.
+    Without `out` they are out.png, or out-00001.png and so on from the first free number. With `out` the files must not
+    exist, unless `overwrite` is given.
     """
 
     out: Path | None
@@ -29,12 +29,12 @@ class Outputs:
 
     @property
     def wanted(self) -> list[Path]:
-        """The names of the files, if no other program takes one of them during the work."""
+        """The paths of the files, unless another program creates one of them during the work."""
         path = self.out or DEFAULT
         return [path] if self.count == 1 else [_numbered(path, i + 1) for i in range(self.count)]
 
     def check(self) -> None:
-        """Raise ValueError if it is certain before the work that the files cannot be written."""
+        """Raise ValueError if the files cannot be written."""
         path = self.out or DEFAULT
         if path.suffix.lower() != ".png":
             example = path / DEFAULT if path.is_dir() else path.with_suffix(".png")
@@ -55,18 +55,18 @@ class Outputs:
         clear_temporary(path.parent)
 
     def save(self, index: int, picture: Image.Image, texts: Mapping[str, str]) -> Path:
-        """Write picture `index` of `count` and return where: under the next free number if its name was taken."""
+        """Write picture `index` of `count` and return its path, with the next free number if the name is taken."""
         wanted = self.wanted[index]
         for file in itertools.chain([wanted], _free_numbers(wanted if self.out else DEFAULT)):
             if self.overwrite or not _present(file):
-                with suppress(FileExistsError):  # taken in this moment
+                with suppress(FileExistsError):  # another program created it after the check
                     save_png(picture, file, texts, overwrite=self.overwrite)
                     break
         return file
 
 
 def _free_numbers(path: Path) -> Iterator[Path]:
-    """Yield `path` with the numbers after the last one that is there."""
+    """Yield `path` with the numbers after the largest in its folder."""
     pattern = re.compile(re.escape(path.stem) + r"-(\d{5,})\.png", re.IGNORECASE)
     found = [pattern.fullmatch(file.name) for file in path.parent.iterdir()]
     last = max((int(match[1]) for match in found if match), default=0)
@@ -78,7 +78,7 @@ def _numbered(path: Path, number: int) -> Path:
 
 
 def _present(file: Path) -> bool:
-    """Whether there is anything of that name; an impossible name is an OSError, unlike with `exists`."""
+    """Whether `file` exists, also as a broken link. Unlike `exists`, an impossible name raises OSError."""
     try:
         file.lstat()
     except FileNotFoundError:

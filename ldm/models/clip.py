@@ -1,4 +1,4 @@
-"""CLIP's text transformer (Radford et al. 2021): causal self-attention and an MLP, normalised before and added after.
+"""CLIP's text transformer (Radford et al. 2021): pre-norm residual blocks of causal self-attention and an MLP.
 
 The operations and their order are those of transformers' `CLIPTextModel`, so that fp32 results are the same bits.
 """
@@ -22,9 +22,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, 
 
 
 class CausalAttention(nn.Module):
-    """Multi-head self-attention of each token to those up to itself.
+    """Multi-head causal self-attention.
 
-    It is no layer of `set_attention`: its scores are few, and they need the causal mask.
+    `set_attention` does not change it: its score matrix is small, and it needs the causal mask.
     """
 
     def __init__(self, width: int, heads: int) -> None:
@@ -48,7 +48,7 @@ class CausalAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """Causal self-attention and an MLP, each normalised before and added after."""
+    """Causal self-attention and an MLP, each with pre-norm and a residual connection."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()

@@ -1,9 +1,9 @@
-"""Convolutions and linear layers on a CPU with their weights in the order that oneDNN computes in.
+"""Convolutions and linear layers on a CPU with their weights in oneDNN's memory format.
 
-PyTorch reorders the weight of a convolution at each call: most of the work, where there are few pixels. A packed layer
-does so once. oneDNN's order depends on the sizes of the input and the number of threads: a layer is packed when first
-called, and again when another order is wanted. fp32 linear layers run in oneDNN too, instead of MKL. The numbers are
-those of the plain layers but for the order of summation.
+PyTorch reorders the weight of a convolution at each call, which is most of the work if there are few pixels. A packed
+layer reorders it once. The format depends on the sizes of the input and the number of threads: a layer is packed at the
+first call, and again when a call needs another format. fp32 linear layers run in oneDNN too, instead of MKL. The
+outputs equal those of the plain layers up to the order of summation.
 """
 
 from collections.abc import Mapping
@@ -14,30 +14,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# PyTorch has no public names for these. Its builds for CPUs with oneDNN have them.
+# Private operators of PyTorch, present in its CPU builds with oneDNN.
 _ONEDNN: Any = torch.ops.mkldnn
 _CONVOLUTION = ("_reorder_convolution_weight", "_convolution_pointwise")
 _LINEAR = ("_reorder_linear_weight", "_linear_pointwise")
 _QUESTIONS = ("_get_mkldnn_serialized_md", "_is_mkldnn_bf16_supported")
 _NOTHING_FUSED: Any = ("none", [], "")
 
-PLAIN = b""  # the order of a weight that is not packed yet
+PLAIN = b""  # the format of a weight that is not packed
 
 
 class Packed(nn.Module):
-    """A layer for inference. Its weight is no parameter; state dict, copies and pickles have it in its plain order.
+    """A layer for inference. Its weight is not a parameter; state dict, copies and pickles have it in plain format.
 
-    Where a gradient of the input is wanted, the plain layer is computed.
+    If the input needs a gradient, the plain layer is computed.
     """
 
-    held: tuple[Tensor, bytes]  # the weight and its order, in one value for threads that share the layer
+    held: tuple[Tensor, bytes]  # the weight and its format, in one value for threads that share the layer
 
     def dense(self) -> Tensor:
-        """Return the weight in its plain order."""
+        """Return the weight in plain format."""
         return self.held[0].to_dense()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what is copied and pickled; a packed weight cannot be."""
+        """Return the state for copies and pickles, with a plain weight, because a packed one cannot be copied."""
         return self.__dict__ | {"held": (self.dense(), PLAIN)}
 
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
@@ -49,7 +49,7 @@ class PackedLinear(Packed, nn.Linear):
     """A linear layer: ... d to ... d'."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Do what the plain layer does."""
+        """Compute the plain layer."""
         if torch.is_grad_enabled() and x.requires_grad:
             return F.linear(x, self.dense(), self.bias)
         weight, order = self.held
@@ -64,7 +64,7 @@ class PackedConv2d(Packed, nn.Conv2d):
     """A convolution: b c h w to b c' h' w'."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Do what the plain layer does; the output's channels are last in memory whatever the input's layout."""
+        """Compute the plain layer. The output is in channels-last memory format, whatever the input's format."""
         if torch.is_grad_enabled() and x.requires_grad:
             plain: Tensor = self._conv_forward(x, self.dense(), self.bias)
             return plain
@@ -80,14 +80,14 @@ class PackedConv2d(Packed, nn.Conv2d):
 
 @cache
 def _order(weight: torch.Size, x: torch.Size, dtype: torch.dtype, geometry: Any, threads: int) -> bytes:
-    """Describe the order that a weight should be in for an input, both of these shapes, by packing an empty one."""
+    """Return the format that oneDNN wants for a weight and an input of these shapes, by packing an empty weight."""
     empty = torch.empty(weight, dtype=dtype, memory_format=torch.channels_last)
     packed = _ONEDNN._reorder_convolution_weight(empty, *geometry, x)
     return bytes(_ONEDNN._get_mkldnn_serialized_md(packed).tolist())
 
 
 def can_pack(dtype: torch.dtype | None = None) -> bool:
-    """Whether PyTorch and this processor have oneDNN's layers with packed weights for fp32 or bf16."""
+    """Whether PyTorch and the processor support packed weights: for fp32, and for bf16 if that is the dtype."""
     built = all(hasattr(_ONEDNN, name) for name in (*_CONVOLUTION, *_LINEAR, *_QUESTIONS))
     return built and (dtype != torch.bfloat16 or _ONEDNN._is_mkldnn_bf16_supported())
 
@@ -98,7 +98,7 @@ def pack(network: nn.Module) -> None:
 
 
 def unpack(network: nn.Module) -> None:
-    """Undo `pack`: plain layers with the same weights, which want no gradient."""
+    """Undo `pack`: plain layers with the same weights, which do not require gradients."""
     _replace(network, {PackedLinear: nn.Linear, PackedConv2d: nn.Conv2d})
 
 
@@ -112,7 +112,7 @@ def _replace(network: nn.Module, kinds: Mapping[type, type]) -> None:
 
 
 def _rebuild(layer: Any, kind: Any) -> Any:
-    """Return a layer of class `kind` with the geometry, weight and bias of another."""
+    """Return a layer of class `kind` with the geometry, weight and bias of `layer`."""
     if isinstance(layer, nn.Linear):
         new = kind(layer.in_features, layer.out_features, device="meta")
     else:

@@ -1,4 +1,4 @@
-"""CLIP text encoding: one or more towers with their tokenizers, and which of their outputs conditions the UNet."""
+"""CLIP text encoding: one or more towers with their tokenizers, and the choice of the outputs for the UNet."""
 
 import warnings
 from collections.abc import Sequence
@@ -24,14 +24,14 @@ __all__ = [
 
 
 class Conditioning(NamedTuple):
-    """What the text says to the UNet. context: b n d. vector: b p, the pooled projection, or None."""
+    """The text inputs of the UNet. context: b n d. vector: b p, the pooled projection, or None."""
 
     context: Tensor
     vector: Tensor | None
 
 
 class TextTower(nn.Module):
-    """One CLIP text transformer with its tokenizer and the choice of the output that is used."""
+    """One CLIP text transformer with its tokenizer. The config chooses the hidden state for the context."""
 
     def __init__(self, config: TextConfig, tokenizer: Tokenizer) -> None:
         super().__init__()
@@ -44,9 +44,9 @@ class TextTower(nn.Module):
         self._initialize()
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
-        """Return the ids of `texts`, begun, ended and padded: b max_length.
+        """Return the ids of `texts` with the begin token, the end token and padding: b max_length.
 
-        Warns with the words that are cut where a text is longer than the tower reads.
+        Warns if a text is too long for the tower, with the part that is cut off.
         """
         room = self.config.max_length - 2
         rows = []
@@ -63,9 +63,9 @@ class TextTower(nn.Module):
         return torch.tensor(rows, device=self.norm.weight.device)
 
     def forward(self, ids: Tensor, clip_skip: int | None = None) -> Conditioning:
-        """Encode ids: b n as the chosen hidden state: b n width and the pooled projection: b p.
+        """Encode ids: b n. Returns the chosen hidden state: b n width, and the pooled projection: b p.
 
-        clip_skip: choose another hidden state than the config, see `TextConfig.context_layer`, which raises ValueError.
+        clip_skip: another hidden state than the config's. Raises ValueError as `TextConfig.context_layer` does.
         """
         layer = self.config.context_layer(clip_skip)
         x = self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
@@ -76,14 +76,14 @@ class TextTower(nn.Module):
             return Conditioning(context, None)
         for block in self.blocks[layer:]:
             x = block(x)
-        # The first end token after the beginning; argmax(ids) breaks once tokens are added after it.
+        # The pooled position is the first end token; argmax(ids) would find added tokens, whose ids are larger.
         ends = (ids == self.tokenizer.eos_id).int().argmax(dim=-1)
         pooled = self.norm(x)[torch.arange(len(ids), device=ids.device), ends]
         return Conditioning(context, self.projection(pooled))
 
     @torch.no_grad()
     def _initialize(self) -> None:
-        """Draw the weights with the deviations that transformers' `CLIPTextModel` is trained from."""
+        """Draw the weights with the standard deviations of transformers' `CLIPTextModel`."""
         if self.norm.weight.is_meta:
             return
         width, into = self.config.width**-0.5, (2 * self.config.width * self.config.layers) ** -0.5
@@ -98,12 +98,12 @@ class TextTower(nn.Module):
 
 
 def _embedding(count: int, width: int) -> nn.Embedding:
-    """An embedding without values: to draw them on "meta", as its class does, imports torch._dynamo, a second."""
+    """An embedding without initial values: drawing them on "meta" would import torch._dynamo, which takes a second."""
     return nn.Embedding(count, width, _weight=torch.empty(count, width))
 
 
 class TextEncoder(nn.Module):
-    """The towers of a model, their contexts joined along the width; the last pooled projection wins."""
+    """The towers of a model. Their contexts are concatenated along the width; the last pooled projection is used."""
 
     def __init__(self, configs: Sequence[TextConfig], tokenizers: Sequence[Tokenizer]) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class TextEncoder(nn.Module):
     def encode(self, texts: list[str], clip_skip: int | None = None) -> Conditioning:
         """Encode `texts` as context: b n d (d: sum of the widths) and vector: b p or None.
 
-        clip_skip: of every tower, see `TextConfig.context_layer`.
+        clip_skip: for every tower; see `TextConfig.context_layer`, which raises ValueError.
         """
         outputs = [tower(tower.tokenize(texts), clip_skip) for tower in self.towers]  # type: ignore[operator]
         vectors = [out.vector for out in outputs if out.vector is not None]
@@ -126,9 +126,9 @@ class TextEncoder(nn.Module):
     def from_transformers(cls, model: Any, tokenizer: Any, *, sdxl: bool | None = None) -> "TextEncoder":
         """Wrap a `CLIPTextModel` or `CLIPTextModelWithProjection` of transformers and its tokenizer, or lists of them.
 
-        The layers are shared, not copied. sdxl: take the hidden state before the last without the final norm, as SDXL
-        does, and the pooled projection; None: where there are two models, or the one has a projection.
-        Raises ValueError for a model that is no CLIP text tower as Stable Diffusion has it.
+        The layers are shared, not copied. sdxl: use the hidden state before the last without the final norm, and the
+        pooled projection, as SDXL does; None: do so for two models, or for one with a projection.
+        Raises ValueError for a model that is not a CLIP text tower of Stable Diffusion.
         """
         models, tokenizers = (list(v) if isinstance(v, list | tuple) else [v] for v in (model, tokenizer))
         if sdxl is None:
@@ -147,7 +147,7 @@ class TextEncoder(nn.Module):
 
 
 def _config_of(model: Any, pad_id: int, *, sdxl: bool) -> TextConfig:
-    """The config of one of transformers' text models."""
+    """Return the TextConfig of one of transformers' text models."""
     said = model.config
     if said.hidden_act not in ACTIVATIONS or said.layer_norm_eps != 1e-5 or said.attention_dropout:
         raise ValueError(
@@ -171,8 +171,8 @@ def _config_of(model: Any, pad_id: int, *, sdxl: bool) -> TextConfig:
 
 
 def _adopt(tower: TextTower, model: Any) -> None:
-    """Put the layers of transformers' `model` into `tower`."""
-    core = getattr(model, "text_model", model)  # a level that some of its classes have
+    """Replace the layers of `tower` by those of transformers' `model`."""
+    core = getattr(model, "text_model", model)  # some of transformers' classes have this inner module
     tower.token_embedding = core.embeddings.token_embedding
     tower.position_embedding = core.embeddings.position_embedding
     for ours, theirs in zip(tower.blocks, core.encoder.layers, strict=True):

@@ -1,4 +1,4 @@
-"""CLIP's tokens: byte-pair encoding with OpenAI's vocabulary or that of a folder, and tokens that were added to it."""
+"""CLIP's tokenizer: byte-pair encoding with OpenAI's vocabulary or a folder's, and added tokens."""
 
 import gzip
 import json
@@ -21,15 +21,15 @@ _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an a
 class Tokenizer:
     """Byte-pair encoding as CLIP does it (Radford et al. 2021): lower-cased, `</w>` ends a word.
 
-    vocab: ids by token. merges: pairs of tokens, the first merged first. added: tokens by id that are found in the text
-    before it is cut into words, such as those of textual inversion. `self.vocab` has them too.
-    Raises ValueError for lists that do not go together.
+    vocab: ids by token. merges: pairs of tokens by priority. added: tokens by id that are matched in the text before it
+    is split into words, such as those of textual inversion. `self.vocab` has them too.
+    Raises ValueError for an inconsistent vocabulary, merges or added tokens.
     """
 
     def __init__(
         self, vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], added: Mapping[int, AddedToken] | None = None
     ) -> None:
-        # A single character such as "!", the padding of SD 2, is listed at times. Added, it would be cut out of words.
+        # Some folders list a single character, such as SD 2's padding "!". As an added token it would split words.
         characters = set(byte_alphabet())
         added = {i: t for i, t in (added or {}).items() if t.content not in characters}
         self.base, self.merges = dict(vocab), list(merges)
@@ -43,9 +43,9 @@ class Tokenizer:
         special = {self.vocab[t]: AddedToken(t, special=True, normalized=False) for t in (BOS, EOS)}
         self.added = special | added
         try:
-            # Padding is the tower's: as a special token, SD 2's "!" would swallow real ones.
+            # No padding token here: `TextTower` pads. As a special token, SD 2's "!" would replace real ones.
             model = BPE(self.vocab, self.merges, unk_token=EOS, end_of_word_suffix="</w>")
-        except Exception as error:  # the library's only class
+        except Exception as error:  # tokenizers raises no narrower class
             raise ValueError(f"the vocabulary and the merges do not go together: {error}") from error
         self._bpe = tokenizers.Tokenizer(model)
         self._bpe.normalizer = normalizers.Sequence(
@@ -61,7 +61,7 @@ class Tokenizer:
         self._bpe.add_tokens([self.added[i] for i in sorted(self.added)])
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of `text` without begin and end tokens, however many there are."""
+        """Return all ids of `text`, without begin and end tokens."""
         return list(self._bpe.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -78,9 +78,9 @@ class Tokenizer:
     def from_folder(cls, folder: str | Path) -> "Tokenizer":
         """Read vocab.json and merges.txt, or else tokenizer.json, from a `tokenizer/` folder, and the added tokens.
 
-        Those stand in tokenizer_config.json's `added_tokens_decoder`; where it has none, in added_tokens.json (without
-        flags) and in tokenizer.json. They keep their ids, also where those leave a gap.
-        Raises ValueError naming the file if the folder holds no tokenizer, or one that is malformed.
+        The added tokens are in tokenizer_config.json's `added_tokens_decoder`; if it is absent, in added_tokens.json
+        (without flags) and tokenizer.json. They keep their ids, also if these leave a gap.
+        Raises ValueError for a folder without a tokenizer, and naming the file that is malformed.
         """
         folder = Path(folder)
         files = {name: folder / f"{name}.json" for name in _JSON_FILES}
@@ -108,15 +108,15 @@ class Tokenizer:
 
     @classmethod
     def from_json(cls, text: str) -> "Tokenizer":
-        """Read the contents of a tokenizer.json. Raises ValueError for one that is malformed."""
+        """Read the contents of a tokenizer.json. Raises ValueError if they are malformed."""
         table, where = json.loads(text), "tokenizer.json"
         return cls(*_model(table, where), _added_list(table, where))
 
     def save(self, folder: str | Path, max_length: int, pad_id: int | None = None) -> None:
         """Write vocab.json, merges.txt and tokenizer_config.json, readable by us, transformers and diffusers.
 
-        pad_id: of the token that the configuration names for padding; None is the end token.
-        Raises ValueError for one that is not in the vocabulary.
+        pad_id: the padding token in tokenizer_config.json; None is the end token.
+        Raises ValueError for a pad_id that is not in the vocabulary.
         """
         tokens = {i: token for token, i in self.vocab.items()}
         pad_id = self.eos_id if pad_id is None else pad_id
@@ -147,7 +147,7 @@ def official_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Build CLIP's vocabulary and its 48,894 merges from the list that OpenAI published (MIT)."""
     packed = resources.files("ldm.models").joinpath("bpe_simple_vocab_16e6.txt.gz").read_bytes()
     lines = gzip.decompress(packed).decode("utf-8").split("\n")
-    # line 0 is a header, the tail was never used
+    # Line 0 is a header, and CLIP does not use the last lines.
     merges = _pairs(lines[1 : 49152 - 256 - 2 + 1], "the bundled vocabulary")
     alphabet = byte_alphabet()
     tokens = alphabet + [c + "</w>" for c in alphabet] + [a + b for a, b in merges] + [BOS, EOS]
@@ -182,7 +182,7 @@ def _object(value: Any, where: object) -> dict[str, Any]:
 
 
 def _ids(table: Any, where: object) -> dict[str, int]:
-    """`table` if it maps tokens to ids."""
+    """Return `table`. Raises ValueError unless it maps tokens to ids."""
     ids = _object(table, where)
     for token, i in ids.items():
         if type(i) is not int or not 0 <= i < 2**31:
@@ -191,7 +191,7 @@ def _ids(table: Any, where: object) -> dict[str, int]:
 
 
 def _pairs(merges: Iterable[Any], where: object) -> list[tuple[str, str]]:
-    """The merges, each two tokens in a line of text or in a list."""
+    """Return `merges` as pairs. Each is a line of text or a list of two tokens."""
     pairs = []
     for merge in merges:
         parts = merge.split() if isinstance(merge, str) else merge
@@ -202,7 +202,7 @@ def _pairs(merges: Iterable[Any], where: object) -> list[tuple[str, str]]:
 
 
 def _model(table: dict[str, Any], where: object) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """The vocabulary and the merges in the contents of a tokenizer.json."""
+    """Return the vocabulary and the merges in the contents of a tokenizer.json."""
     model = _object(table.get("model"), where)
     if not isinstance(model.get("merges"), list):
         raise ValueError(f"{where}: the model has no list of merges; CLIP's byte-pair encoding has")
@@ -210,7 +210,7 @@ def _model(table: dict[str, Any], where: object) -> tuple[dict[str, int], list[t
 
 
 def _added_list(table: dict[str, Any], where: object) -> dict[int, AddedToken]:
-    """The added tokens in the contents of a tokenizer.json."""
+    """Return the added tokens in the contents of a tokenizer.json, by id."""
     entries = table.get("added_tokens", [])
     if not isinstance(entries, list):
         raise ValueError(f"{where}: added_tokens must be a list, got {short(entries)}")
@@ -218,7 +218,7 @@ def _added_list(table: dict[str, Any], where: object) -> dict[int, AddedToken]:
 
 
 def _added(table: Any, where: object) -> dict[int, AddedToken]:
-    """Added tokens by id, from their contents and flags by id."""
+    """Return added tokens by id from a table of their contents and flags by id."""
     added = {}
     for i, entry in _object(table, where).items():
         flags = {name: entry[name] for name in _FLAGS if name in _object(entry, where)}

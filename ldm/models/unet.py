@@ -1,7 +1,7 @@
-"""The denoising UNet: an encoder with skip connections, a middle, and a decoder that consumes them.
+"""The denoising UNet: an encoder with skip connections, a middle, and a decoder that takes the skips.
 
 `down` and `up` are flat lists with one entry per skip connection, numbered as in LDM's input_blocks and output_blocks.
-A ControlNet is the same encoder: its outputs enter here as `residuals`.
+A ControlNet has the same encoder, and its outputs are added as `residuals`.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from ldm.models.transformer import Context, SpatialTransformer, TransformerBlock
 
 
 class Stage(nn.Module):
-    """One entry of the encoder or decoder: those of its parts that it has, applied in this order."""
+    """One entry of the encoder or decoder. The parts that are not None are applied in the order of the arguments."""
 
     def __init__(
         self,
@@ -32,7 +32,7 @@ class Stage(nn.Module):
         self.downsample, self.upsample = downsample, upsample
 
     def forward(self, x: Tensor, emb: Tensor, context: Context, size: torch.Size | None = None) -> Tensor:
-        """Map x: b c h w to b c' h' w'; `size` is what an upsampling stage grows to."""
+        """Map x: b c h w to b c' h' w'. size: the h', w' of an upsampling stage."""
         if self.conv is not None:
             x = self.conv(x)
         if self.res is not None:
@@ -41,7 +41,7 @@ class Stage(nn.Module):
             x = self.transformer(x, context)
         if self.downsample is not None:
             x = self.downsample(x)
-        if self.upsample is not None:  # to the skip's size: odd sizes do not double
+        if self.upsample is not None:  # to the size of the next skip, which is not the double if odd
             x = self.upsample(F.interpolate(x, size=size, mode="nearest"))
         return x
 
@@ -140,9 +140,9 @@ class Encoder(nn.Module):
         return emb
 
     def prepare(self, context: Tensor, vector: Tensor | None = None) -> tuple[Context, Tensor | None]:
-        """Return what `forward` may be given in place of these two, to do once what is the same at every step.
+        """Compute the keys and values of the cross-attention once for all steps.
 
-        The context becomes the keys and values of each block: the numbers are the same, until the weights change.
+        Returns the arguments for `forward` in place of these two. They are valid until the weights change.
         """
         blocks = (part for part in self.modules() if isinstance(part, TransformerBlock))
         return {block: block.attn2.project(context) for block in blocks}, vector
@@ -157,7 +157,7 @@ class Encoder(nn.Module):
 
 
 class UNet(Encoder):
-    """Predict noise, velocity or the clean latents, as the model was trained to."""
+    """The denoising UNet. It predicts eps, v or x0, depending on its training."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__(config)
