@@ -244,6 +244,17 @@ def test_options_of_a_scheduler_that_give_other_pictures_are_refused(option):
         DIFFUSION_FROM(json, "here")
 
 
+@pytest.mark.parametrize("types", [5, None, [["DownEncoderBlock2D"]], ["DownEncoderBlock2D", {}]])
+def test_block_types_of_a_vae_that_are_not_a_list_of_names_are_refused(types):
+    with pytest.raises(ValueError, match="here: down_block_types must be DownEncoderBlock2D for every level, got"):
+        configs.vae_from_json({"down_block_types": types}, "here", sdxl=False)
+
+
+def test_a_unet_without_levels_is_refused():
+    with pytest.raises(ValueError, match="here: blocks .* are not supported"):
+        configs.unet_from_json({"block_out_channels": [], "layers_per_block": []}, "here")
+
+
 def test_an_attribute_that_a_config_lost_takes_the_default_of_its_class():
     short = {k: v for k, v in SD15_UNET.items() if k not in ("attention_head_dim", "norm_num_groups")}
     assert configs.unet_from_json(short, "") == SD15.unet  # diffusers' defaults are 8 and 32

@@ -217,6 +217,9 @@ def test_the_padding_is_the_tokenizers(token, folder, small):
     path.write_text(json.dumps({"pad_token": "<nothing>"}))
     with pytest.raises(ValueError, match="pads with '<nothing>', which is not in its vocabulary"):
         load(folder)
+    path.write_text(json.dumps({"pad_token": ["!"]}))
+    with pytest.raises(ValueError, match=r"pads with \['!'\], which is not in its vocabulary"):
+        load(folder)
 
 
 def shard(folder: Path, edit=lambda weight_map: None) -> None:

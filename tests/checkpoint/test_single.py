@@ -196,6 +196,14 @@ def test_a_controlnet_is_not_taken_for_the_unet_whose_half_it_is(tmp_path):
             identify(write_hollow(tmp_path / "file", shapes))
 
 
+def test_a_unet_with_more_levels_than_any_is_of_no_known_family(tmp_path):
+    shapes = {f"{UNET}input_blocks.0.0.weight": (8, 4, 3, 3), f"{UNET}out.2.weight": (4, 8, 3, 3)}
+    for i in range(1, 100):
+        shapes |= {f"{UNET}input_blocks.{i}.0.in_layers.{j}.weight": (8, 8, 3, 3) for j in (0, 2)}
+    with pytest.raises(ValueError, match="is no family known here"):
+        identify(write_hollow(tmp_path / "file", shapes))
+
+
 def test_files_of_no_known_kind_show_some_names(tmp_path):
     with pytest.raises(ValueError, match=r"is no Stable Diffusion checkpoint, it has bert\.w, gpt\.w: give"):
         identify(write_hollow(tmp_path / "file", {"gpt.w": (2,), "bert.w": (2,)}))
