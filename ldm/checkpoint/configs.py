@@ -262,7 +262,6 @@ def diffusion_to_json(config: DiffusionConfig, sampler: str) -> Json:
 
 
 def _read(json: Json, fields: Fields) -> Json:
-    """Our `fields` from `json`, or their defaults."""
     return {ours: json.get(theirs, default) for ours, (theirs, default) in fields.items()}
 
 
@@ -295,8 +294,6 @@ def _layers(depth: Depths) -> list[int | list[int]]:
 
 
 def _check_fixed(json: Json, fixed: dict[str, tuple[Any, ...]], where: str) -> None:
-    for key, allowed in fixed.items():
-        if json.get(key, allowed[0]) not in allowed:
-            raise ValueError(
-                f"{where}: {key} {short(json[key])} is not supported; allowed: {', '.join(map(repr, allowed))}"
-            )
+    for key, valid in fixed.items():
+        if (value := json.get(key, valid[0])) not in valid:
+            raise ValueError(f"{where}: {key} {short(value)} is not supported; allowed: {', '.join(map(repr, valid))}")

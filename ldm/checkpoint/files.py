@@ -184,9 +184,7 @@ def _rewrite(tensors: PickledTensors, target: Path, layout: Layout, dtype: torch
     """Write the tensors of a pickle under their own names, those in floating point in `dtype` if given."""
     if layout != "ldm":
         what = kind_of(tensors) or "a part of a model"
-        raise ValueError(
-            f"{tensors} is {what}, not a model: its tensors can be written into one file as they are, with layout 'ldm'"
-        )
+        raise ValueError(f"{tensors} is {what}, not a model: its tensors can be written into one file (layout 'ldm')")
     held = {}
     for name, value in tensors.read(tensors.shapes, mapped=False):  # views of one storage cannot be saved
         held[name] = value.to(dtype) if dtype and value.is_floating_point() else value
@@ -196,7 +194,6 @@ def _rewrite(tensors: PickledTensors, target: Path, layout: Layout, dtype: torch
 
 
 def _check_target(path: Path, layout: Layout, overwrite: bool) -> None:
-    """Raise ValueError if `path` exists and may not be overwritten."""
     if not path.exists():
         return
     if not overwrite:

@@ -65,9 +65,7 @@ class Part:
     def stored(self, keys: Sequence[str]) -> dict[str, Stored]:
         """Return where each of the network's `keys` is stored."""
         found = key_map(keys, self.rules, self.prefix)
-        if not self.ema:
-            return found
-        return {key: at._replace(name=ema_name(at.name)) for key, at in found.items()}
+        return {key: at._replace(name=ema_name(at.name)) for key, at in found.items()} if self.ema else found
 
 
 @dataclass(frozen=True)

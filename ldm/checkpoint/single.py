@@ -61,8 +61,7 @@ def open_single(
             f"{tensors} holds a text encoder {contents.towers[0].width} wide, and {config.name} takes "
             f"{' and '.join(str(text.width) for text in config.text)}"
         )
-    tokenizers = (Tokenizer.official(),) * len(config.text)
-    return Source(config, "ldm", why, parts, tokenizers, notes)
+    return Source(config, "ldm", why, parts, (Tokenizer.official(),) * len(config.text), notes)
 
 
 def _towers(contents: Contents, text: tuple[TextConfig, ...]) -> list[Tower | None]:
@@ -83,8 +82,7 @@ def write_single(path: Path, model: ModelLike, dtype: torch.dtype | None) -> Non
                 f"a single file has no place for a tokenizer, and that of {model.config.name} is not CLIP's own: "
                 "save in the diffusers layout"
             )
-    metadata = {METADATA_KEY: json.dumps(dataclasses.asdict(model.config))}
-    write_tensors(ldm_tensors(model, dtype), path, metadata=metadata)
+    write_tensors(ldm_tensors(model, dtype), path, {METADATA_KEY: json.dumps(dataclasses.asdict(model.config))})
 
 
 def ldm_tensors(model: ModelLike, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -107,8 +105,7 @@ def ldm_tensors(model: ModelLike, dtype: torch.dtype | None = None) -> dict[str,
                 value = kept.get(f"{name}.{rest}", stand_in)
                 held[prefix + rest] = value.to(dtype or value.dtype).contiguous()
         else:
-            ids = torch.arange(text.max_length, device="cpu")[None]
-            held[f"{prefix}text_model.embeddings.position_ids"] = ids
+            held[f"{prefix}text_model.embeddings.position_ids"] = torch.arange(text.max_length, device="cpu")[None]
         tensors |= held
     return tensors
 

@@ -68,7 +68,6 @@ def merge(source: Source, replace: Mapping[str, str | Path]) -> Source:
 
 
 def _replaced(source: Source, other: Source, name: str, path: str | Path) -> Source:
-    """Return `source` with its part `name` from `other`, which was opened from `path`."""
     config, parts, notes = source.config, dict(source.parts), list(source.notes)
     taken = {name: name}  # our part -> the part of `other` that replaces it
     why = f"{source.why}; its {name} is from {path}"

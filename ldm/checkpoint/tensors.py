@@ -84,8 +84,8 @@ class TensorFiles(Tensors):
         self._places: dict[str, tuple[Path, int, int]] = {}  # file, first byte, number of bytes
         for path in paths:
             size, header = read_header(path)
-            self.metadata = self.metadata or header.pop("__metadata__", None) or {}
-            header.pop("__metadata__", None)
+            metadata = header.pop("__metadata__", None)
+            self.metadata = self.metadata or metadata or {}
             for name, entry in header.items():
                 if name in self._places:
                     raise ValueError(f"{name!r} is in both {self._places[name][0]} and {path}")

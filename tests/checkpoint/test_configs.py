@@ -251,7 +251,7 @@ def test_block_types_of_a_vae_that_are_not_a_list_of_names_are_refused(types):
 
 
 def test_a_unet_without_levels_is_refused():
-    with pytest.raises(ValueError, match="here: blocks .* are not supported"):
+    with pytest.raises(ValueError, match=r"here: blocks .* are not supported"):
         configs.unet_from_json({"block_out_channels": [], "layers_per_block": []}, "here")
 
 

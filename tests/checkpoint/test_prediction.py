@@ -119,9 +119,7 @@ def test_empty_metadata_say_nothing(value):
 def test_words_that_are_not_known_are_noted_and_do_not_decide(key, value):
     decision = decided(File(metadata={key: value}))
     assert (decision.prediction, decision.why) == ("eps", BY_DEFAULT)
-    assert decision.notes == (
-        f"its metadata {key} says {value[:40]!r}, which is not a known prediction type",
-    )
+    assert decision.notes == (f"its metadata {key} says {value[:40]!r}, which is not a known prediction type",)
 
 
 @pytest.mark.parametrize(
