@@ -12,7 +12,7 @@ def beside(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`, to write to and then rename. It is removed at the end."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.{os.getpid()}.new")
-    _remove(new)  # it is there if a process with the same number was killed
+    _remove(new)  # left by a killed process with the same number
     try:
         yield new
     finally:

@@ -166,7 +166,7 @@ class ModelConfig:
     vae: VAEConfig = field(default_factory=VAEConfig)
     text: tuple[TextConfig, ...] = field(default_factory=lambda: (TextConfig(),))
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
-    image_size: int = 512  # pixels; what the model was trained at
+    image_size: int = 512  # pixels per side at which the model was trained
     guidance_scale: float = 7.5  # this and the two below: the authors' defaults
     steps: int = 25
     sampler: str = "dpmpp_2m"

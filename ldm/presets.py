@@ -109,7 +109,7 @@ PRESETS: dict[str, ModelConfig] = {
     preset.name: preset for preset in (*(SD15, SD21_BASE, SD21, SD_TURBO), *(SDXL_BASE, SDXL_REFINER, SDXL_TURBO, TINY))
 }
 
-# UNets distilled from that of SD 1.5 or SDXL, by their published names. All else is as in that preset.
+# UNets distilled from SD 1.5 or SDXL, by their published names. The other networks are those of SD 1.5 or SDXL.
 _KOALA = dataclasses.replace(SDXL_BASE.unet, res_blocks=1, depth=(0, 2, 5), mid="none")
 _BK_SDM = dataclasses.replace(SD15.unet, res_blocks=1)
 RELATIVES: dict[str, UNetConfig] = {

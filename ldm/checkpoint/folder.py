@@ -284,8 +284,8 @@ def _shards(index: Path) -> list[Path]:
 def _tokenizer(folder: Path) -> tuple[Tokenizer, int]:
     """Read a tokenizer, and the id of the token that pads prompts.
 
-    The pad token of tokenizer_config.json counts, or that of special_tokens_map.json if the former lacks
-    "added_tokens_decoder", which transformers writes since 4.34. The default is the end token.
+    The pad token is in tokenizer_config.json; if that file has no "added_tokens_decoder", which transformers writes
+    since 4.34, special_tokens_map.json overrides it. The default is the end token.
     """
     tokenizer = Tokenizer.from_folder(folder)
     said: dict[str, Any] = {}

@@ -75,7 +75,7 @@ class Source:
     config: ModelConfig  # absent parts have the family's configuration
     layout: Layout
     why: str  # the reason for the architecture and the prediction type
-    parts: Mapping[str, Part]  # keys: "unet", "vae" and TOWERS, those that are present
+    parts: Mapping[str, Part]  # by name: "unet", "vae" and TOWERS, if present
     tokenizers: tuple[Tokenizer, ...]  # one per tower
     notes: tuple[str, ...] = ()  # clauses for the user
     kept: Tensors | None = None  # the file of a folder that holds `Model.unused`

@@ -37,8 +37,8 @@ class Report:
     """The report on a path. problem: the reason why it cannot be loaded, "" if it can.
 
     prediction, why: what the UNet predicts, and the reason; prediction is None without a UNet.
-    missing, misshapen: names of tensors that do not fit the model. unknown, left_out: names that no network uses;
-    the latter are common beside models and of no use. ema: the number of tensors of the UNet's moving average.
+    missing, misshapen: names of tensors that do not fit the model. unknown: names that no network uses. left_out: names
+    in `IGNORED`, such as noise schedules. ema: the number of tensors of the UNet's moving average.
     """
 
     path: str

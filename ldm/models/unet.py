@@ -128,7 +128,7 @@ class Encoder(nn.Module):
         if self.guidance_embed is not None:
             if guidance is None:
                 raise ValueError(
-                    "this UNet needs guidance=, for each image the guidance scale - 1 (it was distilled with it)"
+                    "this UNet needs guidance=, the guidance scale - 1 for each image: it was distilled with guidance"
                 )
             sinusoid = guidance_embedding(guidance, self.guidance_embed.in_features)
             embedded = embedded + self.guidance_embed(sinusoid.to(dtype))
