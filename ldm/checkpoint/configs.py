@@ -239,7 +239,7 @@ def diffusion_from_json(json: Json, where: str, *, sdxl: bool) -> tuple[Diffusio
     if not sdxl:
         table["offset"] = 1
     unusual = [f"{k} {json[k]}" for k, usual in _SCHEDULER_USUAL.items() if json.get(k, usual[0]) not in usual]
-    notes = (f"its scheduler's {', '.join(unusual)} has no counterpart here",) if unusual else ()
+    notes = (f"its scheduler's {', '.join(unusual)} has no counterpart here",) if unusual and spacing != "lcm" else ()
     return from_dict(table, DiffusionConfig, where), notes
 
 

@@ -77,7 +77,7 @@ def open_folder(folder: Path, *, prediction: Prediction | None = None, pickles: 
     named = any("turbo" in part.lower() for part in folder.resolve().parts[-3:])  # SD-Turbo's configs do not tell
     turbo = diffusion.spacing == "trailing" and not ours and (size == 64 if sdxl else named)
     config = recognize(unet, vae, text, diffusion, turbo=turbo)
-    if isinstance(size, int):
+    if type(size) is int and size > 0:
         config = dataclasses.replace(config, image_size=size * vae.factor)
     if isinstance(index.get("force_zeros_for_empty_prompt"), bool):
         config = dataclasses.replace(config, zero_negative=index["force_zeros_for_empty_prompt"])

@@ -166,7 +166,7 @@ class _Shapes:
         """Count the transformer blocks of a stage, such as "down.1" or "mid"."""
         start = self.name(f"{stage}.transformer.blocks.0.norm1").removesuffix("0.norm1")
         numbers = (n.removeprefix(start).split(".")[0] for n in self.names if n.startswith(start))
-        return max((int(number) + 1 for number in numbers if number.isdigit()), default=0)
+        return max((int(number) + 1 for number in numbers if number.isdecimal()), default=0)
 
 
 def unet_of(tensors: Tensors, place: Place) -> tuple[UNetConfig, ModelConfig, str]:

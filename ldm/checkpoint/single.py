@@ -61,7 +61,9 @@ def open_single(
             f"{tensors} holds a text encoder {contents.towers[0].width} wide, and {config.name} takes "
             f"{' and '.join(str(text.width) for text in config.text)}"
         )
-    return Source(config, "ldm", why, parts, (Tokenizer.official(),) * len(config.text), notes)
+    dropped = (identify.unet_part(tensors, contents.unet, config.unet),) if ema and contents.unet else ()
+    tokenizers = (Tokenizer.official(),) * len(config.text)
+    return Source(config, "ldm", why, parts, tokenizers, notes, dropped=dropped)
 
 
 def _towers(contents: Contents, text: tuple[TextConfig, ...]) -> list[Tower | None]:

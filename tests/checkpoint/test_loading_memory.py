@@ -74,6 +74,7 @@ def check(found: list[Measured]) -> None:
             assert peak > size  # it was measured
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("as_command", [False, True], ids=["library", "command"])
 def test_a_cast_takes_the_model_and_a_tenth_and_one_tensor_and_mapping_nothing(as_command, small_file, tmp_path):
     tensors = ldm_tensors(hollow_model(SD15_LIKE))
