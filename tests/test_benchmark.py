@@ -30,6 +30,7 @@ def run(benchmark, monkeypatch, *words):
     return int(ended.value.code)
 
 
+@pytest.mark.slow
 def test_both_sides_do_the_same_step_in_turn_and_the_row_has_all_figures(benchmark, monkeypatch, tmp_path):
     asked, ask = [], benchmark.Worker.ask
     monkeypatch.setattr(benchmark.Worker, "ask", lambda self, word: asked.append((self.side, word)) or ask(self, word))
@@ -62,6 +63,7 @@ def test_both_sides_do_the_same_step_in_turn_and_the_row_has_all_figures(benchma
     assert f"| {row['s']:.4g} |" in text
 
 
+@pytest.mark.slow
 def test_the_first_row_is_the_command_that_everybody_runs_first(benchmark, monkeypatch, tmp_path):
     words = ["--cases", "bundled-64", "--parts", "command", "--rounds", "1", "--write", tmp_path]
     assert run(benchmark, monkeypatch, *words) == 0
@@ -147,6 +149,7 @@ def test_what_a_person_wrote_around_the_tables_stays(benchmark, tmp_path):
     assert text.endswith(f"| a | step | ldm | 1.5 |\n\n{end}\nMore.\n")
 
 
+@pytest.mark.slow
 def test_a_picture_is_counted_with_the_weights_that_are_on_the_device(benchmark):
     rows = {(row["part"], row["side"]): row["peak, MiB"] for row in benchmark.counted("sd15-512")}
     unet, vae, text = (2 * benchmark.size(n) / 2**20 for n in benchmark.networks(benchmark.SD15))

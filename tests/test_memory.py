@@ -354,6 +354,7 @@ def test_calls_are_recorded_only_where_the_weights_stay_on_cuda():
 # ------------------------------------------------------------------ compilation
 
 
+@pytest.mark.slow
 def test_blocks_are_compiled_whole_and_once():
     torch._dynamo.reset()  # what other tests compiled counts as sizes seen before
     one_level = dataclasses.replace(TINY_RANDOM.unet, channels=(16,), depth=(1,), heads=(2,))

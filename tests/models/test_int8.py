@@ -55,6 +55,7 @@ def test_the_latents_of_a_model_move_by_a_hundredth(model_folder, guidance):
     assert 0 < error < 0.02
 
 
+@pytest.mark.slow
 def test_it_works_in_compiled_blocks():
     unet = random_networks(TINY_RANDOM)[0].requires_grad_(False)
     quantize(unet)

@@ -120,6 +120,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 def test_no_weight_is_reordered_once_a_layer_was_called_with_that_size():
     told = subprocess.run(
         [sys.executable, "-c", CALLS_TWICE],

@@ -172,6 +172,7 @@ def test_a_budget_for_the_whole_computes_nothing_twice_and_a_smaller_one_ever_mo
     assert ratios == sorted(ratios)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("direction", "size", "budget", "factor"),
     [
