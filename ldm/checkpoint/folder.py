@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ldm.checkpoint import configs, tables
 from ldm.checkpoint.configs import Json
-from ldm.checkpoint.identify import Place, check_inputs, padded_as_official, text_part, vae_part
+from ldm.checkpoint.identify import Place, check_inputs, check_stored_plainly, padded_as_official, text_part, vae_part
 from ldm.checkpoint.parts import TOWERS, Model, ModelLike, Part, Source, collect
 from ldm.checkpoint.pickles import PickledTensors
 from ldm.checkpoint.tensors import TensorFiles, Tensors, check_file, parse_object, some, write_tensors
@@ -55,21 +55,23 @@ def open_folder(folder: Path, *, prediction: Prediction | None = None, pickles: 
         return _open_part(folder, pickles)
     index, towers, notes = _read_index(folder)
     unet_json, where = _config(folder, "unet")
+    check_inputs(unet_json.get("in_channels", 4), folder)
     unet = configs.unet_from_json(unet_json, where)
-    check_inputs(unet.in_channels, folder)
     sdxl = unet.vector_dim is not None
-    vae = configs.vae_from_json(*_config(folder, "vae"), sdxl=sdxl)
     tokenizers = [_tokenizer(folder / name.replace("text_encoder", "tokenizer")) for name in towers]
     text = tuple(
-        configs.text_from_json(*_config(folder, name), pad_id, sdxl=sdxl)
-        for name, (_, pad_id) in zip(towers, tokenizers, strict=True)
+        configs.text_from_json(json | {"architectures": [_class(index, name)]}, where, pad_id, sdxl=sdxl)
+        for (json, where), name, (_, pad_id) in zip(
+            (_config(folder, name) for name in towers), towers, tokenizers, strict=True
+        )
     )
     ours = (folder / "ldm.json").is_file()
     text, repadded = padded_as_official(text, ours=ours)
     scheduler, where = _config(folder, "scheduler", "scheduler_config.json")
     scheduler["_class_name"] = _class(index, "scheduler") or scheduler.get("_class_name")
     diffusion, unfollowed = configs.diffusion_from_json(scheduler, where, sdxl=sdxl)
-    why = f"the configs of its {index.get('_class_name')}; {where} says {diffusion.prediction}"
+    vae = configs.vae_from_json(*_config(folder, "vae"), sdxl=sdxl)
+    why = f"the configs of its {index.get('_class_name') or 'pipeline'}; {where} says {diffusion.prediction}"
     if prediction is not None:
         diffusion = dataclasses.replace(diffusion, prediction=prediction)
         why += f", you asked for {prediction}"
@@ -77,8 +79,9 @@ def open_folder(folder: Path, *, prediction: Prediction | None = None, pickles: 
     named = any("turbo" in part.lower() for part in folder.resolve().parts[-3:])  # SD-Turbo's configs do not tell
     turbo = diffusion.spacing == "trailing" and not ours and (size == 64 if sdxl else named)
     config = recognize(unet, vae, text, diffusion, turbo=turbo)
-    if type(size) is int and size > 0:
-        config = dataclasses.replace(config, image_size=size * vae.factor)
+    sides = size if isinstance(size, list) and size else [size]  # diffusers takes [height, width], too
+    if all(type(side) is int and side > 0 for side in sides):
+        config = dataclasses.replace(config, image_size=max(sides) * vae.factor)
     if isinstance(index.get("force_zeros_for_empty_prompt"), bool):
         config = dataclasses.replace(config, zero_negative=index["force_zeros_for_empty_prompt"])
     if ours:
@@ -172,7 +175,9 @@ def _tensors(folder: Path, stem: str, pickles: bool) -> Tensors:
     """Return the tensors of a component. With `pickles`, a .bin file is used if there is no .safetensors file."""
     if pickles and not any(folder.glob("*.safetensors")) and (found := sorted(folder.glob("*.bin"))):
         return PickledTensors(found[0])
-    return TensorFiles(_weight_files(folder, stem))
+    tensors = TensorFiles(_weight_files(folder, stem))
+    check_stored_plainly(tensors)
+    return tensors
 
 
 def _text_part(tensors: Tensors, config: TextConfig) -> Part:
@@ -209,10 +214,13 @@ def _read_index(folder: Path) -> tuple[Json, tuple[str, ...], tuple[str, ...]]:
     """Read and check model_index.json. Returns its contents, the folders of the text encoders, and notes."""
     if not (folder / "model_index.json").is_file():
         snapshots = sorted(folder.glob("snapshots/*/model_index.json"))
-        files = sorted(path.name for path in folder.glob("*.safetensors"))
+        inner = sorted(folder.glob("*/model_index.json"))
+        files = sorted(path.name for path in folder.glob("*") if path.suffix in (".safetensors", ".ckpt"))
         hint = "give the folder that holds model_index.json"
         if snapshots:
             hint = f"it is a cache of Hugging Face, give {snapshots[-1].parent}"
+        elif inner:
+            hint = f"give the folder in it that does, {inner[0].parent}"
         elif files:
             hint = f"give a file in it, such as {folder / files[0]}"
         raise ValueError(f"{folder} is not a model folder, it has no model_index.json: {hint}")

@@ -28,11 +28,13 @@ IGNORED = re.compile(
     r"|(model_ema|loss|first_stage_model\.loss|embedding_manager|cond_stage_model\.(.*\.)?vision_model)\..*"
     r"|(.*\.)?(position_ids|attn_mask|logit_scale)|cond_stage_key|v_pred|ztsnr"
 )
-_SCALED = re.compile(r"scaled_fp8|.*\.(scale_weight|scale_input|weight_scale|input_scale|absmax|quant_map)")
+_SCALED = re.compile(
+    r"(.*\.)?scaled_fp8|.*\.(comfy_quant|scale_weight|scale_input|weight_scale|input_scale|absmax|quant_map)"
+)
 _EDM = {"edm_mean": "Playground v2.5", "edm_std": "Playground v2.5", "edm_vpred.sigma_max": "CosXL"}
 _TOWER = re.compile(  # the token embedding of a text tower; the group `level` tells the style of its names
-    r"(?P<prefix>((cond_stage_model|conditioner\.embedders\.\d+|text_encoders?(_2)?(\.clip_[lg])?|clip_[lg]|te[12]?)\.)?"
-    r"((model|transformer)\.)?)(?P<level>text_model\.embeddings\.|embeddings\.|)token_embedding\.weight"
+    r"(?P<prefix>((cond_stage_model|conditioner\.embedders\.\d+|text_encoders?(_2)?(\.clip_[lgh])?|clip_[lgh]|te[12]?)\.)?"
+    r"(model\.)?(transformer\.)?)(?P<level>text_model\.embeddings\.|embeddings\.|)token_embedding\.weight"
 )
 _STYLES = {"text_model.embeddings.": "hf", "embeddings.": "hf without text_model", "": "openclip"}
 
@@ -87,10 +89,11 @@ def _place(names: set[str], prefixes: tuple[str, ...], marks: Mapping[str, tuple
 
 def check_stored_plainly(tensors: Tensors) -> None:
     """Raise ValueError for quantized weights, which need a scale, and for EDM models: neither is supported."""
-    if scaled := next((name for name in tensors.shapes if _SCALED.fullmatch(name)), None):
-        raise ValueError(
-            f"{tensors} is quantized, its numbers have scales beside them ({scaled}): give one in fp32, fp16 or bf16"
-        )
+    for name, dtype in tensors.dtypes.items():
+        if _SCALED.fullmatch(name) or (dtype in ("I8", "U8") and name.endswith(".weight")):
+            raise ValueError(
+                f"{tensors} is quantized, its numbers need scales ({name}): give one in fp32, fp16 or bf16"
+            )
     for name, model in _EDM.items():
         if name in tensors.shapes:
             raise ValueError(f"{tensors} is an EDM model as {model} is (it holds {name}), which is not supported")
@@ -113,14 +116,14 @@ def vae_part(tensors: Tensors, place: Place, config: VAEConfig) -> Part:
 def text_part(tensors: Tensors, place: Place, config: TextConfig) -> Part:
     """Return the text tower at `place` as a Part, with the official tensors that `config` does not use."""
     prefix, shapes = place.prefix, tensors.shapes
-    if place.style != "openclip":
-        return Part(tensors, tables.hf_text("text_model" if place.style == "hf" else ""), prefix)
-    rules: tuple[Rule, ...] = tables.OPENCLIP_TEXT
-    if f"{prefix}text_projection" not in shapes:  # Playground v2 stores the weight of a Linear
+    openclip = place.style == "openclip"
+    rules = tables.OPENCLIP_TEXT if openclip else tables.hf_text("text_model" if place.style == "hf" else "")
+    if openclip and f"{prefix}text_projection" not in shapes:  # Playground v2 stores the weight of a Linear
         rules = (Rule("projection.weight", "text_projection.weight"), *rules)
-    last = f"{prefix}transformer.resblocks.{config.layers}."  # SD 2 uses the layers before this one only
+    last = translate(f"blocks.{config.layers}.norm1.x", rules, prefix).name  # SD 2 uses the layers before this one only
+    last = last.rsplit(".", 2)[0] + "."
     unused = {f"{prefix}logit_scale"}
-    if config.projection is None:
+    if config.projection is None and (openclip or config.layers == SD21.text[0].layers):
         unused |= {f"{prefix}text_projection", *(n for n in shapes if n.startswith(last))}
     return Part(tensors, rules, prefix, unused=tuple(sorted(unused & shapes.keys())))
 
@@ -240,7 +243,7 @@ def padded_as_official(text: tuple[TextConfig, ...], *, ours: bool) -> tuple[tup
 
 _WORDS: dict[str, Prediction] = {
     **dict.fromkeys(("eps", "epsilon", "eps_prediction", "epsilon_prediction"), "eps"),
-    **dict.fromkeys(("v", "v_pred", "vpred", "v_prediction", "velocity"), "v"),
+    **dict.fromkeys(("v", "v_pred", "vpred", "v_prediction", "vprediction", "v_parameterization", "velocity"), "v"),
     **dict.fromkeys(("x0", "sample"), "x0"),
 }
 _METADATA: dict[str, dict[str, Prediction]] = {
@@ -284,7 +287,7 @@ def decide(
         said.append(("v", "it holds the marker tensor v_pred"))
     for key, meanings in (_METADATA | (_SD2_METADATA if family is SD21_BASE else {})).items():
         value = tensors.metadata.get(key, "").strip()
-        word = re.sub(r"[-\s]+", "_", value.lower())
+        word = re.sub(r"[\W_]+", "_", value.lower()).strip("_")
         plain = re.sub(r"_?zt?snr_?", "", word)
         clause = f"its metadata {key} says {value[:40]!r}"
         if plain != word:

@@ -154,7 +154,7 @@ def _from_shapes(
     if contents.unet is None:
         widths = sorted(tower.width for tower in contents.towers)
         like = next((f for f in FAMILIES if [text.width for text in f.text] == widths), FAMILIES[0])
-        if not widths and re.search(r"xl(?![a-z])", tensors.paths[0].stem.lower()):
+        if not widths and re.search(r"sdxl|xl(?![a-z])|xl_?vae", tensors.paths[0].stem.lower()):
             like = SDXL_BASE  # a VAE has the same names and shapes in all families
         text = _text(contents, like)
         return dataclasses.replace(like, text=text), "it holds a part of a model", ()
