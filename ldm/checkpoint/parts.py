@@ -17,6 +17,7 @@ from ldm.models.unet import UNet
 from ldm.models.vae import VAE
 
 Layout = Literal["ldm", "diffusers"]
+_OPTIONAL = ("mid_block.", "middle_block.", "add_embedding.", "label_emb.")  # of UNets; some have none
 TOWERS = ("text_encoder", "text_encoder_2")  # names of the parts that hold the text towers
 
 
@@ -119,7 +120,8 @@ def compare(
         ]
         kinds = {_kind(n.removeprefix(part.prefix)) for n in wanted[name]}
         behind = sorted(n for n in left & shapes.keys() if n.startswith(part.prefix))
-        unexpected = [n for n in behind if _kind(n.removeprefix(part.prefix)) in kinds]
+        rest = {n: n.removeprefix(part.prefix) for n in behind}
+        unexpected = [n for n in behind if _kind(rest[n]) in kinds or rest[n].startswith(_OPTIONAL)]
         missing = [n for n in wanted[name] if n not in shapes]
         if missing or misshapen or unexpected:
             found[name] = {"missing": missing, "misshapen": misshapen, "unexpected": unexpected}

@@ -173,3 +173,11 @@ def test_a_folder_around_a_model_or_a_pickle_names_it(tmp_path, vocabulary):  # 
     (root.parent / "sd.ckpt").touch()
     with pytest.raises(ValueError, match=r"give a file in it, such as .*sd\.ckpt"):
         identify(root.parent)
+
+
+@pytest.mark.parametrize("key", ["mid_block_type", "addition_embed_type"])
+def test_a_config_that_lost_a_part_of_the_unet_which_its_weights_have_is_refused(key, tmp_path, vocabulary):  # noqa: F811
+    root = write_folder(tmp_path / "model", SDXL, vocabulary)
+    write_json(root / "unet" / "config.json", SDXL_UNET | {key: None})
+    with pytest.raises(ValueError, match=r"unexpected|describes no model|of different families"):
+        identify(root)
