@@ -61,9 +61,7 @@ def open_single(
             f"{tensors} holds a text encoder {contents.towers[0].width} wide, and {config.name} takes "
             f"{' and '.join(str(text.width) for text in config.text)}"
         )
-    dropped = (identify.unet_part(tensors, contents.unet, config.unet),) if ema and contents.unet else ()
-    tokenizers = (Tokenizer.official(),) * len(config.text)
-    return Source(config, "ldm", why, parts, tokenizers, notes, dropped=dropped)
+    return Source(config, "ldm", why, parts, (Tokenizer.official(),) * len(config.text), notes)
 
 
 def _towers(contents: Contents, text: tuple[TextConfig, ...]) -> list[Tower | None]:

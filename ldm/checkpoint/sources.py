@@ -130,7 +130,8 @@ def check_fits(source: Source, path: str | Path) -> tuple[Networks, Source, tupl
     """
     networks = build(source, path)
     left = check(modules(*networks), source.parts, source.dropped)
-    if strange := [name for name in left if not IGNORED.fullmatch(name)]:
+    plain = tuple(part.prefix for part in source.parts.values() if part.ema)  # in its place the average is taken
+    if strange := [name for name in left if not IGNORED.fullmatch(name) and not name.startswith(plain)]:
         what = f"left out {len(strange)} tensors that no network here uses: {some(strange)}"
         source = dataclasses.replace(source, notes=(*source.notes, what))
     return networks, source, tuple(left)
