@@ -121,7 +121,7 @@ def compare(
         kinds = {_kind(n.removeprefix(part.prefix)) for n in wanted[name]}
         behind = sorted(n for n in left & shapes.keys() if n.startswith(part.prefix))
         rest = {n: n.removeprefix(part.prefix) for n in behind}
-        unexpected = [n for n in behind if _kind(rest[n]) in kinds or rest[n].startswith(_OPTIONAL)]
+        unexpected = [n for n in behind if _kind(rest[n]) in kinds or (rest[n].startswith(_OPTIONAL) and not part.ema)]
         missing = [n for n in wanted[name] if n not in shapes]
         if missing or misshapen or unexpected:
             found[name] = {"missing": missing, "misshapen": misshapen, "unexpected": unexpected}
