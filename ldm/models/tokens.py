@@ -3,6 +3,7 @@
 import gzip
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from reprlib import repr as short
@@ -70,8 +71,9 @@ class Tokenizer:
         return str(text).replace("</w>", " ").strip()
 
     @classmethod
+    @cache
     def official(cls) -> "Tokenizer":
-        """Return OpenAI's vocabulary of 49,408 tokens, shared by every Stable Diffusion and in this package."""
+        """Return OpenAI's vocabulary of 49,408 tokens, which every Stable Diffusion has: the same object at each call."""
         return cls(*official_vocabulary())
 
     @classmethod

@@ -58,6 +58,7 @@ def test_every_family_comes_back_bit_for_bit(any_model, layout, tmp_path):
     assert identify(tmp_path / "m").config == any_model.config
 
 
+@pytest.mark.slow
 def test_a_file_goes_to_a_folder_and_back_bit_for_bit_with_what_no_network_uses(model, tmp_path):
     tensors = official_tensors(model)
     write(tmp_path / "file", model, tensors)
@@ -68,6 +69,7 @@ def test_a_file_goes_to_a_folder_and_back_bit_for_bit_with_what_no_network_uses(
     same_tensors(load_file(tmp_path / "back"), tensors)
 
 
+@pytest.mark.slow
 def test_a_conversion_keeps_each_tensors_dtype_or_casts_all(model, tmp_path):
     tensors = official_tensors(model)
     mixed = {name: value.half() if name.startswith(UNET) else value for name, value in tensors.items()}
@@ -115,6 +117,7 @@ def test_the_averaged_copy_is_read_when_asked_for_and_left_out_otherwise(tmp_pat
         load(tmp_path / "folder", ema=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["ldm", "diffusers"])
 def test_parts_are_replaced_by_those_of_other_models_and_files(layout, tmp_path):
     one, two = small_model("sdxl-base"), small_model("sdxl-base")
@@ -161,6 +164,7 @@ def test_weights_that_are_not_finite_are_named_when_they_are_read(bad, tmp_path)
         load(tmp_path / "m", dtype=torch.bfloat16)
 
 
+@pytest.mark.slow
 def test_what_the_user_says_of_the_prediction_holds_in_every_layout(tmp_path):
     model = small_model("sd15")
     for layout in ("ldm", "diffusers"):

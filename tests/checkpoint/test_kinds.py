@@ -281,6 +281,7 @@ def test_a_relative_in_one_file_is_exactly_that_network(name, tmp_path):
     assert found.source.notes == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", ["diffusers", "ldm"])
 @pytest.mark.parametrize("name", UNETS)
 def test_a_relatives_unet_alone_is_exactly_that_network(name, style, tmp_path):

@@ -91,6 +91,7 @@ class Failing:
             self.fail()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("last", [False, True], ids=["first file", "last file"])
 def test_a_kill_while_writing_leaves_the_old_model_and_does_not_disturb_the_next_save(
     layout, last, saved, small, other, monkeypatch

@@ -54,6 +54,7 @@ def test_every_network_computes_what_diffusers_computes(name, both):
     assert max(differences.values()) < RELATIVE, differences
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd15", "sd21", "sdxl-base"])  # plain; upcast; two towers
 def test_bf16_costs_every_network_no_more_than_it_costs_diffusers(name, both):
     given = compare.draw(reference.small(FAMILIES[name]), 0, 64)
@@ -143,6 +144,7 @@ def test_what_is_asked_changes_the_picture_so_that_these_tests_would_see_it_igno
     assert compare.levels(plain, changed) > 3 * LEVELS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in FAMILIES if "turbo" not in name])  # as their base
 def test_what_we_save_in_either_layout_diffusers_reads_bit_for_bit(name, both, folder):
     read = compare.saved(name, folder(name), *both(name))

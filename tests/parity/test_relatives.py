@@ -160,6 +160,7 @@ def test_pictures_of_ssd_1b_equal_those_of_diffusers(both):
     assert compare.levels(got, expected) <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["ldm", "diffusers"])
 @pytest.mark.parametrize("name", ["LCM", "SSD-1B"])
 def test_saved_in_either_layout_they_are_the_same_models(name, layout, both, tmp_path):
