@@ -73,7 +73,7 @@ class Tokenizer:
     @classmethod
     @cache
     def official(cls) -> "Tokenizer":
-        """Return OpenAI's vocabulary of 49,408 tokens, which every Stable Diffusion has: the same object at each call."""
+        """Return OpenAI's vocabulary of 49,408 tokens, of every Stable Diffusion. Each call returns the same object."""
         return cls(*official_vocabulary())
 
     @classmethod
