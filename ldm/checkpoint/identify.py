@@ -215,7 +215,7 @@ def unet_of(tensors: Tensors, place: Place) -> tuple[UNetConfig, ModelConfig, st
         heads=(8,) * levels if family[0] is SD15 else tuple(max(c // 64, 1) for c in channels),
         guidance_dim=shapes.size("guidance_embed.weight", 1) if "guidance_embed.weight" in shapes else None,
     )
-    lcm = ", distilled into a latent consistency model (LCM): it embeds the guidance scale" * guided
+    lcm = ", distilled into a latent consistency model (LCM)" if config.guidance_dim else ""
     return config, family[0], f"{seen} are {NAMES[context]}{lcm}"
 
 
