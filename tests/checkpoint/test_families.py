@@ -18,7 +18,9 @@ UNET = "model.diffusion_model."
 PLANS = ("sd15", "sd21", "sdxl-base", "sdxl-refiner")  # the others have the networks of these
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(
+    scope="module", params=[pytest.param(n, marks=pytest.mark.slow if "turbo" in n else ()) for n in FAMILIES]
+)
 def any_model(request) -> Model:
     return small_model(request.param)
 

@@ -11,6 +11,12 @@ from ldm.checkpoint.files import identify
 from tests.parity import compare, reference
 from tests.parity.reference import FAMILIES
 
+
+def slow_if_as_another(name):
+    """Mark the families whose networks are those of another one."""
+    return pytest.mark.slow if "turbo" in name or name in ("sd21-base", "sd15-instruct-pix2pix") else ()
+
+
 pytestmark = [  # of diffusers' own making
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*torch_dtype.*:FutureWarning"),
@@ -43,7 +49,7 @@ def both(folder):
     )
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=slow_if_as_another(name)) for name in FAMILIES])
 def test_every_network_computes_what_diffusers_computes(name, both):
     ours, theirs = both(name)
     given = compare.draw(reference.small(FAMILIES[name]), 0, 64)
@@ -73,7 +79,14 @@ def assert_equal_pictures(ours, theirs, request):
     assert compare.levels(made, expected) <= LEVELS
 
 
-@pytest.mark.parametrize(("name", "label"), [(name, label) for name in FAMILIES for label in compare.requests(name)])
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        pytest.param(name, label, marks=slow_if_as_another(name))
+        for name in FAMILIES
+        for label in compare.requests(name)
+    ],
+)
 def test_pictures_equal_those_of_diffusers(name, label, both):
     request = compare.requests(name, images=1)[label]
     fewer = {10: 4, 8: 5}.get(request.steps, request.steps)  # on whole timesteps, or not, as before
