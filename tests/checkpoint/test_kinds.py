@@ -271,6 +271,7 @@ def whole(unet: UNetConfig) -> ModelConfig:
     return recognize(unet, like.vae, like.text, like.diffusion)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", UNETS)
 def test_a_relative_in_one_file_is_exactly_that_network(name, tmp_path):
     config = whole(UNETS[name])

@@ -147,6 +147,7 @@ def lcm(both):
     return both("LCM")
 
 
+@pytest.mark.slow
 def test_pictures_of_ssd_1b_equal_those_of_diffusers(both):
     ours, theirs = both("SSD-1B")
     assert ours.unet.config.mid == "residual"
