@@ -68,6 +68,11 @@ class UNetConfig:
         if self.guidance_dim is not None and (self.guidance_dim < 4 or self.guidance_dim % 2):
             raise ValueError(f"guidance_dim must be even and 4 or more, got {short(self.guidance_dim)}")
 
+    @property
+    def is_sdxl(self) -> bool:
+        """Whether the UNet takes pooled text and sizes, as SDXL base and its refiner do."""
+        return self.vector_dim is not None
+
     def depths(self) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
         """Return the number of transformer blocks after each residual block, per level: encoder's, decoder's."""
         up_depth = self.depth[::-1] if self.up_depth is None else self.up_depth

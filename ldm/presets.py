@@ -137,7 +137,7 @@ def recognize(
     turbo: the model is SD-Turbo or SDXL-Turbo, whose networks are those of SD 2 and SDXL.
     """
     family = next((p for p in FAMILIES if tells(p.unet) == tells(unet)), None)
-    like = family or (SD15 if unet.vector_dim is None else SDXL_BASE)
+    like = family or (SDXL_BASE if unet.is_sdxl else SD15)
     if like is SD21_BASE:
         like = SD_TURBO if turbo else SD21 if diffusion.prediction == "v" else SD21_BASE
     elif like is SDXL_BASE and turbo:

@@ -57,7 +57,7 @@ def open_folder(folder: Path, *, prediction: Prediction | None = None, pickles: 
     unet_json, where = _config(folder, "unet")
     check_inputs(unet_json.get("in_channels", 4), folder)
     unet = configs.unet_from_json(unet_json, where)
-    sdxl = unet.vector_dim is not None
+    sdxl = unet.is_sdxl
     tokenizers = [_tokenizer(folder / name.replace("text_encoder", "tokenizer")) for name in towers]
     text = tuple(
         configs.text_from_json(json | {"architectures": [_class(index, name)]}, where, pad_id, sdxl=sdxl)
@@ -105,7 +105,7 @@ def write_folder(folder: Path, model: ModelLike, dtype: torch.dtype | None) -> N
     Raises ValueError for a model that the layout cannot express.
     """
     config = model.config
-    sdxl = config.unet.vector_dim is not None
+    sdxl = config.unet.is_sdxl
     extras = Extras(**{f.name: getattr(config, f.name) for f in dataclasses.fields(Extras)})
     scheduler = configs.diffusion_to_json(config.diffusion, config.sampler)
     unet = configs.unet_to_json(config.unet, config.image_size // config.vae.factor)
@@ -186,7 +186,7 @@ def _text_part(tensors: Tensors, config: TextConfig) -> Part:
 
 
 def _write_index(config: ModelConfig, scheduler: Json, towers: tuple[str, ...]) -> Json:
-    sdxl, refiner = config.unet.vector_dim is not None, "aesthetic_score" in config.micro_conditioning
+    sdxl, refiner = config.unet.is_sdxl, "aesthetic_score" in config.micro_conditioning
     task = {8: "InstructPix2Pix", 9: "Inpaint"}.get(config.unet.in_channels, "Img2Img" if refiner else "")
     index: Json = {
         "_class_name": f"StableDiffusion{'XL' * sdxl}{task}Pipeline",

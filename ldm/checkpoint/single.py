@@ -92,7 +92,7 @@ def ldm_tensors(model: ModelLike, dtype: torch.dtype | None = None) -> dict[str,
     """
     config = model.config
     kept = model.unused if isinstance(model, Model) else {}
-    sgm = config.unet.vector_dim is not None
+    sgm = config.unet.is_sdxl
     tensors = {
         **collect(model.unet, tables.ldm_unet(config.unet), tables.UNET_PREFIX, dtype),
         **collect(model.vae, tables.ldm_vae(config.vae), tables.VAE_PREFIX, dtype),
@@ -134,7 +134,7 @@ def _from_metadata(tensors: Tensors, prediction: Prediction | None) -> tuple[Mod
     table.pop("micro_conditioning", None)  # files of version 0.1 have it; it follows from the other fields
     config = from_dict(table, ModelConfig, where, may_lack=_NEW_FIELDS)
     if "overflows_fp16" not in table["vae"]:
-        vae = dataclasses.replace(config.vae, overflows_fp16=config.unet.vector_dim is not None)
+        vae = dataclasses.replace(config.vae, overflows_fp16=config.unet.is_sdxl)
         config = dataclasses.replace(config, vae=vae)
     text, notes = identify.padded_as_official(config.text, ours=True)
     config = dataclasses.replace(config, text=text)

@@ -73,7 +73,7 @@ def _replaced(source: Source, other: Source, name: str, path: str | Path) -> Sou
     why = f"{source.why}; its {name} is from {path}"
     if name == "vae":
         vae, scale = other.config.vae, config.vae.scaling_factor
-        sdxl = config.unet.vector_dim is not None
+        sdxl = config.unet.is_sdxl
         alone = other.layout == "ldm" and len(other.parts) == 1  # then its scaling factor is unknown
         if vae.scaling_factor != scale and not (alone and vae == SD15.vae):
             notes.append(
