@@ -83,7 +83,8 @@ def test_a_cast_takes_the_model_and_a_tenth_and_one_tensor_and_mapping_nothing(a
     f16 = write_hollow(tmp_path / "f16", shapes, metadata)
     f32 = write_hollow(tmp_path / "f32", shapes, metadata, dtypes=dict.fromkeys(shapes, "F32"))
     cases = [(f16, torch.bfloat16), (f32, torch.float16), (f16, torch.float16), (f32, torch.float32)]
-    found = in_fresh_process(measure, small_file, cases, as_command)
+    runs = [in_fresh_process(measure, small_file, cases, as_command) for _ in range(3)]
+    found = [min(measured, key=lambda m: m.peak) for measured in zip(*runs, strict=True)]  # a busy machine only adds
     assert [m.tensor > 0 for m in found] == [True, True, False, False]
     check(found)
 
