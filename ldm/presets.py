@@ -106,7 +106,7 @@ TINY = ModelConfig(  # weights/tiny, trained by configs/train_vae.toml and train
     guidance_scale=4.0,
 )
 PRESETS: dict[str, ModelConfig] = {
-    preset.name: preset for preset in (*(SD15, SD21_BASE, SD21, SD_TURBO), *(SDXL_BASE, SDXL_REFINER, SDXL_TURBO, TINY))
+    preset.name: preset for preset in (SD15, SD21_BASE, SD21, SD_TURBO, SDXL_BASE, SDXL_REFINER, SDXL_TURBO, TINY)
 }
 
 # UNets distilled from SD 1.5 or SDXL, by their published names. The other networks are those of SD 1.5 or SDXL.
@@ -149,10 +149,12 @@ def recognize(
     plain = dataclasses.replace(
         unet, in_channels=4, upcast_attention=like.unet.upcast_attention, linear_projection=like.unet.linear_projection
     )
-    names = {like.name: like.unet} | RELATIVES | {"lcm": dataclasses.replace(SD15.unet, guidance_dim=256)}
-    name = next((name for name, other in names.items() if other == plain), None)
-    known = name and unet.in_channels in VARIANTS and [t.width for t in text] == [t.width for t in like.text]
-    return dataclasses.replace(own, name=name + VARIANTS[unet.in_channels] if name and known else "custom")
+    name = "custom"
+    if unet.in_channels in VARIANTS and [t.width for t in text] == [t.width for t in like.text]:
+        names = {like.name: like.unet} | RELATIVES | {"lcm": dataclasses.replace(SD15.unet, guidance_dim=256)}
+        found = (known + VARIANTS[unet.in_channels] for known, other in names.items() if other == plain)
+        name = next(found, "custom")
+    return dataclasses.replace(own, name=name)
 
 
 def tells(unet: UNetConfig) -> tuple[int, int, int | None]:

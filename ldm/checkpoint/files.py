@@ -1,4 +1,4 @@
-"""Models on disk: identify, inspect, load, save and convert them."""
+"""Models on disk: identify, load, save and convert them."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -148,12 +148,15 @@ class _Shapes:
     def __init__(self, tensors: Tensors, place: Place) -> None:
         self.tensors, self.place = tensors, place
         self.names = [n for n in tensors.shapes if n.startswith(place.prefix)]
-        self.res_blocks = 8  # per level; an upper bound until they are counted
+        self.number_by(8)  # an upper bound, until they are counted
+
+    def number_by(self, res_blocks: int) -> None:
+        """Number the stages as a UNet with this many residual blocks per level does."""
+        self.rules = _unet_rules(self.tensors, self.place, dataclasses.replace(SD15.unet, res_blocks=res_blocks))
 
     def name(self, key: str) -> str:
         """Return the name that our parameter `key` has in the file's style."""
-        rules = _unet_rules(self.tensors, self.place, dataclasses.replace(SD15.unet, res_blocks=self.res_blocks))
-        return translate(key, rules, self.place.prefix).name
+        return translate(key, self.rules, self.place.prefix).name
 
     def __contains__(self, key: str) -> bool:
         return self.name(key) in self.tensors.shapes
@@ -180,8 +183,9 @@ def unet_of(tensors: Tensors, place: Place) -> tuple[UNetConfig, ModelConfig, st
     """
     shapes = _Shapes(tensors, place)
     counts = range(1, 9)
-    shapes.res_blocks = next((i for i in counts if f"down.{i + 1}.res.norm1.weight" not in shapes), 8)
-    per_level = shapes.res_blocks + 1
+    res_blocks = next((i for i in counts if f"down.{i + 1}.res.norm1.weight" not in shapes), 8)
+    shapes.number_by(res_blocks)
+    per_level = res_blocks + 1
     levels = next((i for i in counts if f"down.{i * per_level + 1}.res.norm1.weight" not in shapes), 8)
     channels = tuple(shapes.size(f"down.{i * per_level + 1}.res.conv1.weight", 0) for i in range(levels))
     inputs = shapes.size("down.0.conv.weight", 1)
@@ -207,7 +211,7 @@ def unet_of(tensors: Tensors, place: Place) -> tuple[UNetConfig, ModelConfig, st
         in_channels=inputs,
         out_channels=shapes.size("conv_out.weight", 0),
         channels=channels,
-        res_blocks=shapes.res_blocks,
+        res_blocks=res_blocks,
         depth=tuple(tuple(down[i + 1 : i + per_level]) for i in range(0, len(down), per_level)),
         up_depth=tuple(tuple(up[i : i + per_level]) for i in range(0, len(up), per_level)),
         mid=middle,
@@ -312,7 +316,7 @@ def decide(
 
 def _probe(tensors: Tensors, shapes: _Shapes) -> Iterator[tuple[Prediction, str]]:
     """Tell eps from v in SD 2 text-to-image models, which agree in all names and shapes."""
-    shapes.res_blocks = SD21.unet.res_blocks
+    shapes.number_by(SD21.unet.res_blocks)
     name = shapes.name(_PROBED)
     if name in tensors.shapes and shapes.size("down.0.conv.weight", 1) == 4:
         ((_, value),) = tensors.read([name])
