@@ -37,8 +37,9 @@ from ldm.config import TextConfig, UNetConfig, VAEConfig
 from ldm.memory import DECODE, slab_budget
 from ldm.models.attention import math_attention, set_attention, sliced_attention
 from ldm.models.slabs import encode_slabs
-from ldm.models.text import TextEncoder, Tokenizer
+from ldm.models.text import TextEncoder
 from ldm.models.tiles import encode_tiles
+from ldm.models.tokens import Tokenizer
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
 from ldm.offload import Streamed

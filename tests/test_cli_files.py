@@ -13,7 +13,7 @@ import ldm
 from ldm.checkpoint import files
 from ldm.checkpoint.parts import Model, ema_name
 from ldm.cli import main
-from ldm.models.text import Tokenizer
+from ldm.models.tokens import Tokenizer
 from ldm.record import digest
 from tests.checkpoint.conftest import SMALL
 from tests.tiny import random_networks

@@ -21,7 +21,8 @@ from ldm.graphs import Recording
 from ldm.memory import Placement, compile_blocks
 from ldm.models.attention import math_attention, sliced_attention
 from ldm.models.layers import timestep_embedding
-from ldm.models.text import TextEncoder, Tokenizer
+from ldm.models.text import TextEncoder
+from ldm.models.tokens import Tokenizer
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
 from ldm.offload import Streamed, pin, tensors_of

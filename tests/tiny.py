@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from ldm.config import ModelConfig, TextConfig, UNetConfig, VAEConfig
-from ldm.models.text import BOS, EOS, TextEncoder, Tokenizer, byte_alphabet
+from ldm.models.text import TextEncoder
+from ldm.models.tokens import BOS, EOS, Tokenizer, byte_alphabet
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
 

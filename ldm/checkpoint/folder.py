@@ -19,7 +19,7 @@ from ldm.checkpoint.parts import TOWERS, Model, ModelLike, Part, Source, collect
 from ldm.checkpoint.pickles import PickledTensors
 from ldm.checkpoint.tensors import TensorFiles, Tensors, check_file, parse_object, some, write_tensors
 from ldm.config import ModelConfig, Prediction, TextConfig, from_dict
-from ldm.models.text import EOS, Tokenizer
+from ldm.models.tokens import EOS, Tokenizer
 from ldm.models.vae import VAE
 from ldm.presets import SD15, recognize
 

@@ -12,7 +12,8 @@ from ldm.checkpoint.keymap import Rule, Stored, inverse, key_map
 from ldm.checkpoint.tensors import DTYPES, FLOATS, Tensors, some
 from ldm.config import ModelConfig
 from ldm.models.int8 import is_plain
-from ldm.models.text import TextEncoder, Tokenizer
+from ldm.models.text import TextEncoder
+from ldm.models.tokens import Tokenizer
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
 

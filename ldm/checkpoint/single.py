@@ -15,7 +15,7 @@ from ldm.checkpoint.known import KnownFile, kind_of
 from ldm.checkpoint.parts import TOWERS, Model, ModelLike, Source, collect
 from ldm.checkpoint.tensors import Tensors, parse_object, some, write_tensors
 from ldm.config import DiffusionConfig, ModelConfig, Prediction, TextConfig, from_dict
-from ldm.models.text import Tokenizer, official_vocabulary
+from ldm.models.tokens import Tokenizer, official_vocabulary
 from ldm.presets import FAMILIES, SD21_BASE, SD_TURBO, SDXL_BASE, recognize
 
 METADATA_KEY = "ldm.config"  # the metadata key under which this package writes the ModelConfig as JSON

@@ -9,18 +9,7 @@ from torch import Tensor, nn
 
 from ldm.config import TextConfig
 from ldm.models.clip import ACTIVATIONS, Block
-from ldm.models.tokens import BOS, EOS, Tokenizer, byte_alphabet, official_vocabulary
-
-__all__ = [
-    "BOS",
-    "EOS",
-    "Conditioning",
-    "TextEncoder",
-    "TextTower",
-    "Tokenizer",
-    "byte_alphabet",
-    "official_vocabulary",
-]
+from ldm.models.tokens import Tokenizer
 
 
 class Conditioning(NamedTuple):

@@ -10,7 +10,8 @@ import torch
 from ldm.checkpoint.files import load, load_vae, save, save_vae
 from ldm.checkpoint.parts import Model
 from ldm.config import DiffusionConfig, ModelConfig, TextConfig, UNetConfig, VAEConfig, from_dict, read_toml
-from ldm.models.text import TextEncoder, Tokenizer
+from ldm.models.text import TextEncoder
+from ldm.models.tokens import Tokenizer
 from ldm.models.unet import UNet
 from ldm.training.data import DataConfig
 from ldm.training.diffusion import DiffusionLoss, DiffusionObjective, Networks

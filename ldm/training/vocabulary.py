@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from ldm.models.text import BOS, EOS, byte_alphabet
+from ldm.models.tokens import BOS, EOS, byte_alphabet
 
 
 def build_vocabulary(captions: Iterable[str], size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:

@@ -8,7 +8,8 @@ import torch
 from ldm.checkpoint.files import save
 from ldm.checkpoint.parts import Model
 from ldm.config import DiffusionConfig, ModelConfig, TextConfig, UNetConfig, VAEConfig
-from ldm.models.text import TextEncoder, Tokenizer
+from ldm.models.text import TextEncoder
+from ldm.models.tokens import Tokenizer
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
 

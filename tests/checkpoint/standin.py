@@ -16,7 +16,8 @@ from torch import Tensor
 from ldm.checkpoint.parts import Model
 from ldm.checkpoint.single import ldm_tensors
 from ldm.config import ModelConfig
-from ldm.models.text import TextEncoder, Tokenizer
+from ldm.models.text import TextEncoder
+from ldm.models.tokens import Tokenizer
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
 from ldm.presets import PRESETS

@@ -14,7 +14,8 @@ from ldm.checkpoint import files
 from ldm.checkpoint.files import identify, load, save
 from ldm.checkpoint.parts import Model
 from ldm.config import ModelConfig, TextConfig, UNetConfig, VAEConfig
-from ldm.models.text import BOS, EOS, TextEncoder, Tokenizer, byte_alphabet
+from ldm.models.text import TextEncoder
+from ldm.models.tokens import BOS, EOS, Tokenizer, byte_alphabet
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
 

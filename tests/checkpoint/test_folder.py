@@ -17,7 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ldm.checkpoint.files import Model, identify, load, load_vae, save, save_vae
 from ldm.config import DiffusionConfig, TextConfig, UNetConfig, VAEConfig
-from ldm.models.text import EOS, Tokenizer
+from ldm.models.tokens import EOS, Tokenizer
 
 TEXTS = ["a photo of a frog on the beach!", "", "café 🙂 123"]
 RELATIVE = 1e-5  # of the largest value, in fp32: both sum in their own order

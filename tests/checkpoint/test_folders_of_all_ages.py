@@ -15,7 +15,7 @@ from ldm.checkpoint import tables
 from ldm.checkpoint.files import identify
 from ldm.checkpoint.parts import collect
 from ldm.config import ModelConfig
-from ldm.models.text import Tokenizer
+from ldm.models.tokens import Tokenizer
 from ldm.presets import SD15, SD21_BASE, SDXL_BASE, SDXL_REFINER
 from tests.checkpoint.standin import hollow_model, write_hollow
 

@@ -26,7 +26,7 @@ from ldm.checkpoint.parts import Model
 from ldm.checkpoint.single import METADATA_KEY
 from ldm.checkpoint.tensors import TensorFiles
 from ldm.cli.inspect import inspect
-from ldm.models.text import Tokenizer
+from ldm.models.tokens import Tokenizer
 from tests.checkpoint.families import official_tensors, small_model
 from tests.tiny import TINY_RANDOM, TINY_SDXL, random_networks
 

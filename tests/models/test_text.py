@@ -12,7 +12,8 @@ import ldm
 from ldm.checkpoint import tables
 from ldm.checkpoint.keymap import key_map
 from ldm.config import TextConfig
-from ldm.models.text import TextEncoder, TextTower, Tokenizer
+from ldm.models.text import TextEncoder, TextTower
+from ldm.models.tokens import Tokenizer
 
 SMALL = TextConfig(width=16, layers=3, heads=2, mlp=32, vocab_size=49408)
 TEXTS = ["a photo of an astronaut riding a horse on mars", ""]

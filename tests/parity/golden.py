@@ -6,7 +6,7 @@ from typing import Any
 
 from ldm.config import Spacing
 from ldm.diffusion.schedule import NoiseSchedule
-from ldm.models.text import Tokenizer
+from ldm.models.tokens import Tokenizer
 
 _FOLDER = Path(__file__).parent.parent / "golden"
 TOKENS: list[dict[str, Any]] = json.loads((_FOLDER / "tokens.json").read_text())["cases"]

@@ -17,7 +17,7 @@ import torch
 import transformers
 
 import ldm
-from ldm.models.text import Tokenizer
+from ldm.models.tokens import Tokenizer
 from tests.parity import compare, golden, reference
 from tests.parity.compare import TIMESTEPS
 from tests.parity.reference import FAMILIES

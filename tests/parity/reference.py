@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 import ldm
-from ldm.models.text import official_vocabulary
+from ldm.models.tokens import official_vocabulary
 
 PROMPTS = ["a red apple on a wooden table, 35mm", "blurry, low contrast"]  # and negative
 

@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from ldm.models.text import TextTower, Tokenizer
+from ldm.models.text import TextTower
+from ldm.models.tokens import Tokenizer
 from ldm.presets import SD15, SD21_BASE
 from tests.parity import golden
 from tests.parity.golden import EXPRESSED, REPAIRED_BY_OPENAI, SCHEDULES, TOKENS

@@ -5,7 +5,8 @@ import torch
 
 from ldm.config import DiffusionConfig, TextConfig, UNetConfig, VAEConfig
 from ldm.diffusion.schedule import NoiseSchedule
-from ldm.models.text import TextEncoder, Tokenizer
+from ldm.models.text import TextEncoder
+from ldm.models.tokens import Tokenizer
 from ldm.models.vae import VAE
 from ldm.training.diffusion import DiffusionLoss, DiffusionObjective, loss_weights
 from ldm.training.vocabulary import build_vocabulary

@@ -5,7 +5,7 @@ import json
 import pytest
 from transformers import CLIPTokenizer
 
-from ldm.models.text import BOS, EOS, Tokenizer, byte_alphabet
+from ldm.models.tokens import BOS, EOS, Tokenizer, byte_alphabet
 from ldm.training.scenes import Scenes
 from ldm.training.vocabulary import build_vocabulary
 from tests.training.drawn import drawn_sprites
