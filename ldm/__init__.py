@@ -1,8 +1,8 @@
 """Latent diffusion from scratch in pure PyTorch."""
 
 from ldm.config import ModelConfig
-from ldm.memory import Placement
 from ldm.pipeline import Pipeline, load
+from ldm.placement.memory import Placement
 from ldm.presets import PRESETS, SD15, SD21, SD21_BASE, SD_TURBO, SDXL_BASE, SDXL_REFINER, SDXL_TURBO, TINY
 from ldm.request import Request
 

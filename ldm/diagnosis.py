@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.models.int8 import is_plain
-from ldm.models.packing import Packed
+from ldm.placement.packing import Packed
 
 NAMES = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder"}
 

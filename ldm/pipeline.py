@@ -11,19 +11,19 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.checkpoint import files
+from ldm.conditioning import timestep_embedding
 from ldm.config import ModelConfig, Prediction
 from ldm.diagnosis import not_finite
 from ldm.diffusion.denoiser import Denoiser, consistency, guided, parametrise, within
 from ldm.diffusion.samplers import SAMPLERS, Noise, Step, seeded_noise, start
 from ldm.diffusion.schedule import NoiseSchedule, to_vp
-from ldm.graphs import Graphs
 from ldm.images import to_pil
-from ldm.memory import DECODE, Placement, find_device
-from ldm.models.layers import timestep_embedding
 from ldm.models.text import TextEncoder
 from ldm.models.transformer import Context
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
+from ldm.placement.graphs import Graphs
+from ldm.placement.memory import DECODE, Placement, find_device
 from ldm.request import Request
 
 BUNDLED = "weights/tiny"
@@ -207,7 +207,7 @@ class Pipeline:
         if request.guidance_scale > 1 and self.config.unet.guidance_dim is None:
             texts.append(request.negative_prompt or "")
         outputs = self.text_encoder.encode(texts, request.clip_skip)
-        encoded = [part for part in outputs if part is not None]
+        encoded = [part for part in (outputs.context, outputs.vector) if part is not None]
         if request.negative_prompt is None:  # zeros, not the empty text
             for part in encoded:
                 part[1:] = 0

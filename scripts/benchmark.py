@@ -34,15 +34,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from ldm.checkpoint import files
 from ldm.checkpoint.parts import Model
 from ldm.config import TextConfig, UNetConfig, VAEConfig
-from ldm.memory import DECODE, slab_budget
 from ldm.models.attention import math_attention, set_attention, sliced_attention
-from ldm.models.slabs import encode_slabs
 from ldm.models.text import TextEncoder
-from ldm.models.tiles import encode_tiles
 from ldm.models.tokens import Tokenizer
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
-from ldm.offload import Streamed
+from ldm.placement.memory import DECODE, slab_budget
+from ldm.placement.offload import Streamed
+from ldm.placement.slabs import encode_slabs
+from ldm.placement.tiles import encode_tiles
 from ldm.presets import SD15, SD21, SDXL_BASE, SDXL_REFINER, TINY
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,11 +11,11 @@ from functools import partial
 import openvino
 import torch
 
-from ldm.cli.allocator import keep_freed_memory
-from ldm.memory import ATTENTION, Placement
 from ldm.models.attention import set_attention
-from ldm.models.packing import pack
 from ldm.models.unet import UNet
+from ldm.placement.allocator import keep_freed_memory
+from ldm.placement.memory import ATTENTION, Placement
+from ldm.placement.packing import pack
 from ldm.presets import SD15
 
 HINTS = {"float32": "f32", "bfloat16": "bf16"}

@@ -32,8 +32,8 @@ MARKS = []  # the ends of the steps
 def ours():
     """This package as the `ldm` command or a program uses it, but for the VAE, whose dtype is that of the rest."""
     import ldm
-    from ldm.cli.allocator import keep_freed_memory
-    from ldm.memory import DECODE
+    from ldm.placement.allocator import keep_freed_memory
+    from ldm.placement.memory import DECODE
 
     if TASK["command"]:
         keep_freed_memory()

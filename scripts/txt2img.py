@@ -12,11 +12,11 @@ import torch
 from tqdm import tqdm
 
 from ldm.checkpoint.files import load
+from ldm.conditioning import timestep_embedding
 from ldm.diffusion.denoiser import guided, parametrise
 from ldm.diffusion.samplers import dpmpp_2m, seeded_noise
 from ldm.diffusion.schedule import NoiseSchedule, to_ve
 from ldm.images import save_png, to_pil
-from ldm.models.layers import timestep_embedding
 from ldm.request import Request
 
 parser = argparse.ArgumentParser(description="Make a picture from a prompt.")
@@ -44,7 +44,8 @@ def main() -> None:
     texts = [request.prompt]
     if request.guidance_scale > 1:
         texts.append(request.negative_prompt or "")
-    encoded = [part for part in text_encoder.encode(texts) if part is not None]
+    outputs = text_encoder.encode(texts)
+    encoded = [part for part in (outputs.context, outputs.vector) if part is not None]
     if request.negative_prompt is None:  # SDXL base: zeros, not the empty text
         for part in encoded:
             part[1:] = 0

@@ -20,7 +20,7 @@ from ldm.cli import main
 from ldm.cli.options import PLACEMENT_OPTIONS, add_options, given, read_placement
 from ldm.cli.outputs import Outputs
 from ldm.images import read_texts, save_png
-from ldm.models.packing import can_pack
+from ldm.placement.packing import can_pack
 from ldm.record import digest
 from ldm.training import evaluate, scenes
 from tests.tiny import TINY_SDXL, random_networks

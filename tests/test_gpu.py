@@ -15,18 +15,18 @@ import torch
 import ldm
 from ldm.checkpoint import files
 from ldm.checkpoint.parts import Model
+from ldm.conditioning import timestep_embedding
 from ldm.config import UNetConfig
 from ldm.diffusion.samplers import SAMPLERS
-from ldm.graphs import Recording
-from ldm.memory import Placement, compile_blocks
 from ldm.models.attention import math_attention, sliced_attention
-from ldm.models.layers import timestep_embedding
 from ldm.models.text import TextEncoder
 from ldm.models.tokens import Tokenizer
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
-from ldm.offload import Streamed, pin, tensors_of
 from ldm.pipeline import Pipeline
+from ldm.placement.graphs import Recording
+from ldm.placement.memory import Placement, compile_blocks
+from ldm.placement.offload import Streamed, pin, tensors_of
 from ldm.presets import SD15, SDXL_BASE
 from tests.tiny import TINY_RANDOM, TINY_SDXL, random_networks
 

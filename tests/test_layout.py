@@ -19,24 +19,23 @@ PACKAGES = {  # what each part of ldm may import of ldm, beside itself
     "diffusion": set(),
     "images": set(),
     "presets": {"config"},
-    "models": {"config"},
+    "conditioning": set(),
+    "models": {"conditioning", "config"},
     "checkpoint": {"atomic", "config", "models", "presets"},
-    "diagnosis": {"models"},
-    "graphs": {"models"},
-    "offload": {"models"},
-    "memory": {"config", "models", "offload"},
+    "placement": {"conditioning", "config", "models"},
+    "diagnosis": {"models", "placement"},
     "request": {"config", "diffusion"},
     "pipeline": {
-        *("checkpoint", "config", "diagnosis", "diffusion", "graphs", "images", "memory", "models"),
+        *("checkpoint", "conditioning", "config", "diagnosis", "diffusion", "images", "models", "placement"),
         *("presets", "request"),
     },
-    "training": {"config", "models", "diffusion", "checkpoint", "images", "presets"},
-    "record": {"", "config", "images", "memory", "pipeline", "request"},
+    "training": {"conditioning", "config", "models", "diffusion", "checkpoint", "images", "presets"},
+    "record": {"", "config", "images", "pipeline", "placement", "request"},
     "cli": {
-        *("", "checkpoint", "config", "diffusion", "images", "memory", "pipeline", "presets", "record"),
+        *("", "checkpoint", "config", "diffusion", "images", "pipeline", "placement", "presets", "record"),
         *("request", "training"),
     },
-    "": {"config", "pipeline", "presets", "memory", "request"},  # ldm/__init__.py
+    "": {"config", "pipeline", "presets", "placement", "request"},  # ldm/__init__.py
 }
 THIRD_PARTY = {"torch", "safetensors", "tokenizers", "einops", "numpy", "PIL", "tqdm"}
 

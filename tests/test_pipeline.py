@@ -15,10 +15,10 @@ from ldm.checkpoint import files
 from ldm.diagnosis import not_finite
 from ldm.diffusion.denoiser import guided
 from ldm.diffusion.samplers import SAMPLERS
-from ldm.memory import Placement
 from ldm.models.attention import math_attention
-from ldm.models.packing import can_pack
 from ldm.pipeline import Pipeline, load
+from ldm.placement.memory import Placement
+from ldm.placement.packing import can_pack
 from ldm.presets import SD15, SD21, SD_TURBO, SDXL_BASE, SDXL_REFINER
 from ldm.request import Request
 from tests.tiny import TINY_REFINER, TINY_SDXL, random_networks
@@ -302,7 +302,8 @@ def embedded(*scalars):
 def test_sdxl_sees_both_towers_the_pooled_text_and_the_sizes(sdxl, monkeypatch):
     request = Request("a frog", "bad", 1, images=2, width=36, original_width=99, crop_top=5)
     context, vector = seen_by_the_unet(sdxl, monkeypatch, request)
-    expected, pooled = sdxl.text_encoder.encode(["bad", "a frog"])
+    encoded = sdxl.text_encoder.encode(["bad", "a frog"])
+    expected, pooled = encoded.context, encoded.vector
     assert context.shape == (4, 32, 32)
     assert torch.equal(context, expected.repeat_interleave(2, 0))
     assert torch.equal(vector[:, :24], pooled.repeat_interleave(2, 0))
@@ -324,7 +325,8 @@ def test_sdxl_steers_away_from_zeros_but_a_given_empty_text_is_encoded(sdxl, ref
     assert torch.equal(vector[0, 24:], vector[1, 24:])  # the sizes stay
     for pipe, negative in ((sdxl, ""), (refiner, None), (refiner, "")):
         context, vector = seen_by_the_unet(pipe, monkeypatch, Request("a frog", negative, 1))
-        expected, pooled = pipe.text_encoder.encode(["a frog", ""])
+        encoded = pipe.text_encoder.encode(["a frog", ""])
+        expected, pooled = encoded.context, encoded.vector
         assert torch.equal(context[0], expected[1])
         assert torch.equal(vector[0, :24], pooled[1])
 

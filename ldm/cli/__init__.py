@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import ldm
 from ldm.cli import files, training, txt2img
-from ldm.cli.allocator import keep_freed_memory
+from ldm.placement.allocator import keep_freed_memory
 
 
 class Parser(argparse.ArgumentParser):

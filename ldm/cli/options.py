@@ -15,8 +15,8 @@ import torch
 import ldm
 from ldm.config import Prediction, Spacing
 from ldm.diffusion.samplers import SAMPLERS
-from ldm.memory import ATTENTION, DECODE, DTYPES, GUIDANCE, OFFLOAD
 from ldm.pipeline import BUNDLED, locate
+from ldm.placement.memory import ATTENTION, DECODE, DTYPES, GUIDANCE, OFFLOAD
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 

@@ -19,7 +19,7 @@ from ldm.cli.options import (
     given,
     read_placement,
 )
-from ldm.memory import find_device
+from ldm.placement.memory import find_device
 
 
 def add(commands: Commands) -> None:

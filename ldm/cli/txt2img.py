@@ -28,7 +28,7 @@ from ldm.cli.options import (
 )
 from ldm.cli.outputs import Outputs
 from ldm.images import grid
-from ldm.memory import find_device
+from ldm.placement.memory import find_device
 from ldm.record import Environment, ModelUsed, PartUsed, digest, environment, recall, remember
 from ldm.request import default_conditioning
 

@@ -1,35 +1,7 @@
-"""The residual block that the UNet and the VAE share, and the sinusoidal embeddings of timesteps and guidance."""
+"""The residual block that the UNet and the VAE share."""
 
-import math
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-
-def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
-    """Embed scalars as cosines, then sines, of dim / 2 geometric frequencies from 1 down to 1/10000.
-
-    timesteps: b, any float or int. Returns b dim in fp32 (Ho et al. 2020, section 4; LDM puts the
-    cosines first).
-    """
-    half = dim // 2
-    exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
-    angles = timesteps.float()[:, None] * torch.exp(-math.log(10000) * exponents)  # b half
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)  # b dim
-
-
-def guidance_embedding(guidance: Tensor, dim: int) -> Tensor:
-    """Embed guidance as sines, then cosines, of 1000 w in dim / 2 geometric frequencies from 1 down to 1/10000.
-
-    guidance: b, w = guidance scale - 1. Returns b dim in fp32, as latent consistency models were trained with it (Luo
-    et al. 2023): unlike timesteps, sines come first and the last frequency is 1/10000 itself.
-    """
-    half = dim // 2
-    exponents = torch.arange(half, dtype=torch.float32, device=guidance.device)
-    frequencies = torch.exp(exponents * (-math.log(10000) / (half - 1)))
-    angles = 1000 * guidance.float()[:, None] * frequencies  # b half
-    return torch.cat([angles.sin(), angles.cos()], dim=-1)  # b dim
 
 
 class ResBlock(nn.Module):

@@ -2,21 +2,15 @@
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ldm.conditioning import Condition
 from ldm.config import TextConfig
 from ldm.models.clip import ACTIVATIONS, Block
 from ldm.models.tokens import Tokenizer
-
-
-class Conditioning(NamedTuple):
-    """The text inputs of the UNet. context: b n d. vector: b p, the pooled projection, or None."""
-
-    context: Tensor
-    vector: Tensor | None
 
 
 class TextTower(nn.Module):
@@ -51,7 +45,7 @@ class TextTower(nn.Module):
             rows.append(row + [self.config.pad_id] * (self.config.max_length - len(row)))
         return torch.tensor(rows, device=self.norm.weight.device)
 
-    def forward(self, ids: Tensor, clip_skip: int | None = None) -> Conditioning:
+    def forward(self, ids: Tensor, clip_skip: int | None = None) -> Condition:
         """Encode ids: b n. Returns the chosen hidden state: b n width, and the pooled projection: b p.
 
         clip_skip: another hidden state than the config's. Raises ValueError as `TextConfig.context_layer` does.
@@ -62,13 +56,13 @@ class TextTower(nn.Module):
             x = block(x)
         context = self.norm(x) if self.config.final_norm else x
         if self.projection is None:
-            return Conditioning(context, None)
+            return Condition(context, None)
         for block in self.blocks[layer:]:
             x = block(x)
         # The pooled position is the first end token; argmax(ids) would find added tokens, whose ids are larger.
         ends = (ids == self.tokenizer.eos_id).int().argmax(dim=-1)
         pooled = self.norm(x)[torch.arange(len(ids), device=ids.device), ends]
-        return Conditioning(context, self.projection(pooled))
+        return Condition(context, self.projection(pooled))
 
     @torch.no_grad()
     def _initialize(self) -> None:
@@ -101,7 +95,7 @@ class TextEncoder(nn.Module):
             TextTower(config, tokenizer) for config, tokenizer in zip(configs, tokenizers, strict=True)
         )
 
-    def encode(self, texts: list[str], clip_skip: int | None = None) -> Conditioning:
+    def encode(self, texts: list[str], clip_skip: int | None = None) -> Condition:
         """Encode `texts` as context: b n d (d: sum of the widths) and vector: b p or None.
 
         clip_skip: for every tower; see `TextConfig.context_layer`, which raises ValueError.
@@ -109,7 +103,7 @@ class TextEncoder(nn.Module):
         outputs = [tower(tower.tokenize(texts), clip_skip) for tower in self.towers]  # type: ignore[operator]
         vectors = [out.vector for out in outputs if out.vector is not None]
         context = torch.cat([out.context for out in outputs], dim=-1)  # b n d
-        return Conditioning(context, vectors[-1] if vectors else None)
+        return Condition(context, vectors[-1] if vectors else None)
 
     @classmethod
     def from_transformers(cls, model: Any, tokenizer: Any, *, sdxl: bool | None = None) -> "TextEncoder":

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.conditioning import guidance_embedding, timestep_embedding
 from ldm.config import UNetConfig
-from ldm.models.layers import ResBlock, guidance_embedding, timestep_embedding
+from ldm.models.layers import ResBlock
 from ldm.models.transformer import Context, SpatialTransformer, TransformerBlock
 
 

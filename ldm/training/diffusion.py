@@ -80,12 +80,12 @@ class DiffusionObjective(Objective):
             x0 = self.vae.encode(images).sample()
         keep = (torch.rand(len(captions)) >= self.weights.caption_dropout).tolist()
         shown = [caption if kept else "" for caption, kept in zip(captions, keep, strict=True)]
-        context, vector = self.networks.text_encoder.encode(shown)
+        condition = self.networks.text_encoder.encode(shown)
 
         t = torch.randint(len(self.schedule), (len(images),), device=images.device)
         noise = torch.randn_like(x0)
         noisy = self.schedule.add_noise(x0, noise, t)
-        predicted = self.networks.unet(noisy, t, context, vector)
+        predicted = self.networks.unet(noisy, t, condition.context, condition.vector)
 
         targets = {"eps": noise, "v": self.schedule.velocity(x0, noise, t), "x0": x0}
         errors = F.mse_loss(predicted, targets[self.prediction], reduction="none").mean(dim=(1, 2, 3))
@@ -101,11 +101,9 @@ class DiffusionObjective(Objective):
             len(prompts), self.vae.config.latent_channels, height, width, generator=torch.Generator().manual_seed(0)
         ).to(batch[0].device)
         sigmas = self.schedule.steps(25, "trailing")
+        shown, empty = (trained.text_encoder.encode(texts) for texts in (prompts, [""] * len(prompts)))
         predict = guided(
-            trained.unet,
-            trained.text_encoder.encode(prompts),
-            trained.text_encoder.encode([""] * len(prompts)),
-            scale=self.sample_guidance,
+            trained.unet, (shown.context, shown.vector), (empty.context, empty.vector), scale=self.sample_guidance
         )
         denoise = parametrise(predict, self.schedule, self.prediction)
         x = to_ve(noise, sigmas[0])

@@ -15,8 +15,8 @@ import torch
 from ldm.checkpoint.files import load
 from ldm.checkpoint.single import METADATA_KEY, ldm_tensors
 from ldm.checkpoint.tensors import DTYPES, TensorFiles
-from ldm.cli.allocator import keep_freed_memory
 from ldm.config import UNetConfig, VAEConfig
+from ldm.placement.allocator import keep_freed_memory
 from ldm.presets import SD15
 from tests.checkpoint.growth import MB, growth, in_fresh_process, measurable
 from tests.checkpoint.standin import hollow_model, official_shapes, write_hollow

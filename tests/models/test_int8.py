@@ -6,8 +6,8 @@ from torch import nn
 
 import ldm
 from ldm.checkpoint import files
-from ldm.memory import Placement
 from ldm.models.int8 import can_quantize, is_plain, quantize
+from ldm.placement.memory import Placement
 from tests.tiny import TINY_RANDOM, random_networks
 
 pytestmark = pytest.mark.skipif(not can_quantize(), reason="needs torchao")
@@ -61,7 +61,7 @@ def test_it_works_in_compiled_blocks():
     quantize(unet)
     x, t, context = torch.randn(2, 4, 8, 8), torch.tensor([900.0, 100.0]), torch.randn(2, 5, 32)
     expected = unet(x, t, context)
-    ldm.memory.compile_blocks(unet, backend="aot_eager")
+    ldm.placement.memory.compile_blocks(unet, backend="aot_eager")
     assert difference(unet(x, t, context), expected) < 1e-5
     torch.compiler.reset()
 
@@ -93,6 +93,6 @@ def test_what_cannot_be_in_int8_is_refused(monkeypatch, choices, message):
 
 
 def test_without_torchao_it_says_what_to_install(monkeypatch):
-    monkeypatch.setattr("ldm.memory.can_quantize", lambda: False)
+    monkeypatch.setattr("ldm.placement.memory.can_quantize", lambda: False)
     with pytest.raises(ValueError, match="need torchao: pip install torchao"):
         Placement("cpu", int8=True).resolve()

@@ -226,7 +226,8 @@ def test_an_encoder_joins_its_towers_and_takes_the_last_pooled_projection(tokeni
     torch.manual_seed(0)
     configs = (SMALL, dataclasses.replace(SMALL, width=24, projection=6, pad_id=0))
     encoder = TextEncoder(configs, (tokenizer, tokenizer)).eval()
-    context, vector = encoder.encode(["a cat", "a dog on mars!"])
+    encoded = encoder.encode(["a cat", "a dog on mars!"])
+    context, vector = encoded.context, encoded.vector
     assert context.shape == (2, 77, 40)
     assert vector.shape == (2, 6)
     alone = encoder.encode(["a dog on mars!"])

@@ -6,8 +6,8 @@ import pytest
 import torch
 from diffusers import LatentConsistencyModelPipeline
 
+from ldm.conditioning import guidance_embedding, timestep_embedding
 from ldm.config import UNetConfig
-from ldm.models.layers import guidance_embedding, timestep_embedding
 from ldm.models.unet import UNet
 from ldm.presets import PRESETS, RELATIVES
 

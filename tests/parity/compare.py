@@ -12,7 +12,7 @@ from torch import Tensor
 
 import ldm
 from ldm.checkpoint import files
-from ldm.models.layers import timestep_embedding
+from ldm.conditioning import timestep_embedding
 from tests.parity import reference
 from tests.parity.reference import FAMILIES, PROMPTS, STEP_LISTS, Family
 

@@ -116,7 +116,8 @@ def test_they_stay_equal_whatever_is_asked(sampler, change, both):
 def test_clip_skip_is_two_more_than_that_of_diffusers_for_sdxl(skip, both):
     # Their code for SD 1 fails with transformers 5; tests/models/test_text.py compares its layers.
     ours, theirs = both("sdxl-base")
-    context, vector = ours.text_encoder.encode(reference.PROMPTS, clip_skip=skip)
+    encoded = ours.text_encoder.encode(reference.PROMPTS, clip_skip=skip)
+    context, vector = encoded.context, encoded.vector
     for i, text in enumerate(reference.PROMPTS):
         expected, _, pooled, _ = theirs.encode_prompt(
             text, device="cpu", do_classifier_free_guidance=False, clip_skip=skip - 2

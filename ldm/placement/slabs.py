@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from ldm.models.layers import ResBlock
-from ldm.models.stages import DOUBLE, SILU, Attention, Conv, Fork, Halve, Join, Norm, Stage
 from ldm.models.vae import VAE, Decoder, Encoder, Gaussian, Level, Middle
+from ldm.placement.stages import DOUBLE, SILU, Attention, Conv, Fork, Halve, Join, Norm, Stage
 
 
 @torch.no_grad()

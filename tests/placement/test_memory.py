@@ -8,19 +8,19 @@ import torch
 from torch import nn
 
 import ldm
-from ldm import memory
 from ldm.checkpoint import files
 from ldm.diffusion.samplers import SAMPLERS
-from ldm.graphs import Graphs
-from ldm.memory import ATTENTION, DECODE, Placement, compile_blocks, find_device, slab_budget
 from ldm.models.attention import math_attention, sdpa, sliced_attention
 from ldm.models.layers import ResBlock
-from ldm.models.packing import can_pack, unpack
 from ldm.models.transformer import TransformerBlock
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
-from ldm.offload import Moved, Streamed, tensors_of
 from ldm.pipeline import Pipeline
+from ldm.placement import memory
+from ldm.placement.graphs import Graphs
+from ldm.placement.memory import ATTENTION, DECODE, Placement, compile_blocks, find_device, slab_budget
+from ldm.placement.offload import Moved, Streamed, tensors_of
+from ldm.placement.packing import can_pack, unpack
 from ldm.presets import SD15, SD21, SDXL_BASE
 from tests.recorded import record_on_the_cpu
 from tests.tiny import TINY_RANDOM, TINY_SDXL, random_networks

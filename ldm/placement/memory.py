@@ -14,14 +14,14 @@ from ldm.config import ModelConfig, VAEConfig
 from ldm.models.attention import Attend, math_attention, sdpa, set_attention, sliced_attention
 from ldm.models.int8 import can_quantize, quantize
 from ldm.models.layers import ResBlock
-from ldm.models.packing import can_pack, pack
-from ldm.models.slabs import decode_slabs
 from ldm.models.text import TextEncoder
-from ldm.models.tiles import decode_tiles
 from ldm.models.transformer import TransformerBlock
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
-from ldm.offload import Moved, Streamed, pin, tensors_of
+from ldm.placement.offload import Moved, Streamed, pin, tensors_of
+from ldm.placement.packing import can_pack, pack
+from ldm.placement.slabs import decode_slabs
+from ldm.placement.tiles import decode_tiles
 
 ATTENTION: dict[str, Attend] = {"sdpa": sdpa, "sliced": sliced_attention, "math": math_attention}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -57,7 +57,7 @@ class Placement:
       call for as long as the pipeline lives.
     compile: compile the blocks of UNet and VAE at their first call (minutes). Rounds otherwise.
     packed: on a CPU, hold the weights of UNet and VAE in the order that oneDNN computes in, for inference: they are no
-      parameters then, see `ldm.models.packing`. 1.2 to 1.4 times as fast at 256 pixels. Rounds otherwise.
+      parameters then, see `ldm.placement.packing`. 1.2 to 1.4 times as fast at 256 pixels. Rounds otherwise.
     int8: hold the weights of the UNet's linear layers in eight bits, which are most of SDXL's; approximate. It needs
       torchao, and such weights stay where they are: without offload.
     """
@@ -123,7 +123,7 @@ class Placement:
         On a CPU it is 1.3 to 1.6 times as fast as the default: weights are packed, and in bf16 attention is sliced.
         Only the last bits of the numbers change, and in bf16 scores of attention are rounded to bf16. Packed weights
         are no parameters: before training, merging or quantizing, plain layers must come back by
-        `ldm.models.packing.unpack(pipe.unet)`. On other devices, and for a CPU without oneDNN, it is the default.
+        `ldm.placement.packing.unpack(pipe.unet)`. On other devices, and for a CPU without oneDNN, it is the default.
         Raises what `resolve` raises, and TypeError for an unknown field.
         """
         placement = cls(**chosen)

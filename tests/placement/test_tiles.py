@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from einops import rearrange
 
 import ldm
-from ldm.models.tiles import decode_tiles, encode_tiles
 from ldm.models.vae import Gaussian
+from ldm.placement.tiles import decode_tiles, encode_tiles
 from tests.live_bytes import LiveBytes
-from tests.models.test_slabs import NARROW, SMALL, pictures, random_vae
+from tests.placement.test_slabs import NARROW, SMALL, pictures, random_vae
 
 LOCAL = SimpleNamespace(  # an autoencoder to which every pixel is alone: tiles must change nothing
     config=SimpleNamespace(factor=2),

@@ -1,7 +1,7 @@
 """Encode and decode in overlapping tiles, blended: bounded memory at little cost, but not the same numbers.
 
 Each tile is a picture of its own to the network: its normalisations and its attention know nothing of the others, so
-that colours and contrast of tiles differ, which the blending hides. `ldm.models.slabs` is the exact way, and slower.
+that colours and contrast of tiles differ, which the blending hides. `ldm.placement.slabs` is the exact way, and slower.
 """
 
 import math

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from ldm.config import UNetConfig, VAEConfig
-from ldm.models.packing import Packed, PackedConv2d, PackedLinear, can_pack, pack, unpack
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
+from ldm.placement.packing import Packed, PackedConv2d, PackedLinear, can_pack, pack, unpack
 
 pytestmark = pytest.mark.skipif(not can_pack(), reason="this torch is built without oneDNN")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -92,7 +92,7 @@ def test_a_packed_linear_layer_is_the_plain_one_but_for_rounding(rows, bias, dty
 CALLS_TWICE = """
 import torch
 from torch import nn
-from ldm.models.packing import pack
+from ldm.placement.packing import pack
 
 layers = [  # input channels, output channels, latent pixels: the bundled model's, SD 1.5's, the SDXL refiner's
     *((4, 96, 16), (96, 96, 16), (256, 96, 16), (160, 160, 8), (352, 160, 8)),

@@ -8,13 +8,13 @@ import sys
 import pytest
 
 from ldm import cli
-from ldm.cli.allocator import keep_freed_memory
+from ldm.placement.allocator import keep_freed_memory
 
 # Page faults of writing a fresh tensor of 64 MB twenty times: with the setting, the first one's memory serves all.
 FAULTS = """
 import resource, sys, torch
 if sys.argv[1] == "kept":
-    from ldm.cli.allocator import keep_freed_memory
+    from ldm.placement.allocator import keep_freed_memory
     assert keep_freed_memory()
 torch.ones(2**24)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

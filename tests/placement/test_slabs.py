@@ -8,9 +8,9 @@ from torch import nn
 
 from ldm.config import VAEConfig
 from ldm.models.attention import math_attention, set_attention
-from ldm.models.packing import can_pack, pack
-from ldm.models.slabs import decode_slabs, encode_slabs
 from ldm.models.vae import VAE
+from ldm.placement.packing import can_pack, pack
+from ldm.placement.slabs import decode_slabs, encode_slabs
 from ldm.presets import SD15
 from tests.live_bytes import LiveBytes
 
@@ -197,7 +197,7 @@ def test_the_official_autoencoder_in_fp16_within_a_budget(direction, size, budge
     ratio = work.done / plain.done
     print(f"{direction} {size}: {live.peak / MIB:.0f} MiB, image included, {ratio:.2f} times the work")
     assert live.peak <= budget * MIB
-    assert ratio < factor  # as computed in ldm.models.slabs, and two rows a slab and layer
+    assert ratio < factor  # as computed in ldm.placement.slabs, and two rows a slab and layer
 
 
 @pytest.mark.parametrize("part", [0.2, 0.4, 0.9])

@@ -13,7 +13,7 @@ from ldm.models.attention import set_attention
 from ldm.models.shortcuts import DeepCache
 from ldm.models.transformer import TransformerBlock
 from ldm.models.unet import UNet
-from ldm.offload import Moved, Streamed, pin, tensors_of
+from ldm.placement.offload import Moved, Streamed, pin, tensors_of
 from ldm.presets import SD15, SDXL_BASE
 from tests.live_bytes import LiveBytes
 from tests.tiny import TINY_SDXL, random_networks

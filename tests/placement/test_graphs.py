@@ -5,9 +5,9 @@ import warnings
 import pytest
 import torch
 
-from ldm.graphs import SHAPES, Graphs
 from ldm.models.attention import math_attention, set_attention
 from ldm.models.unet import UNet
+from ldm.placement.graphs import SHAPES, Graphs
 from tests.recorded import record_on_the_cpu
 from tests.tiny import TINY_SDXL, random_networks
 
