@@ -1,6 +1,7 @@
 """Architectures as frozen dataclasses, and strict reading of dataclasses from TOML."""
 
 import dataclasses
+import math
 import sys
 import tomllib
 import types
@@ -13,11 +14,62 @@ from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
 Prediction = Literal["eps", "v", "x0"]
-BetaSchedule = Literal["scaled_linear", "linear"]
+BetaSchedule = Literal["scaled_linear", "linear", "cosine"]
 Spacing = Literal[
     "leading", "trailing", "linspace", "lcm", "karras", "leading_karras", "trailing_karras",
     "exponential", "leading_exponential", "trailing_exponential",
 ]  # fmt: skip
+
+
+def option(default: Any, help: str, flag: str | None = None, *, low: float = -math.inf, high: float = math.inf) -> Any:
+    """Declare a field of a dataclass that is an option of the command.
+
+    help: the text of --help. flag: the name on the command line (default: the field's, with dashes).
+    low, high: the range that `check_fields` allows.
+    """
+    return field(default=default, metadata={"help": help, "flag": flag, "range": (low, high)})
+
+
+def check_fields(value: Any, *, largest: float = math.inf) -> None:
+    """Raise ValueError if a field of the dataclass `value` has another type than declared, or is out of its range.
+
+    largest: the upper limit of all numbers.
+    """
+    for f in dataclasses.fields(value):
+        union = typing.get_origin(f.type) in (typing.Union, types.UnionType)
+        got, (kind, *others) = getattr(value, f.name), typing.get_args(f.type) if union else (f.type,)
+        low, high = f.metadata.get("range", (-math.inf, math.inf))
+        if got is None and type(None) in others:
+            continue
+        if typing.get_origin(kind) is Literal:
+            if got not in (words := typing.get_args(kind)):
+                raise ValueError(f"{f.name} must be one of {', '.join(words)}, got {got!r}")
+        elif kind is bool and not isinstance(got, bool):
+            raise ValueError(f"{f.name} must be True or False, got {got!r}")
+        elif kind is str and set(others) <= {type(None)}:
+            _check_text(f.name, got)
+        elif kind in (int, float):
+            check_number(f.name, got, low, min(high, largest), whole=kind is int)
+
+
+def check_number(name: str, got: Any, low: float = -math.inf, high: float = math.inf, *, whole: bool = False) -> None:
+    """Raise ValueError unless `got` is a finite number, or a whole one, from `low` to `high`."""
+    real = isinstance(got, int if whole else int | float) and not isinstance(got, bool)
+    # NaN fails these comparisons, and so does an integer that is too large for a float.
+    if not real or not (whole or abs(got) <= sys.float_info.max) or not low <= got <= high:
+        limits = f", {low} or more" if high == math.inf else f" from {low} to {high}"
+        kind = "whole" if whole else "finite"
+        raise ValueError(f"{name} must be a {kind} number{'' if low == -math.inf else limits}, got {got!r}")
+
+
+def _check_text(name: str, got: object) -> None:
+    if not isinstance(got, str):
+        raise ValueError(f"{name} must be text, got {got!r}")
+    try:
+        got.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} must be valid Unicode text, got {got!r}") from error
+
 
 Depths = tuple[int | tuple[int, ...], ...]  # per level, as one number or as one per residual block
 

@@ -42,6 +42,14 @@ def to_pil(images: Tensor) -> list[Image.Image]:
     return [Image.fromarray(picture) for picture in array]
 
 
+def to_tensor(picture: Image.Image) -> Tensor:
+    raise NotImplementedError
+
+
+def fit(picture: Image.Image, width: int, height: int, resize: str = "crop") -> Image.Image:
+    raise NotImplementedError
+
+
 def grid(pictures: Sequence[Image.Image]) -> Image.Image:
     """Paste equally large `pictures` row by row into one that is as square as their number allows."""
     columns = math.ceil(math.sqrt(len(pictures)))

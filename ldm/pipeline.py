@@ -1,43 +1,54 @@
-"""From a prompt to pictures: the loop that makes what a `Request` asks for."""
+"""From a prompt to pictures: the stages of sampling, and the two functions that compose them.
+
+    plan = pipe.plan(request)                       # every choice made: sizes, seeds, noise levels
+    conditions = pipe.conditions(plan)              # the encoded prompt, and the negative one for guidance
+    denoise = pipe.denoiser(plan, conditions)       # (x, sigma) -> x0
+    x = pipe.start(plan)                            # noise, or a picture with noise on it
+    for step in pipe.walk(plan, denoise, x): ...    # the sampler, one step at a time
+    pictures = pipe.decode(step.latents)
+
+`Pipeline.stream` is this without the last line, and `Pipeline.generate` is all of it. Each stage can be used alone or
+replaced.
+"""
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.checkpoint import files
-from ldm.conditioning import timestep_embedding
+from ldm.checkpoint.parts import Layout
+from ldm.conditioning import Condition, condition
 from ldm.config import ModelConfig, Prediction
-from ldm.diagnosis import not_finite
-from ldm.diffusion.denoiser import Denoiser, consistency, guided, parametrise, within
-from ldm.diffusion.samplers import SAMPLERS, Noise, Step, seeded_noise, start
-from ldm.diffusion.schedule import NoiseSchedule, to_vp
-from ldm.images import to_pil
+from ldm.diffusion.denoiser import Bind, Denoiser, classifier_free, consistency, guided, parametrize, within
+from ldm.diffusion.samplers import SAMPLERS, Noise, Sampler, Step, conventions, start
+from ldm.diffusion.schedule import NoiseSchedule
+from ldm.images import fit, to_pil, to_tensor
 from ldm.models.text import TextEncoder
-from ldm.models.transformer import Context
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
-from ldm.placement.graphs import Graphs
-from ldm.placement.memory import DECODE, Placement, find_device
-from ldm.request import Request
+from ldm.placement.memory import Placement, find_device
+from ldm.request import Plan, Request
 
 BUNDLED = "weights/tiny"
-Condition = tuple[Tensor, ...]  # what follows the timesteps in a call of the UNet
-Conditions = tuple[Condition, Condition | None]  # with the prompt, and without it
 
 
 class Pipeline:
-    """A model with everything around it that turns a `Request` into pictures.
+    """A model, and the stages that turn a `Request` into pictures.
 
-    unet, vae, text_encoder: plain modules. schedule: the `NoiseSchedule` they were trained on. config: `ModelConfig`.
-    why: the reason for the configuration and for what the UNet predicts.
-    placement: as `load` has applied it to the networks; the default leaves them where they are.
-    paths: the file or folder that each of "unet", "vae" and "text_encoder" came from, as far as that is known.
+    unet, vae, text_encoder: plain modules, which can be replaced. A wrapper around the UNet needs `bind(condition)`, or
+      the UNet's arguments. schedule: the `NoiseSchedule` of the training. config: the `ModelConfig`.
+    why: the reason for the configuration and for the UNet's kind of prediction.
+    placement: device, precision and memory, as `load` has applied it. The default leaves the networks as they are.
+    paths: the file or folder of "unet", "vae" and "text_encoder", if known.
+
+    The stages compute gradients if the inputs or weights require them. `load` makes weights that do not.
     """
 
     def __init__(
@@ -53,184 +64,192 @@ class Pipeline:
         self.config, self.why, self.placement = config, why, placement or Placement()
         self.paths = dict(paths or {})
         self.unet, self.vae, self.text_encoder = unet, vae, text_encoder
-        networks = {"unet": unet, "vae": vae, "text_encoder": text_encoder}
-        self._at_work = {name: self.placement.at_work(part) for name, part in networks.items()}
-        self._graphs: Graphs | None = None
-        process = config.diffusion
-        self.schedule = NoiseSchedule(
-            betas=process.betas,
-            beta_start=process.beta_start,
-            beta_end=process.beta_end,
-            timesteps=process.timesteps,
-            zero_terminal_snr=process.zero_terminal_snr,
-        )
+        self.schedule = NoiseSchedule.from_config(config.diffusion)
+        self._at_work: dict[str, tuple[nn.Module, AbstractContextManager[object]]] = {}
 
     @torch.no_grad()
-    def stream(self, request: Request) -> Iterator[Step]:
-        """Encode the prompt, then return an iterator over the denoising steps; leave it at any time.
+    def stream(
+        self,
+        request: Request,
+        *,
+        latents: Tensor | None = None,
+        sigmas: Tensor | None = None,
+        sampler: Sampler | None = None,
+    ) -> Iterator[Step]:
+        """Encode the prompt, then return an iterator over the denoising steps. The caller may stop at any step.
 
-        A step's x is x0 + sigma noise, and its x0 the current estimate; both are latents, fp32: b c h w. Of the last
-        step, x are the finished latents that `decode` takes.
-        Raises ValueError for a request that this model cannot follow. The iterator raises FloatingPointError where x
-        is no longer finite: on a CPU at that step, elsewhere at the last one, because each look waits for the device.
+        latents: the x to start from, b c h w at the first noise level, instead of noise or the request's picture.
+        sigmas: own falling noise levels. sampler: an own function, see `ldm.diffusion.samplers`.
+        The tensors of a step are fp32: b c h w. `decode` takes `step.latents` of the last step, or `step.x0` of any.
+        Raises ValueError for a request that this model cannot follow. The iterator raises FloatingPointError if x is
+        not finite: on a CPU at this step, on a GPU at the last step, because each check waits for the device.
+        """
+        plan = self.plan(request)
+        if sigmas is not None:
+            plan = dataclasses.replace(plan, sigmas=sigmas)
+        conditions = self.conditions(plan)
+        x = self.start(plan) if latents is None else latents
+        return self._steps(plan, conditions, x, sampler)
+
+    @torch.no_grad()
+    def _steps(self, plan: Plan, conditions: list[Condition], x: Tensor, sampler: Sampler | None) -> Iterator[Step]:
+        with self.at_work("unet"):
+            yield from self.walk(plan, self.denoiser(plan, conditions), x, sampler=sampler)
+
+    def generate(self, request: Request) -> list[Image.Image]:
+        """Make the pictures of `request`. Raises ValueError and FloatingPointError as `stream` and `decode` do."""
+        *_, last = self.stream(request)
+        return self.decode(last.latents)
+
+    def plan(self, request: Request) -> Plan:
+        """Make every choice that `request` leaves open.
+
+        Raises ValueError for a request that this model cannot follow.
         """
         if not isinstance(request, Request):
             raise ValueError(f"the request must be an ldm.Request, such as ldm.Request('a frog'), got {request!r}")
-        request = request.resolved(self.config)
         channels, latent_channels = self.config.unet.in_channels, self.config.vae.latent_channels
         if channels != latent_channels:
             raise ValueError(
-                f"the UNet of {self.config.name} takes {channels} channels, of which a prompt gives {latent_channels}: "
-                "it is made for inpainting or editing; use a text-to-image model"
+                f"the UNet of {self.config.name} takes {channels} channels, and a prompt gives {latent_channels}: this "
+                "model is for inpainting or editing; use a text-to-image model"
             )
-        assert request.steps is not None  # as those below: resolved fills them in
-        assert request.sampler is not None
-        assert request.spacing is not None
-        assert request.width is not None
-        assert request.height is not None
-        with self._at_work["text_encoder"]:
-            conditions = self._conditions(request)
+        return request.resolved(self.config, self.schedule)
 
-        # CompVis' DDIM, and every scheduler config published since, ends at the first timestep, not at zero noise.
-        final: Literal["zero", "first"] = "first" if request.sampler == "ddim" else "zero"
-        offset = self.config.diffusion.offset
-        sigmas = self.schedule.steps(request.steps, request.spacing, offset=offset, final=final)
+    def conditions(self, plan: Plan) -> list[Condition]:
+        """Encode the texts and sizes: the condition of the prompt, then those that guidance combines with it.
 
-        factor = self.config.vae.factor
-        shape = (latent_channels, request.height // factor, request.width // factor)
-        noise = seeded_noise(request.seeds, shape)
-        x = start(noise(), sigmas[0], sampler=request.sampler, spacing=request.spacing)
-        return self._walk(request, conditions, x, sigmas, noise)
-
-    def generate(self, request: Request) -> list[Image.Image]:
-        """Make the pictures that `request` asks for.
-
-        Raises ValueError and FloatingPointError as `stream` and `decode` do.
+        Each has one row per picture. Guidance needs a second one, for the negative prompt.
+        Raises FloatingPointError if they are not finite.
         """
-        for step in self.stream(request):
-            latents = step.x
-        return self.decode(latents)
+        with self.at_work("text_encoder"):
+            encoded = condition(self.text_encoder, plan.texts, plan.scalars, clip_skip=plan.request.clip_skip)
+        if not encoded.context.isfinite().all():
+            raise self._not_finite("text_encoder", "damaged numbers in its file")
+        if self.config.unet.guidance_dim is not None:
+            scales = encoded.context.new_full((len(plan.texts),), plan.guidance_scale - 1, dtype=torch.float32)
+            encoded = dataclasses.replace(encoded, guidance=scales)
+        return [row.repeat(plan.request.images) for row in encoded.rows()]
+
+    def encode_image(self, image: Image.Image | Tensor, noise: Tensor | None = None) -> Tensor:
+        """Encode a picture, or images: b 3 h w in [-1, 1], as latents: b c h/f w/f, fp32.
+
+        noise: b c h/f w/f of unit variance, to sample the VAE's distribution. Without noise: its mode.
+        Raises ValueError if a side is not a multiple of f.
+        """
+        images = to_tensor(image) if isinstance(image, Image.Image) else image
+        with self.at_work("vae"):
+            distribution = self.placement.encoder()(self.vae, images.to(next(self.vae.parameters())))
+            return (distribution.mode() if noise is None else distribution.sample(noise.to(distribution.mean))).float()
+
+    def start(self, plan: Plan) -> Tensor:
+        """Make the x to start from, b c h w at the level plan.sigmas[0]: noise, or the request's picture with noise."""
+        noise, source = plan.initial_noise(), plan.request.source
+        if source is None:
+            return start(noise(), plan.sigmas[0], sampler=plan.sampler, spacing=plan.spacing)
+        picture = fit(source.open(), plan.width, plan.height, source.resize)
+        latents = self.encode_image(picture, noise())  # the VAE's noise is drawn first, as in diffusers
+        return latents + float(plan.sigmas[0]) * noise().to(latents)
+
+    def denoiser(self, plan: Plan, conditions: Sequence[Condition]) -> Denoiser:
+        """Make the denoiser (x, sigma) -> x0: the UNet with its conditions, guided as `plan` says."""
+        weight, kind = next(self.unet.parameters()), self.config.diffusion.prediction
+        bind, batched = self.binding(), self.placement.guidance == "batched"
+        rule = classifier_free(plan.guidance_scale, plan.request.guidance_rescale)
+        with self.at_work("unet"):
+            network = guided(bind, conditions, rule, batched=batched)
+            denoise = parametrize(network, self.schedule, kind, dtype=weight.dtype)
+            if plan.request.guidance_interval is not None:
+                unguided = parametrize(bind(conditions[0]), self.schedule, kind, dtype=weight.dtype)
+                denoise = within(plan.guidance_interval, denoise, unguided)
+        return consistency(denoise, self.schedule) if conventions(plan.sampler).consistency else denoise
+
+    def walk(
+        self, plan: Plan, denoise: Denoiser, x: Tensor, *, noise: Noise | None = None, sampler: Sampler | None = None
+    ) -> Iterator[Step]:
+        """Run the sampler from x down the noise levels of `plan`.
+
+        noise: draws the sampler's noise (default: `plan.noise`). sampler: an own function instead of the plan's.
+        Raises FloatingPointError as `stream` does.
+        """
+        run = partial(sampler or SAMPLERS[plan.sampler], **plan.request.sampler_options)
+        with self.at_work("unet"):
+            x = x.to(next(self.unet.parameters()).device)
+            finite: list[Tensor] = []
+            for step in run(denoise, x, plan.sigmas, noise=noise or plan.noise()):
+                finite.append(step.x.isfinite().all())
+                if (step.index == step.total - 1 or x.device.type == "cpu") and not finite[-1]:
+                    first = [bool(each) for each in finite].index(False)
+                    raise self._diverged(plan, first)
+                yield step
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> list[Image.Image]:
-        """Turn clean latents, b c h w, into pictures: the x of the last step, or the x0 of any.
+        """Turn clean latents, b c h w, into pictures: `step.latents` of the last step, or `step.x0` of any.
 
-        One picture at a time, so that memory does not grow with their number.
-        Raises FloatingPointError for latents or pictures with numbers that are not finite, and says what is known of
-        the reason.
+        The pictures are decoded one at a time, so that memory does not grow with their number.
+        Raises FloatingPointError for latents or pictures that are not finite, with the known causes.
         """
         if not latents.isfinite().all():
-            raise FloatingPointError("the latents hold NaN or Inf, of which no picture can be made")
+            raise FloatingPointError("the latents hold NaN or Inf, so there is no picture to decode")
         pictures = []
-        with self._at_work["vae"]:
+        with self.at_work("vae"):
             for latent in latents.to(next(self.vae.parameters())):
-                image = DECODE[self.placement.vae_memory](self.vae, latent[None])
+                image = self.placement.decoder()(self.vae, latent[None])
                 if not image.isfinite().all():
                     peak = float(latent.abs().max())
-                    causes = f"latents that reach {peak:.3g}, where 5 is usual, or a VAE of another kind of model"
-                    raise not_finite("vae", self.vae, self.paths.get("vae"), causes=causes)
+                    causes = f"latents up to {peak:.3g}, where 5 is usual, or a VAE of another kind of model"
+                    raise self._not_finite("vae", causes)
                 pictures += to_pil(image)
         return pictures
 
-    @torch.no_grad()
-    def _walk(
-        self, request: Request, conditions: Conditions, x: Tensor, sigmas: Tensor, noise: Noise
-    ) -> Iterator[Step]:
-        """The steps from x down the sigmas; the UNet is on the device until the last, or until the caller leaves.
+    def save(
+        self,
+        path: str | Path,
+        *,
+        layout: Layout = "diffusers",
+        dtype: torch.dtype | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        """Write the model: layout "ldm" is one official .safetensors file, "diffusers" is a folder.
 
-        The last one's x is scaled from noise level sigma (0, but for DDIM) to the latents it stands for.
+        dtype: of all tensors (default: their own). overwrite: replace a model that exists. Raises ValueError as
+        `ldm.checkpoint.files.save` does.
         """
-        assert request.sampler is not None
-        with self._at_work["unet"]:
-            denoise = self._denoiser(request, *conditions)
-            x = x.to(next(self.unet.parameters()).device)
-            finite: list[Tensor] = []
-            for step in SAMPLERS[request.sampler](denoise, x, sigmas, noise=noise):
-                last = step.index == step.total - 1
-                finite.append(step.x.isfinite().all())
-                if (last or x.device.type == "cpu") and not finite[-1]:
-                    first = [bool(each) for each in finite].index(False)
-                    raise self._diverged(request, conditions, first, float(sigmas[first]))
-                yield dataclasses.replace(step, x=to_vp(step.x, step.sigma)) if last else step
+        files.save(self, path, layout=layout, dtype=dtype, overwrite=overwrite)
 
-    def _denoiser(self, request: Request, cond: Condition, uncond: Condition | None) -> Denoiser:
-        """The UNet, guided as `request` says."""
-        assert request.guidance_scale is not None
-        weight = next(self.unet.parameters())
-        network = self._network(weight.device)
-        predict = guided(
-            self._told(network, request),
-            cond,
-            uncond,
-            1.0 if uncond is None else request.guidance_scale,
-            rescale=request.guidance_rescale,
-            batched=self.placement.guidance == "batched",
-            prepare=network.prepare,
-        )
-        kind, dtype = self.config.diffusion.prediction, weight.dtype
-        denoise = parametrise(predict, self.schedule, kind, dtype=dtype)
-        if request.guidance_interval is not None:
-            predict = guided(network, cond, None, 1.0, prepare=network.prepare)
-            unguided = parametrise(predict, self.schedule, kind, dtype=dtype)
-            denoise = within(request.guidance_interval, denoise, unguided)
-        return consistency(denoise, self.schedule) if request.sampler == "lcm" else denoise
+    def at_work(self, name: str) -> AbstractContextManager[object]:
+        """Return a context manager in which the network `name` is on the device; it may be entered again inside."""
+        network = getattr(self, name)
+        if name not in self._at_work or self._at_work[name][0] is not network:
+            self._at_work[name] = network, self.placement.at_work(network)
+        return self._at_work[name][1]
 
-    def _told(self, network: UNet | Graphs, request: Request) -> Callable[..., Tensor]:
-        """`network`, told the guidance scale if it was distilled with it: one call then stands for guidance's two."""
-        if self.config.unet.guidance_dim is None:
-            return network
-        assert request.guidance_scale is not None
-        device = next(self.unet.parameters()).device
-        guidance = torch.full((request.images,), request.guidance_scale - 1, device=device)
+    def binding(self) -> Bind:
+        """Return the function that makes the network of a condition: `unet.bind`, or its recorded form on a GPU."""
+        unet = self.unet
+        if not hasattr(unet, "bind"):  # a wrapper with the UNet's arguments
+            return lambda c: lambda z, timesteps: unet(z, timesteps, c.context, c.vector, None, c.guidance)
+        if self.placement.cuda_graph:
+            from ldm.placement.graphs import Recorded
 
-        def told(z: Tensor, timesteps: Tensor, context: Context, vector: Tensor | None = None) -> Tensor:
-            return network(z, timesteps, context, vector, None, guidance)
+            return Recorded(unet).bind
+        return unet.bind
 
-        return told
-
-    def _network(self, device: torch.device) -> UNet | Graphs:
-        """The UNet, or its recorded calls, where it stays on a CUDA device and is no wrapper around one."""
-        stays = self.placement.offload is None and device.type == "cuda"
-        if not (stays and self.placement.cuda_graph and type(self.unet) is UNet):
-            return self.unet
-        if self._graphs is None or self._graphs.unet is not self.unet:
-            self._graphs = Graphs(self.unet)
-        return self._graphs
-
-    def _conditions(self, request: Request) -> Conditions:
-        """What follows the timesteps in a call of the UNet: with the prompt, and without it where guidance needs that.
-
-        Both are a context, b n d, and for a model that takes one a vector, b p.
-        """
-        assert request.guidance_scale is not None
-        texts = [request.prompt]
-        if request.guidance_scale > 1 and self.config.unet.guidance_dim is None:
-            texts.append(request.negative_prompt or "")
-        outputs = self.text_encoder.encode(texts, request.clip_skip)
-        encoded = [part for part in (outputs.context, outputs.vector) if part is not None]
-        if request.negative_prompt is None:  # zeros, not the empty text
-            for part in encoded:
-                part[1:] = 0
-        if self.config.micro_conditioning:
-            scalars = torch.tensor(request.scalars(self.config)[: len(texts)])  # b n
-            embedded = timestep_embedding(scalars.flatten(), 256).to(encoded[1])  # (b n) 256
-            encoded[1] = torch.cat([encoded[1], embedded.reshape(len(texts), -1)], dim=1)
-        repeated = [part.repeat_interleave(request.images, dim=0) for part in encoded]
-        cond, *uncond = zip(*(part.chunk(len(texts)) for part in repeated), strict=True)
-        return cond, uncond[0] if uncond else None
-
-    def _diverged(self, request: Request, conditions: Conditions, index: int, sigma: float) -> FloatingPointError:
-        """The error of a picture that is not finite from the step `index` on, which starts at noise level `sigma`."""
-        encoded = [part for condition in conditions for part in condition or ()]
-        if not all(part.isfinite().all() for part in encoded):
-            part, file = "text_encoder", self.paths.get("text_encoder")
-            return not_finite(part, self.text_encoder, file, causes="damaged numbers in its file")
-        where = f" at step {index + 1} of {request.steps}, from noise level {sigma:.3g}"
+    def _diverged(self, plan: Plan, index: int) -> FloatingPointError:
+        """Return the error for latents that are not finite from the step `index` on."""
+        sigma = float(plan.sigmas[index])
+        where = f" at step {index + 1} of {len(plan.sigmas) - 1}, from noise level {sigma:.3g}"
         kind = self.config.diffusion.prediction
         causes = f"a UNet that does not predict {kind} (see `prediction`), or parts of different models"
-        if conditions[1] is not None:
-            causes = f"too strong a guidance (guidance_scale {request.guidance_scale:g}), {causes}"
-        return not_finite("unet", self.unet, self.paths.get("unet"), causes=causes, where=where)
+        if len(plan.texts) > 1:
+            causes = f"too strong a guidance (guidance_scale {plan.guidance_scale:g}), {causes}"
+        return self._not_finite("unet", causes, where)
+
+    def _not_finite(self, name: str, causes: str, where: str = "") -> FloatingPointError:
+        from ldm.diagnosis import not_finite  # it reads all weights
+
+        return not_finite(name, getattr(self, name), self.paths.get(name), causes=causes, where=where)
 
 
 def load(
@@ -245,13 +264,14 @@ def load(
 ) -> Pipeline:
     """Load a model: a folder of ours or of diffusers, or a single .safetensors file of the official layout.
 
-    path: by default the small model that ships with the package, wherever that is installed.
-    placement: device, precision and memory, see `Placement`.
-    prediction: what its UNet predicts, where the file does not say it or is wrong.
-    ema: take the averaged copy of the UNet that a full single file holds.
-    vae, unet, text_encoder: a file or folder to take that part from instead, or that `path` lacks.
+    path: the default is the small model that ships with the package.
+    placement: device, precision and memory, see `Placement`. `Placement.fast()` is what the command uses.
+    prediction: what the UNet predicts, if the file does not say it or says it wrongly.
+    ema: take the averaged copy of the UNet from a file that holds both.
+    vae, unet, text_encoder: a file or folder to take this part from, instead of from `path`.
+    The weights do not require gradients. Call `pipe.unet.requires_grad_()` to train.
     Raises ValueError for a model that is absent, damaged or not supported, for parts that do not fit together, and for
-    a placement that cannot be used.
+    a placement that this machine cannot follow.
     """
     if placement is not None and not isinstance(placement, Placement):
         raise ValueError(
@@ -269,15 +289,17 @@ def load(
         vae_dtype=placement.vae_dtype,
         device="cpu" if placement.offload else find_device(placement.device),
     )
-    networks = model.unet, model.vae, model.text_encoder
-    placement.apply(*networks)
-    return Pipeline(model.config, *networks, model.why, placement, paths)
+    networks = {"unet": model.unet, "vae": model.vae, "text_encoder": model.text_encoder}
+    for network in networks.values():
+        network.requires_grad_(False)
+    placement.apply(networks)
+    return Pipeline(model.config, model.unet, model.vae, model.text_encoder, model.why, placement, paths)
 
 
 def locate(path: str | Path) -> Path:
-    """Return `path`, or where the bundled model is if `path` is its name and nothing here has that name.
+    """Return `path`, or the place of the bundled model if `path` is its name and no file here has this name.
 
-    Raises ValueError for what is no path.
+    Raises ValueError for a value that is not a path.
     """
     if not isinstance(path, str | os.PathLike):
         raise ValueError(f"a model's path must be a str or a pathlib.Path, got {path!r}")

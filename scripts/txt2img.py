@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ldm.checkpoint.files import load
 from ldm.conditioning import timestep_embedding
-from ldm.diffusion.denoiser import guided, parametrise
+from ldm.diffusion.denoiser import guided, parametrize
 from ldm.diffusion.samplers import dpmpp_2m, seeded_noise
 from ldm.diffusion.schedule import NoiseSchedule, to_ve
 from ldm.images import save_png, to_pil
@@ -70,7 +70,7 @@ def main() -> None:
 
     # From a network that predicts eps or v, to a guided one, to a function from x and sigma to x0.
     predict = guided(unet, cond, uncond[0] if uncond else None, request.guidance_scale)
-    denoise = parametrise(predict, schedule, process.prediction, dtype=dtype)
+    denoise = parametrize(predict, schedule, process.prediction, dtype=dtype)
 
     # The loop. Any other sampler of ldm.diffusion.samplers goes here; some `start` from sigma noise.
     for step in tqdm(dpmpp_2m(denoise, x, sigmas, noise=noise), total=request.steps, disable=None):

@@ -1,25 +1,26 @@
 """Samplers: each walks noisy latents down a list of noise levels, one `Step` at a time.
 
-All share one signature, `sampler(denoise, x, sigmas, *, noise)`, so that one can replace another:
+All have one signature, `sampler(denoise, x, sigmas, *, noise)`:
   denoise   (x, sigma) -> x0, see `ldm.diffusion.denoiser`
-  x         b c h w, x0 + sigmas[0] * noise; at the beginning of a picture see `start`
+  x         b c h w, x0 + sigmas[0] * noise; `start` makes it of drawn noise
   sigmas    n + 1 falling levels, see `NoiseSchedule.steps`; the last one is usually 0
-  noise     called for each b c h w of fresh noise, see `seeded_noise`; those that draw none
-            (euler, heun, dpmpp_2m, and ddim with eta 0) may go without it
-They are generators: the loop, and with it progress, previews and stopping, belongs to the caller.
-Each raises ValueError, while it runs, for sigmas that it cannot walk down and for missing noise.
+  noise     called for each b c h w of fresh noise, see `seeded_noise`; euler, heun, dpmpp_2m and ddim with eta 0 draw
+            none and may do without
+They are generators: the loop belongs to the caller, and with it progress, previews and stopping.
+Each raises ValueError, while it runs, for sigmas that do not fall and for missing noise.
 
-Six of the eight are the same move, `_move`, between x, x0 and fresh noise:
+Six of the eight are the same update, `_move`, from x with x0 and fresh noise:
 
-                                   towards x0               towards x0 extrapolated
-    keeps the noise it predicts    euler, ddim              dpmpp_2m
-    renews as much as the SDE      euler_ancestral, ddpm    dpmpp_2m_sde
+                                    with x0                 with x0 extrapolated
+    keeps the predicted noise       euler, ddim             dpmpp_2m
+    renews as much as the SDE       euler_ancestral, ddpm   dpmpp_2m_sde
 
-`heun` corrects the first of these with a second look, and `lcm` renews all of the noise. The
-coefficients are Python floats made of fp64 levels, x stays in its own dtype, and no two large
-numbers are subtracted, so that a first level of 4096 (zero terminal SNR) costs no digits.
+`heun` corrects euler with a second prediction, and `lcm` renews all of the noise. The coefficients are Python floats
+from fp64 levels, and x keeps its own dtype. No two large numbers are subtracted: a first level of 4096 (zero terminal
+SNR) costs no digits.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,20 +31,28 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.schedule import to_ve
+from ldm.diffusion.schedule import Final, to_ve, to_vp
 
 Noise = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one sampling step arrived at."""
+    """The result of one sampling step."""
 
     index: int  # 0 .. total - 1
     total: int
     sigma: float  # the noise level of x
     x: Tensor  # b c h w, x0 + sigma noise
-    x0: Tensor  # b c h w, the denoiser's estimate on which this step was taken
+    x0: Tensor  # b c h w, the estimate of the clean latents that this step used
+
+    @property
+    def latents(self) -> Tensor:
+        """x at unit variance, x / sqrt(1 + sigma^2). After the last step: the latents of the picture.
+
+        They equal x0 if the last level is 0. DDIM ends at the first timestep, sigma 0.03, as in CompVis and diffusers.
+        """
+        return to_vp(self.x, self.sigma)
 
 
 class Sampler(Protocol):
@@ -54,13 +63,13 @@ class Sampler(Protocol):
 
 
 def seeded_noise(seeds: Sequence[int], shape: Sequence[int]) -> Noise:
-    """Make a function that draws one fp32 noise tensor b c h w per call, on the CPU.
+    """Make a function that draws fp32 noise, b c h w, on the CPU at each call.
 
-    Image i is drawn from a generator of its own, seeded with seeds[i]: it does not depend on the
-    batch around it nor on the device, and equals what diffusers draws with a CPU generator. The
-    first draw is the picture's initial noise, later ones are the sampler's.
-    shape: c h w. Of a seed torch uses the lowest 32 bits.
-    Raises ValueError for no seeds or one outside 0 .. 2^64 - 1.
+    Image i has its own generator with seeds[i]: its noise depends neither on the batch nor on the device, and equals
+    the noise that diffusers draws with a CPU generator. The first draw is the initial noise of a picture, the later
+    ones belong to the sampler.
+    shape: c h w. torch uses the lowest 32 bits of a seed.
+    Raises ValueError for no seeds and for a seed outside 0 .. 2^64 - 1.
     """
     if not seeds:
         raise ValueError("seeds must hold one seed for each image, got none")
@@ -92,7 +101,7 @@ def ddim(
 ) -> Iterator[Step]:
     """Sample with DDIM (Song et al. 2020, eq. 12), in the sigma form of `schedule.py`.
 
-    eta: 0 renews no noise and is deterministic, 1 renews as much as DDPM (their eq. 16).
+    eta: 0 draws no noise and is deterministic, 1 renews as much noise as DDPM (their eq. 16).
     Raises ValueError for an eta outside 0 .. 1.
     """
     if not 0 <= eta <= 1:
@@ -104,29 +113,29 @@ def ddim(
 
 
 def ddpm(denoise: Denoiser, x: Tensor, sigmas: Tensor, *, noise: Noise) -> Iterator[Step]:
-    """Sample from the DDPM posterior (Ho et al. 2020, eq. 6-7), over any subsequence of levels.
+    """Sample from the DDPM posterior (Ho et al. 2020, eq. 6-7), over any list of levels.
 
-    The variance is their smaller one, beta-tilde, which makes it DDIM with eta 1.
+    The variance is the smaller one of the paper, beta-tilde: this is DDIM with eta 1.
     """
     yield from ddim(denoise, x, sigmas, noise=noise, eta=1.0)
 
 
-def euler_ancestral(denoise: Denoiser, x: Tensor, sigmas: Tensor, *, noise: Noise) -> Iterator[Step]:
+def euler_ancestral(denoise: Denoiser, x: Tensor, sigmas: Tensor, *, noise: Noise, eta: float = 1.0) -> Iterator[Step]:
     """Take an Euler step below the next level, then add the noise that is missing (k-diffusion).
 
-    down^2 = sigma'^2 - up^2, up = sigma' sqrt(1 - sigma'^2 / sigma^2), the same as `ddpm`: what
-    tells the two apart elsewhere is the list of levels that they are given.
+    down^2 = sigma'^2 - up^2, up = eta sigma' sqrt(1 - sigma'^2 / sigma^2). With eta 1 this is `ddpm`. Other programs
+    give the two different lists of levels.
+    Raises ValueError for an eta outside 0 .. 1.
     """
-    yield from ddim(denoise, x, sigmas, noise=noise, eta=1.0)
+    yield from ddim(denoise, x, sigmas, noise=noise, eta=eta)
 
 
 def heun(denoise: Denoiser, x: Tensor, sigmas: Tensor, *, noise: Noise | None = None) -> Iterator[Step]:
-    """Integrate the ODE with Heun's method (Karras et al. 2022, algorithm 1): two calls a step.
+    """Integrate the ODE with Heun's method (Karras et al. 2022, algorithm 1): two predictions a step.
 
-    With both slopes written by their x0, half of the difference between them adds
-    (sigma - sigma') / (2 sigma') (x0' - x0) to Euler's step. The step to 0 stays Euler's, and so
-    does one that falls more than a hundredfold (the first at zero terminal SNR, where diffusers
-    corrects by hundreds of times the difference): a straight line is no guide over that distance.
+    The correction adds (sigma - sigma') / (2 sigma') (x0' - x0) to Euler's step. A step to 0 stays Euler's. So does a
+    step that falls more than a hundredfold, which is the first one at zero terminal SNR: the correction is not valid
+    over this distance. (diffusers applies it there, with a factor in the hundreds.)
     """
     for i, sigma, target in _levels(sigmas):
         x0 = denoise(x, sigmas[i])
@@ -137,9 +146,9 @@ def heun(denoise: Denoiser, x: Tensor, sigmas: Tensor, *, noise: Noise | None = 
 
 
 def dpmpp_2m(denoise: Denoiser, x: Tensor, sigmas: Tensor, *, noise: Noise | None = None) -> Iterator[Step]:
-    """Solve the ODE with DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): one call a step.
+    """Solve the ODE with DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): one prediction a step.
 
-    In sigma space it is DDIM towards x0 extrapolated half a step ahead in log sigma.
+    In sigma space it is DDIM with x0 extrapolated by half a step in log sigma.
     """
     yield from _multistep(denoise, x, sigmas, eta=0.0, noise=noise)
 
@@ -175,28 +184,77 @@ SAMPLERS: dict[str, Sampler] = {
     "lcm": lcm,
 }
 
-K_DIFFUSION = ("euler", "euler_ancestral", "heun")  # samplers that came into use with k-diffusion
+
+@dataclass(frozen=True)
+class Conventions:
+    """What other programs do together with a sampler, beside its steps."""
+
+    final: Final = "zero"  # the last level, see `NoiseSchedule.steps`
+    unit_variance: bool = True  # start from sqrt(1 + sigma^2) noise; False: from sigma noise, see `start`
+    consistency: bool = False  # the denoiser is wrapped in `ldm.diffusion.denoiser.consistency`
+    a1111: str | None = None  # the name in AUTOMATIC1111's web UI
+
+
+# A sampler without an entry has the defaults.
+CONVENTIONS: dict[str, Conventions] = {
+    "ddpm": Conventions(a1111="DDPM"),
+    # CompVis' DDIM, and each scheduler config published since, ends at the first timestep.
+    "ddim": Conventions(final="first", a1111="DDIM"),
+    "euler": Conventions(unit_variance=False, a1111="Euler"),
+    "euler_ancestral": Conventions(unit_variance=False, a1111="Euler a"),
+    "heun": Conventions(unit_variance=False, a1111="Heun"),
+    "dpmpp_2m": Conventions(a1111="DPM++ 2M"),
+    "dpmpp_2m_sde": Conventions(a1111="DPM++ 2M SDE"),
+    "lcm": Conventions(consistency=True, a1111="LCM"),
+}
+
+
+def conventions(sampler: str) -> Conventions:
+    """Look up the conventions of a sampler, also of one that has no entry."""
+    return CONVENTIONS.get(sampler, Conventions())
+
+
+def options(sampler: Callable[..., Iterator[Step]]) -> list[str]:
+    """List the names of a sampler's own options, such as "eta"."""
+    keywords = [p.name for p in inspect.signature(sampler).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    return [name for name in keywords if name != "noise"]
 
 
 def start(noise: Tensor, sigma: float | Tensor, *, sampler: str, spacing: str) -> Tensor:
-    """Make drawn noise, b c h w, the x that `sampler` starts a picture from, at the level `sigma`.
+    """Make the x at which `sampler` starts, at the level `sigma`, of drawn noise: b c h w.
 
-    sqrt(1 + sigma^2) noise, because data of unit variance lie beneath. k-diffusion leaves them out
-    and starts from sigma noise, 0.2 % less at the last timestep; diffusers does so too with the
-    samplers from there, but for "leading" steps, which begin lower. A seed means one picture here
-    and there, so this follows.
+    x is sqrt(1 + sigma^2) noise, because the data have unit variance. k-diffusion starts its samplers from sigma
+    noise, which is 0.2 % less at the last timestep. So does diffusers, except with "leading" steps. We do the same, so
+    that a seed means the same picture.
     """
-    if sampler in K_DIFFUSION and not spacing.startswith("leading"):
+    if not conventions(sampler).unit_variance and not spacing.startswith("leading"):
         return noise * float(sigma)
     return to_ve(noise, sigma)
 
 
+def invert(denoise: Denoiser, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
+    """Walk clean latents up to noise with DDIM inversion (Song et al. 2020, section 4.3).
+
+    Sampling with `ddim` from the last x returns to nearly the same latents.
+    x: b c h w, clean latents, taken as being at the level sigmas[0]. sigmas: rising levels above 0, such as the list of
+      a sampler, reversed and without its last level.
+    Raises ValueError, while it runs, for other sigmas.
+    """
+    levels = sigmas.tolist()
+    if len(levels) < 2 or not all(0 < low < high < math.inf for low, high in pairwise(levels)):
+        raise ValueError(f"sigmas must be two or more strictly rising levels above 0, got {levels}")
+    for i, (sigma, target) in enumerate(pairwise(levels)):
+        x0 = denoise(x, sigmas[i])
+        x = x0 + target / sigma * (x - x0)
+        yield Step(i, len(levels) - 1, target, x, x0)
+
+
 def _multistep(denoise: Denoiser, x: Tensor, sigmas: Tensor, *, eta: float, noise: Noise | None) -> Iterator[Step]:
-    """`_move` towards x0 as the last two estimates, a line over log sigma, foretell it."""
+    """Apply `_move` with x0 extrapolated from the last two estimates, linearly in log sigma."""
     previous: tuple[Tensor, float] | None = None
     for i, sigma, target in _levels(sigmas):
         x0 = ahead = denoise(x, sigmas[i])
-        if previous is not None and target:  # the step to 0 is infinitely long: no extrapolation
+        if previous is not None and target:  # no extrapolation to 0, which is infinitely far in log sigma
             old, before = previous
             ahead = x0 + (x0 - old) * (math.log(sigma / target) / (2 * math.log(before / sigma)))
         x = _move(x, ahead, sigma, target, eta, noise)
@@ -205,7 +263,7 @@ def _multistep(denoise: Denoiser, x: Tensor, sigmas: Tensor, *, eta: float, nois
 
 
 def _move(x: Tensor, x0: Tensor, sigma: float, target: float, eta: float = 0.0, noise: Noise | None = None) -> Tensor:
-    """Lower the noise in `x` from `sigma` to `target`, renewing a part of it.
+    """Lower the noise level of `x` from `sigma` to `target`, and renew a part of the noise.
 
     x' = x0 + sqrt(target^2 - up^2) (x - x0) / sigma + up noise,
     up = eta target sqrt(1 - target^2 / sigma^2)
@@ -216,17 +274,17 @@ def _move(x: Tensor, x0: Tensor, sigma: float, target: float, eta: float = 0.0, 
 
 
 def _drawn(noise: Noise | None, *, like: Tensor) -> Tensor:
-    """Fresh noise with the dtype and device of `like`."""
+    """Draw noise with the dtype and device of `like`."""
     if noise is None:
         raise ValueError("this sampler draws noise, got None; pass noise=seeded_noise(seeds, shape)")
     drawn = noise()
-    if like.is_cuda:  # from page-locked memory a copy need not wait for what the device has yet to do
+    if like.is_cuda:  # a copy from page-locked memory does not wait for the device
         drawn = drawn.pin_memory()
     return drawn.to(like, non_blocking=drawn.is_pinned())
 
 
 def _levels(sigmas: Tensor) -> Iterator[tuple[int, float, float]]:
-    """Each step's index and the levels that it leads from and to."""
+    """Yield the index of each step, and the levels from which and to which it leads."""
     levels = sigmas.tolist() if sigmas.ndim == 1 else []
     pairs = list(pairwise(levels))
     if not pairs or not all(math.inf > high > low >= 0 for high, low in pairs):

@@ -1,5 +1,6 @@
 """The spatial transformer: self-attention over pixels, cross-attention to the text, and a gated MLP."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,16 +12,17 @@ from ldm.models.attention import Attend, sdpa
 
 
 class KeysValues(NamedTuple):
-    """What an attention makes of its context, b h m d each: the same at every step of sampling."""
+    """The projected context of a cross-attention, b h m d each. They are the same at every step of sampling."""
 
     keys: Tensor
     values: Tensor
 
 
 class Attention(nn.Module):
-    """Multi-head attention from x to `context`, or to x itself where no context is given.
+    """Multi-head cross-attention from x to a context, or self-attention without a context.
 
-    upcast: attend in fp32 where the network is fp16, whose range the scores of SD 2.1 at 768 pixels leave.
+    upcast: compute attention in fp32 if the network is in fp16. SD 2.1 needs this: at 768 pixels its scores exceed the
+      range of fp16.
     """
 
     def __init__(self, dim: int, heads: int, context_dim: int | None = None, *, upcast: bool = False) -> None:
@@ -35,26 +37,25 @@ class Attention(nn.Module):
         self.to_out = nn.Linear(dim, dim)
 
     def project(self, context: Tensor) -> KeysValues:
-        """Map context: b m context_dim to keys and values, which `forward` takes in its place."""
+        """Project context: b m context_dim to keys and values."""
         return KeysValues(self._split(self.to_k(context)), self._split(self.to_v(context)))
 
     def forward(self, x: Tensor, context: Tensor | KeysValues | None = None) -> Tensor:
-        """Map x: b n d with context: b m context_dim, projected or not yet, to b n d."""
+        """Map x: b n d with context: b m context_dim, or its keys and values, to b n d."""
         if not isinstance(context, KeysValues):
             context = self.project(x if context is None else context)
         q, (k, v) = self._split(self.to_q(x)), context
         if self.upcast and x.dtype == torch.float16:  # bf16 has the range of fp32
             q, k, v = q.float(), k.float(), v.float()
         attended = self.attend(q, k, v).to(x.dtype)
-        out: Tensor = self.to_out(rearrange(attended, "b h n d -> b n (h d)"))
-        return out
+        return self.to_out(rearrange(attended, "b h n d -> b n (h d)"))
 
     def _split(self, x: Tensor) -> Tensor:
         return rearrange(x, "b n (h d) -> b h n d", h=self.heads)
 
 
 class GEGLU(nn.Module):
-    """A four times wider MLP whose hidden values are gated by a GELU (Shazeer 2020)."""
+    """An MLP, four times as wide as its input, with hidden values gated by a GELU (Shazeer 2020)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -64,12 +65,11 @@ class GEGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map b n d to b n d."""
         value, gate = self.proj(x).chunk(2, dim=-1)
-        out: Tensor = self.out(value * F.gelu(gate))  # the exact erf GELU; tanh would drift
-        return out
+        return self.out(value * F.gelu(gate))  # the exact GELU, not the tanh approximation
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention and GEGLU, each normalised before and added after."""
+    """Self-attention, cross-attention and GEGLU, each with pre-norm and a residual connection."""
 
     def __init__(self, dim: int, heads: int, context_dim: int, *, upcast: bool = False) -> None:
         super().__init__()
@@ -81,32 +81,31 @@ class TransformerBlock(nn.Module):
         self.ff = GEGLU(dim)
 
     def forward(self, x: Tensor, context: Tensor | KeysValues) -> Tensor:
-        """Map x: b n d with context: b m context_dim, or projected by `attn2`, to b n d."""
+        """Map x: b n d with context: b m context_dim, or the keys and values of `attn2`, to b n d."""
         x = x + self.attn1(self.norm1(x))
         x = x + self.attn2(self.norm2(x), context)
-        out: Tensor = x + self.ff(self.norm3(x))
-        return out
-
-
-# The context of a whole network: b m context_dim, or what each of its blocks makes of that.
-Context = Tensor | dict[nn.Module, KeysValues]
+        return x + self.ff(self.norm3(x))
 
 
 class SpatialTransformer(nn.Module):
-    """Transformer blocks over the pixels of a feature map, between two projections, added to it."""
+    """Transformer blocks over the pixels of a feature map, between two projections, with a residual connection."""
 
     def __init__(
         self, dim: int, heads: int, context_dim: int, *, depth: int, linear: bool, groups: int, upcast: bool = False
     ) -> None:
         super().__init__()
-        self.linear = linear  # SD2 and SDXL project tokens, SD1 projects pixels: the same numbers
+        self.linear = linear  # SD 2 and SDXL have linear projections, SD 1 has 1x1 convolutions: the same numbers
         self.norm = nn.GroupNorm(groups, dim, eps=1e-6)  # 1e-5 in the UNet's other norms
         self.proj_in = nn.Linear(dim, dim) if linear else nn.Conv2d(dim, dim, 1)
         self.blocks = nn.ModuleList(TransformerBlock(dim, heads, context_dim, upcast=upcast) for _ in range(depth))
         self.proj_out = nn.Linear(dim, dim) if linear else nn.Conv2d(dim, dim, 1)
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
-        """Map x: b c h w with context: b m context_dim, or `UNet.prepare`'s, to b c h w."""
+    def project(self, context: Tensor) -> list[KeysValues]:
+        """Project context: b m context_dim to the keys and values of each block's cross-attention."""
+        return [block.attn2.project(context) for block in self.blocks]  # type: ignore[union-attr, operator]
+
+    def forward(self, x: Tensor, context: Tensor | Sequence[KeysValues]) -> Tensor:
+        """Map x: b c h w with context: b m context_dim, or the result of `project`, to b c h w."""
         height = x.shape[-2]
         h = self.norm(x)
 
@@ -114,11 +113,10 @@ class SpatialTransformer(nn.Module):
         h = rearrange(h, "b c h w -> b (h w) c")
         h = self.proj_in(h) if self.linear else h
 
-        for block in self.blocks:
-            h = block(h, context[block] if isinstance(context, dict) else context)
+        for i, block in enumerate(self.blocks):
+            h = block(h, context if isinstance(context, Tensor) else context[i])
 
         h = self.proj_out(h) if self.linear else h
         h = rearrange(h, "b (h w) c -> b c h w", h=height)
         h = h if self.linear else self.proj_out(h)
-        out: Tensor = x + h
-        return out
+        return x + h

@@ -1,19 +1,22 @@
 """The denoising UNet: an encoder with skip connections, a middle, and a decoder that takes the skips.
 
 `down` and `up` are flat lists with one entry per skip connection, numbered as in LDM's input_blocks and output_blocks.
-A ControlNet has the same encoder, and its outputs are added as `residuals`.
+A ControlNet has the same encoder. Its outputs are added to the skips as `residuals`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.conditioning import guidance_embedding, timestep_embedding
+from ldm.conditioning import Condition, guidance_embedding, timestep_embedding
 from ldm.config import UNetConfig
 from ldm.models.layers import ResBlock
-from ldm.models.transformer import Context, SpatialTransformer, TransformerBlock
+from ldm.models.transformer import KeysValues, SpatialTransformer
+
+StageContext = Tensor | list[KeysValues]  # b n d, or the keys and values of each block of one stage
+Context = Tensor | Sequence[StageContext]  # b n d for all stages, or one for each, such as `Encoder.project` makes
 
 
 class Stage(nn.Module):
@@ -32,7 +35,7 @@ class Stage(nn.Module):
         self.conv, self.res, self.transformer = conv, res, transformer
         self.downsample, self.upsample = downsample, upsample
 
-    def forward(self, x: Tensor, emb: Tensor, context: Context, size: torch.Size | None = None) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, context: StageContext, size: torch.Size | None = None) -> Tensor:
         """Map x: b c h w to b c' h' w'. size: the h', w' of an upsampling stage."""
         if self.conv is not None:
             x = self.conv(x)
@@ -56,7 +59,7 @@ class Middle(nn.Module):
         super().__init__()
         self.res_in, self.transformer, self.res_out = res_in, transformer, res_out
 
-    def forward(self, x: Tensor, emb: Tensor, context: Context) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, context: StageContext) -> Tensor:
         """Map b c h w to b c h w."""
         if self.res_in is not None:
             x = self.res_in(x, emb)
@@ -133,28 +136,33 @@ class Encoder(nn.Module):
                 )
             sinusoid = guidance_embedding(guidance, self.guidance_embed.in_features)
             embedded = embedded + self.guidance_embed(sinusoid.to(dtype))
-        emb: Tensor = self.time_embed(embedded)
+        emb = self.time_embed(embedded)
         if self.vector_embed is not None:
             if vector is None:
                 raise ValueError(f"this UNet needs vector= of width {self.config.vector_dim} (pooled text and sizes)")
             emb = emb + self.vector_embed(vector.to(dtype))
         return emb
 
-    def prepare(self, context: Tensor, vector: Tensor | None = None) -> tuple[Context, Tensor | None]:
-        """Compute the keys and values of the cross-attention once for all steps.
-
-        Returns the arguments for `forward` in place of these two. They are valid until the weights change.
-        """
-        blocks = (part for part in self.modules() if isinstance(part, TransformerBlock))
-        return {block: block.attn2.project(context) for block in blocks}, vector
-
     def encode(self, x: Tensor, emb: Tensor, context: Context) -> tuple[Tensor, list[Tensor]]:
         """Run `down` and `mid`: x b c h w to the middle's output and one skip per `down` stage."""
+        *contexts, middle = _per_stage(context, len(self.down) + 1)
         skips = []
-        for stage in self.down:
-            x = stage(x, emb, context)
+        for stage, stage_context in zip(self.down, contexts, strict=True):
+            x = stage(x, emb, stage_context)
             skips.append(x)
-        return self.mid(x, emb, context), skips
+        return self.mid(x, emb, middle), skips
+
+    def stages(self) -> list[nn.Module]:
+        """List the stages in the order of their calls."""
+        return [*self.down, self.mid]
+
+    def project(self, context: Tensor) -> list[list[KeysValues]]:
+        """Project context: b n d to the keys and values of every cross-attention, with a list for each of `stages`.
+
+        `forward` takes the result in place of the context, as long as the weights do not change.
+        """
+        transformers = [stage.transformer for stage in self.stages()]
+        return [[] if part is None else part.project(context) for part in transformers]  # type: ignore[union-attr, operator]
 
 
 class UNet(Encoder):
@@ -182,6 +190,23 @@ class UNet(Encoder):
         self.norm_out = nn.GroupNorm(config.norm_groups, channels, eps=1e-5)
         self.conv_out = nn.Conv2d(channels, config.out_channels, 3, padding=1)
 
+    def stages(self) -> list[nn.Module]:
+        """List the stages in the order of their calls."""
+        return [*super().stages(), *self.up]
+
+    def bind(self, condition: Condition) -> Callable[..., Tensor]:
+        """Return the network of one condition: a function (z, timesteps, residuals=None) -> prediction.
+
+        The keys and values of the condition's context are computed here, once for all steps. The function is valid
+        until the weights change.
+        """
+        context = self.project(condition.context)
+
+        def network(z: Tensor, timesteps: Tensor, residuals: Sequence[Tensor] | None = None) -> Tensor:
+            return self(z, timesteps, context, condition.vector, residuals, condition.guidance)
+
+        return network
+
     def forward(
         self,
         x: Tensor,
@@ -193,26 +218,30 @@ class UNet(Encoder):
     ) -> Tensor:
         """Predict from noisy latents.
 
-        x: b in_channels h w, variance-preserving scale. timesteps: b, 0..999, fractions allowed.
-        context: b n context_dim, or what `prepare` made of it. vector: b vector_dim, for models
-        that have one. residuals: a ControlNet's outputs, one per `down` stage and one for the
-        middle, added to the skips and the middle. guidance: b, the guidance scale - 1, for models
-        that were distilled with it (`UNetConfig.guidance_dim`). Returns b out_channels h w.
+        x: b in_channels h w, of unit variance. timesteps: b, 0 .. 999, fractions allowed.
+        context: b n context_dim, or `project` of it. vector: b vector_dim, for models that have one.
+        residuals: the outputs of a ControlNet, one per `down` stage and one for the middle, added to the skips and the
+          middle. guidance: b, the guidance scale - 1, for models that were distilled with it
+          (`UNetConfig.guidance_dim`). Returns b out_channels h w.
         Raises ValueError if a needed vector or guidance is missing.
         """
+        contexts = _per_stage(context, len(self.stages()))
         emb = self.embed(timesteps, vector, x.dtype, guidance)
-        x, skips = self.encode(x, emb, context)
+        x, skips = self.encode(x, emb, contexts[: -len(self.up)])
 
         if residuals is not None:
             *skips, x = (h + r for h, r in zip([*skips, x], residuals, strict=True))
 
-        for stage in self.up:
+        for stage, stage_context in zip(self.up, contexts[-len(self.up) :], strict=True):
             x = torch.cat([x, skips.pop()], dim=1)
-            x = stage(x, emb, context, size=skips[-1].shape[-2:] if skips else None)
+            x = stage(x, emb, stage_context, size=skips[-1].shape[-2:] if skips else None)
 
-        out: Tensor = self.conv_out(F.silu(self.norm_out(x)))
-        return out
+        return self.conv_out(F.silu(self.norm_out(x)))
 
 
 def _embedding(in_dim: int, out_dim: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(in_dim, out_dim), nn.SiLU(), nn.Linear(out_dim, out_dim))
+
+
+def _per_stage(context: Context, stages: int) -> Sequence[StageContext]:
+    return [context] * stages if isinstance(context, Tensor) else context

@@ -69,7 +69,7 @@ class Placement:
     guidance: str = "batched"
     vae_memory: str = "whole"
     offload: str | None = None
-    cuda_graph: bool = True
+    cuda_graph: bool = False
     compile: bool = False
     packed: bool = False
     int8: bool = False
@@ -143,13 +143,26 @@ class Placement:
         known = can_pack(self.dtype) and can_pack(self.vae_dtype)
         return cpu and known and not self.compile and not self.int8
 
-    def apply(self, unet: UNet, vae: VAE, text_encoder: TextEncoder) -> None:
+    def encoder(self) -> Any:
+        from ldm.placement.slabs import encode_slabs
+        from ldm.placement.tiles import encode_tiles
+
+        return {
+            "whole": lambda vae, images: vae.encode(images),
+            "slabs": lambda vae, images: encode_slabs(vae, images, budget=2**29),
+            "tiles": encode_tiles,
+        }[self.vae_memory]
+
+    def decoder(self) -> Any:
+        return DECODE[self.vae_memory]
+
+    def apply(self, networks: Any) -> None:
         """Set up three networks as this resolved placement says, where they are; once."""
         assert self.attention is not None
+        unet, vae, text_encoder = networks["unet"], networks["vae"], networks["text_encoder"]
         cuda = find_device(self.device).type == "cuda"
         vae.to(dtype=self.vae_dtype)
-        networks: list[nn.Module] = [unet, vae]
-        for network in networks:
+        for network in (unet, vae):
             set_attention(network, ATTENTION[self.attention])
             if cuda and next(network.parameters()).dtype != torch.float32:
                 # Tensor cores want the channels last; elsewhere cuDNN reorders around each convolution.
@@ -161,7 +174,7 @@ class Placement:
             if self.packed:
                 pack(network)
         if self.offload is not None and cuda:
-            for network in (*networks, text_encoder):
+            for network in (unet, vae, text_encoder):
                 pin(network)
 
     def at_work(self, network: nn.Module) -> AbstractContextManager[object]:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.config import DiffusionConfig, UNetConfig
-from ldm.diffusion.denoiser import guided, parametrise
+from ldm.diffusion.denoiser import guided, parametrize
 from ldm.diffusion.samplers import ddim
 from ldm.diffusion.schedule import NoiseSchedule, to_ve, to_vp
 from ldm.models.text import TextEncoder
@@ -105,7 +105,7 @@ class DiffusionObjective(Objective):
         predict = guided(
             trained.unet, (shown.context, shown.vector), (empty.context, empty.vector), scale=self.sample_guidance
         )
-        denoise = parametrise(predict, self.schedule, self.prediction)
+        denoise = parametrize(predict, self.schedule, self.prediction)
         x = to_ve(noise, sigmas[0])
         for step in ddim(denoise, x, sigmas):
             x = step.x

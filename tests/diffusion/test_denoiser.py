@@ -8,7 +8,7 @@ from diffusers import LCMScheduler
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from torch import nn
 
-from ldm.diffusion.denoiser import consistency, guided, parametrise, to_x0, within
+from ldm.diffusion.denoiser import consistency, guided, parametrize, to_x0, within
 from ldm.diffusion.schedule import NoiseSchedule, to_ve, to_vp
 
 SCHEDULE = NoiseSchedule()
@@ -66,7 +66,7 @@ def test_the_network_sees_unit_variance_and_the_right_timestep():
     z = draw(3, 4, 8, 8)
     for t in (0, 437, 999):
         sigma = SCHEDULE.sigmas[t]
-        x0 = parametrise(network, SCHEDULE, "eps")(to_ve(z, sigma), sigma)
+        x0 = parametrize(network, SCHEDULE, "eps")(to_ve(z, sigma), sigma)
         assert torch.allclose(seen[-1][0], z, rtol=1e-6)
         assert seen[-1][1].tolist() == [t, t, t]
         assert torch.equal(x0, to_ve(z, sigma))
@@ -75,7 +75,7 @@ def test_the_network_sees_unit_variance_and_the_right_timestep():
 def test_a_bf16_network_is_cast_to_once_and_back_once():
     network = Convolution()
     predict = guided(network, (draw(2, 5, 3),), None, 1.0)
-    denoise = parametrise(predict, SCHEDULE, "v", dtype=torch.bfloat16)
+    denoise = parametrize(predict, SCHEDULE, "v", dtype=torch.bfloat16)
     x0 = denoise(draw(2, 4, 8, 8), SCHEDULE.sigmas[999])
     z, timesteps, _, _ = network.calls[0]
     assert x0.dtype == torch.float32
@@ -190,11 +190,11 @@ def test_a_prediction_that_cannot_be_is_refused():
         return z
 
     with pytest.raises(ValueError, match=r"one of \('eps', 'v', 'x0'\), got 'epsilon'"):
-        parametrise(network, SCHEDULE, "epsilon")
+        parametrize(network, SCHEDULE, "epsilon")
     with pytest.raises(ValueError, match=r"one of \('eps', 'v', 'x0'\), got 'epsilon'"):
         to_x0(draw(1), draw(1), 1.0, "epsilon")
     with pytest.raises(ValueError, match=r"predicts v or x0, got 'eps'.*zero_terminal_snr=False"):
-        parametrise(network, NoiseSchedule(zero_terminal_snr=True), "eps")
+        parametrize(network, NoiseSchedule(zero_terminal_snr=True), "eps")
 
 
 @pytest.mark.parametrize(

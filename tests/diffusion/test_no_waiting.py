@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ldm.diffusion.denoiser import consistency, guided, parametrise, within
+from ldm.diffusion.denoiser import consistency, guided, parametrize, within
 from ldm.diffusion.samplers import SAMPLERS, seeded_noise
 from ldm.diffusion.schedule import NoiseSchedule
 
@@ -38,7 +38,7 @@ class Crossings(TorchDispatchMode):
 def test_a_step_moves_nothing_but_fresh_noise_and_reads_nothing(name, prediction, rescale):
     cond, uncond = (torch.empty(2, 7, 3, device="meta"),), (torch.empty(2, 7, 3, device="meta"),)
     predict = guided(lambda z, t, context: z + t[:, None, None, None], cond, uncond, 5.0, rescale=rescale)  # fmt: skip
-    denoise = parametrise(predict, SCHEDULE, prediction, dtype=torch.bfloat16)
+    denoise = parametrize(predict, SCHEDULE, prediction, dtype=torch.bfloat16)
     denoise = consistency(within((0.1, 10.0), denoise, denoise), SCHEDULE)
     draws = []
 

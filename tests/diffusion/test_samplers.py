@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from ldm.diffusion.denoiser import consistency, parametrise
+from ldm.diffusion.denoiser import consistency, parametrize
 from ldm.diffusion.samplers import SAMPLERS, ddim, ddpm, seeded_noise, start
 from ldm.diffusion.schedule import NoiseSchedule, to_ve, to_vp
 from tests.reference import diffusion_papers as papers
@@ -36,7 +36,7 @@ def noise64(seed=0):
 
 def walk(name, sigmas, *, denoise=None, seed=0, schedule=SCHEDULE, prediction="eps", **options):
     """All steps of a sampler in fp64, started from its own first draw."""
-    denoise = denoise or parametrise(network, schedule, prediction)
+    denoise = denoise or parametrize(network, schedule, prediction)
     noise = noise64(seed)
     x = to_ve(noise(), sigmas[0])
     return list(SAMPLERS[name](denoise, x, sigmas, noise=noise, **options))
@@ -126,7 +126,7 @@ def test_dpmpp_equals_the_papers_lambda_formula(spacing, n, final, name):
 def test_lcm_equals_the_papers_algorithm(spacing, n, final):
     sigmas = SCHEDULE.steps(n, spacing, final=final)
     a, t = alpha_bar(sigmas), SCHEDULE.timestep(sigmas[:-1])
-    denoise = consistency(parametrise(network, SCHEDULE, "eps"), SCHEDULE)
+    denoise = consistency(parametrize(network, SCHEDULE, "eps"), SCHEDULE)
     noise = noise64()
     z = noise()
     worst = 0.0
@@ -144,7 +144,7 @@ def test_lcm_equals_the_papers_algorithm(spacing, n, final):
 )
 def test_heun_equals_edm_algorithm_1(spacing, n, final):
     sigmas = SCHEDULE.steps(n, spacing, final=final)
-    denoise = parametrise(network, SCHEDULE, "eps")
+    denoise = parametrize(network, SCHEDULE, "eps")
     x = to_ve(noise64()(), sigmas[0])
     worst = 0.0
     for i, step in enumerate(walk("heun", sigmas)):
@@ -303,7 +303,7 @@ def test_samplers_equal_diffusers_with_the_same_steps_and_seed(name, reference, 
     x = to_ve(noise(), sigmas[0])
     generator = torch.Generator().manual_seed(42)
     torch.randn(1, *SHAPE, generator=generator)  # the initial noise, which ours has drawn too
-    denoise = parametrise(network, SCHEDULE, prediction)
+    denoise = parametrize(network, SCHEDULE, prediction)
     *_, last = SAMPLERS[name](denoise, x, sigmas, noise=noise)
     expected = scheduler_walk(theirs, x, sigmas[0], generator=generator if name in STOCHASTIC else None)
     difference = largest(f"{name}, {n} {spacing}, final {final}, {prediction}", to_vp(last.x, last.sigma), expected)
@@ -319,7 +319,7 @@ def test_ddim_with_eta_equals_diffusers():
     x = to_ve(noise(), sigmas[0])
     generator = torch.Generator().manual_seed(42)
     torch.randn(1, *SHAPE, generator=generator)
-    *_, last = ddim(parametrise(network, SCHEDULE, "eps"), x, sigmas, noise=noise, eta=0.6)
+    *_, last = ddim(parametrize(network, SCHEDULE, "eps"), x, sigmas, noise=noise, eta=0.6)
     expected = scheduler_walk(theirs, x, sigmas[0], generator=generator, eta=0.6)
     assert largest("ddim eta 0.6", to_vp(last.x, last.sigma), expected) < 1e-5
 
@@ -332,7 +332,7 @@ def test_lcm_equals_diffusers():
     x = to_ve(noise(), sigmas[0])
     generator = torch.Generator().manual_seed(42)
     torch.randn(1, *SHAPE, generator=generator)
-    denoise = consistency(parametrise(network, SCHEDULE, "eps"), SCHEDULE)
+    denoise = consistency(parametrize(network, SCHEDULE, "eps"), SCHEDULE)
     *_, last = SAMPLERS["lcm"](denoise, x, sigmas, noise=noise)
     expected = scheduler_walk(theirs, x, sigmas[0], generator=generator)
     assert largest("lcm", last.x, expected) < 1e-5
@@ -364,7 +364,7 @@ def test_karras_steps_equal_diffusers():
     theirs.set_timesteps(12)
     sigmas = SCHEDULE.steps(12, "karras")
     x = to_ve(seeded_noise([42], SHAPE)(), sigmas[0])
-    *_, last = SAMPLERS["euler"](parametrise(network, SCHEDULE, "eps"), x, sigmas, noise=None)
+    *_, last = SAMPLERS["euler"](parametrize(network, SCHEDULE, "eps"), x, sigmas, noise=None)
     assert largest("euler, karras", last.x, scheduler_walk(theirs, x, sigmas[0])) < 2e-5
 
 
@@ -381,7 +381,7 @@ def test_zero_terminal_snr_equals_diffusers(name):
     schedule = NoiseSchedule(zero_terminal_snr=True)
     sigmas = schedule.steps(10, "trailing")
     x = to_ve(seeded_noise([42], SHAPE)(), sigmas[0])
-    *_, last = SAMPLERS[name](parametrise(network, schedule, "v"), x, sigmas, noise=None)
+    *_, last = SAMPLERS[name](parametrize(network, schedule, "v"), x, sigmas, noise=None)
     difference = largest(f"{name}, zero SNR", last.x, scheduler_walk(theirs, x, sigmas[0]))
     # Their table is 4e-5 off, an fp32 product that approaches 0, and their DDIM takes a = 0 where
     # ours takes 2^-24, which is 2.4e-4 of the first latent.
@@ -422,7 +422,7 @@ def test_noise_does_not_depend_on_global_settings():
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_picture_does_not_depend_on_the_batch_around_it(name):
     sigmas = SCHEDULE.steps(6)
-    denoise = parametrise(network, SCHEDULE, "eps")
+    denoise = parametrize(network, SCHEDULE, "eps")
 
     def picture(seeds):
         noise = seeded_noise(seeds, SHAPE)
@@ -472,7 +472,7 @@ def test_zero_terminal_snr_stays_finite_and_in_scale_in_fp32(name, spacing):
     for n in (1, 2, 4, 25):
         sigmas = schedule.steps(n, spacing)
         noise = seeded_noise([1], SHAPE)
-        denoise = parametrise(network, schedule, "v")
+        denoise = parametrize(network, schedule, "v")
         x = to_ve(noise(), sigmas[0])
         for step in SAMPLERS[name](denoise, x, sigmas, noise=noise):
             assert step.x.isfinite().all()
@@ -485,7 +485,7 @@ def test_the_first_step_from_sigma_4096_costs_no_digits_in_fp32(name):
     sigmas = schedule.steps(10, "trailing")
     exact = walk(name, sigmas, schedule=schedule, prediction="v")[-1].x
     x = to_ve(noise64()(), sigmas[0]).float()
-    *_, last = SAMPLERS[name](parametrise(network, schedule, "v"), x, sigmas, noise=None)
+    *_, last = SAMPLERS[name](parametrize(network, schedule, "v"), x, sigmas, noise=None)
     assert largest(f"{name}, fp32 against fp64", last.x, exact) < 5e-6  # k-diffusion's form: 4e-5
 
 
@@ -500,7 +500,7 @@ def test_heun_takes_a_hundredfold_step_with_euler():
 def test_a_list_cut_in_two_gives_the_same_picture(name):
     sigmas = SCHEDULE.steps(10)
     whole = walk(name, sigmas)
-    denoise = parametrise(network, SCHEDULE, "eps")
+    denoise = parametrize(network, SCHEDULE, "eps")
     rest = list(SAMPLERS[name](denoise, whole[5].x, sigmas[6:], noise=None))
     assert torch.equal(rest[-1].x, whole[-1].x)
 
