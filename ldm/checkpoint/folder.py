@@ -18,10 +18,11 @@ from ldm.checkpoint.identify import Place, check_inputs, check_stored_plainly, p
 from ldm.checkpoint.parts import TOWERS, Model, ModelLike, Part, Source, collect
 from ldm.checkpoint.pickles import PickledTensors
 from ldm.checkpoint.tensors import TensorFiles, Tensors, check_file, parse_object, some, write_tensors
-from ldm.config import ModelConfig, Prediction, TextConfig, from_dict
+from ldm.config import ModelConfig, Prediction, TextConfig
 from ldm.models.tokens import EOS, Tokenizer
 from ldm.models.vae import VAE
 from ldm.presets import SD15, recognize
+from ldm.strict import from_dict
 
 _NETWORK, _TOWER = "diffusion_pytorch_model", "model"  # stems of the files with the weights
 _REFUSED = ("controlnet", "adapter", "motion_adapter", "prior", "prior_prior", "transformer", "low_res_scheduler")

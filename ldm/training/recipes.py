@@ -9,10 +9,11 @@ import torch
 
 from ldm.checkpoint.files import load, load_vae, save, save_vae
 from ldm.checkpoint.parts import Model
-from ldm.config import DiffusionConfig, ModelConfig, TextConfig, UNetConfig, VAEConfig, from_dict, read_toml
+from ldm.config import DiffusionConfig, ModelConfig, TextConfig, UNetConfig, VAEConfig
 from ldm.models.text import TextEncoder
 from ldm.models.tokens import Tokenizer
 from ldm.models.unet import UNet
+from ldm.strict import from_dict, read_toml
 from ldm.training.data import DataConfig
 from ldm.training.diffusion import DiffusionLoss, DiffusionObjective, Networks
 from ldm.training.loop import Dataset, LoopConfig, collate, train
