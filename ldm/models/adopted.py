@@ -6,7 +6,7 @@ import torch
 
 from ldm.config import TextConfig
 from ldm.models.text import ACTIVATIONS, Block, TextEncoder, TextTower
-from ldm.models.tokens import Tokenizer
+from ldm.models.token_files import tokenizer_from_json
 
 
 def adopt(model: Any, tokenizer: Any, *, sdxl: bool | None = None) -> TextEncoder:
@@ -14,7 +14,7 @@ def adopt(model: Any, tokenizer: Any, *, sdxl: bool | None = None) -> TextEncode
     models, tokenizers = (list(v) if isinstance(v, list | tuple) else [v] for v in (model, tokenizer))
     if sdxl is None:
         sdxl = len(models) > 1 or hasattr(models[0], "text_projection")
-    ours = [Tokenizer.from_json(t.backend_tokenizer.to_str()) for t in tokenizers]
+    ours = [tokenizer_from_json(t.backend_tokenizer.to_str()) for t in tokenizers]
     configs = [_config_of(*each, sdxl=sdxl) for each in zip(models, tokenizers, strict=True)]
     with torch.device("meta"):
         encoder = TextEncoder(configs, ours)
