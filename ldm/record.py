@@ -10,10 +10,11 @@ from typing import Any, Literal
 import torch
 
 import ldm
-from ldm.config import Prediction, from_dict
+from ldm.config import Prediction
 from ldm.images import A1111_SAMPLERS, a1111_parameters, read_texts
 from ldm.pipeline import Pipeline
 from ldm.request import Request
+from ldm.strict import from_dict
 
 KEY = "ldm"  # of the PNG's text chunk
 OTHERS = {  # the text chunks of other programs

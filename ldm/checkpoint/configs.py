@@ -8,7 +8,8 @@ from collections.abc import Callable
 from reprlib import repr as short
 from typing import Any
 
-from ldm.config import Depths, DiffusionConfig, TextConfig, UNetConfig, VAEConfig, from_dict
+from ldm.config import Depths, DiffusionConfig, TextConfig, UNetConfig, VAEConfig
+from ldm.strict import from_dict
 
 Json = dict[str, Any]
 Fields = dict[str, tuple[str, Any]]

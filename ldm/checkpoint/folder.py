@@ -7,7 +7,6 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,10 +17,12 @@ from ldm.checkpoint.identify import Place, check_inputs, check_stored_plainly, p
 from ldm.checkpoint.parts import TOWERS, Model, ModelLike, Part, Source, collect
 from ldm.checkpoint.pickles import PickledTensors
 from ldm.checkpoint.tensors import TensorFiles, Tensors, check_file, parse_object, some, write_tensors
-from ldm.config import ModelConfig, Prediction, TextConfig, from_dict
-from ldm.models.tokens import EOS, Tokenizer
+from ldm.config import ModelConfig, Prediction, TextConfig
+from ldm.models.token_files import read_tokenizer, save_tokenizer
+from ldm.models.tokens import Tokenizer
 from ldm.models.vae import VAE
 from ldm.presets import SD15, recognize
+from ldm.strict import from_dict
 
 _NETWORK, _TOWER = "diffusion_pytorch_model", "model"  # stems of the files with the weights
 _REFUSED = ("controlnet", "adapter", "motion_adapter", "prior", "prior_prior", "transformer", "low_res_scheduler")
@@ -58,7 +59,7 @@ def open_folder(folder: Path, *, prediction: Prediction | None = None, pickles: 
     check_inputs(unet_json.get("in_channels", 4), folder)
     unet = configs.unet_from_json(unet_json, where)
     sdxl = unet.is_sdxl
-    tokenizers = [_tokenizer(folder / name.replace("text_encoder", "tokenizer")) for name in towers]
+    tokenizers = [read_tokenizer(folder / name.replace("text_encoder", "tokenizer")) for name in towers]
     text = tuple(
         configs.text_from_json(json | {"architectures": [_class(index, name)]}, where, pad_id, sdxl=sdxl)
         for (json, where), name, (_, pad_id) in zip(
@@ -123,7 +124,7 @@ def write_folder(folder: Path, model: ModelLike, dtype: torch.dtype | None) -> N
         json = configs.text_to_json(text, tokenizer.bos_id, tokenizer.eos_id, sdxl=sdxl)
         # under the names with `text_model.`, which every version of transformers reads
         _write_network(folder / name, _TOWER, json, collect(tower, tables.hf_text(), dtype=dtype))
-        tokenizer.save(folder / name.replace("text_encoder", "tokenizer"), text.max_length, text.pad_id)
+        save_tokenizer(tokenizer, folder / name.replace("text_encoder", "tokenizer"), text.max_length, text.pad_id)
     if kept := model.unused if isinstance(model, Model) else {}:
         held = {name: value.to(dtype or value.dtype).contiguous() for name, value in kept.items()}
         write_tensors(held, folder / _KEPT)
@@ -287,21 +288,3 @@ def _shards(index: Path) -> list[Path]:
             raise ValueError(f"{index} names {name[:100]!r}, which is not a .safetensors file beside it")
         check_file(index.parent / name, f"{index.name} names it; fetch the folder again")
     return [index.parent / name for name in names]
-
-
-def _tokenizer(folder: Path) -> tuple[Tokenizer, int]:
-    """Read a tokenizer, and the id of the token that pads prompts.
-
-    The pad token is in tokenizer_config.json; if that file has no "added_tokens_decoder", which transformers writes
-    since 4.34, special_tokens_map.json overrides it. The default is the end token.
-    """
-    tokenizer = Tokenizer.from_folder(folder)
-    said: dict[str, Any] = {}
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        if (folder / name).is_file() and "added_tokens_decoder" not in said:
-            said |= _read_json(folder / name)
-    token = said.get("pad_token") or EOS
-    token = token.get("content") if isinstance(token, dict) else token
-    if not isinstance(token, str) or token not in tokenizer.vocab:
-        raise ValueError(f"{folder} pads with {token!r}, which is not in its vocabulary")
-    return tokenizer, tokenizer.vocab[token]

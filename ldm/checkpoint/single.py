@@ -14,9 +14,10 @@ from ldm.checkpoint.identify import Contents, Decision, Tower
 from ldm.checkpoint.known import KnownFile, kind_of
 from ldm.checkpoint.parts import TOWERS, Model, ModelLike, Source, collect
 from ldm.checkpoint.tensors import Tensors, parse_object, some, write_tensors
-from ldm.config import DiffusionConfig, ModelConfig, Prediction, TextConfig, from_dict
+from ldm.config import DiffusionConfig, ModelConfig, Prediction, TextConfig
 from ldm.models.tokens import Tokenizer, official_vocabulary
 from ldm.presets import FAMILIES, SD21_BASE, SD_TURBO, SDXL_BASE, recognize
+from ldm.strict import from_dict
 
 METADATA_KEY = "ldm.config"  # the metadata key under which this package writes the ModelConfig as JSON
 _NEW_FIELDS = {"overflows_fp16", "up_depth", "mid", "guidance_dim"}  # files of version 0.1 lack them

@@ -1,20 +1,74 @@
-"""CLIP text encoding: one or more towers with their tokenizers, and the choice of the outputs for the UNet."""
+"""CLIP's text transformers (Radford et al. 2021), which turn prompts into the context of the UNet.
+
+The operations and their order are those of transformers' `CLIPTextModel`, so that fp32 results are the same bits.
+"""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.conditioning import Condition
 from ldm.config import TextConfig
-from ldm.models.clip import ACTIVATIONS, Block
 from ldm.models.tokens import Tokenizer
 
 
+def quick_gelu(x: Tensor) -> Tensor:
+    """Return x sigmoid(1.702 x), the approximation of GELU that OpenAI trained CLIP with."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+
+
+class CausalAttention(nn.Module):
+    """Multi-head causal self-attention.
+
+    `set_attention` does not change it: its score matrix is small, and it needs the causal mask.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        if heads < 1 or width % heads:
+            raise ValueError(f"a text tower {width} wide cannot be split into {heads} heads of equal width")
+        self.heads = heads
+        self.to_q = nn.Linear(width, width)
+        self.to_k = nn.Linear(width, width)
+        self.to_v = nn.Linear(width, width)
+        self.to_out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x: b n d to b n d."""
+        projections = self.to_q(x), self.to_k(x), self.to_v(x)
+        q, k, v = (rearrange(p, "b n (h d) -> b h n d", h=self.heads) for p in projections)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.to_out(rearrange(attended, "b h n d -> b n (h d)"))
+
+
+class Block(nn.Module):
+    """Causal self-attention and an MLP, each with pre-norm and a residual connection."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[config.activation]
+        self.norm1 = nn.LayerNorm(config.width)
+        self.attn = CausalAttention(config.width, config.heads)
+        self.norm2 = nn.LayerNorm(config.width)
+        self.fc1 = nn.Linear(config.width, config.mlp)
+        self.fc2 = nn.Linear(config.mlp, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x: b n d to b n d."""
+        x = x + self.attn(self.norm1(x))
+        return x + self.fc2(self.activation(self.fc1(self.norm2(x))))
+
+
 class TextTower(nn.Module):
-    """One CLIP text transformer with its tokenizer. The config chooses the hidden state for the context."""
+    """One CLIP text transformer with its tokenizer. The config chooses which hidden state is the context."""
 
     def __init__(self, config: TextConfig, tokenizer: Tokenizer) -> None:
         super().__init__()
@@ -29,7 +83,7 @@ class TextTower(nn.Module):
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         """Return the ids of `texts` with the begin token, the end token and padding: b max_length.
 
-        Warns if a text is too long for the tower, with the part that is cut off.
+        Warns if a text is too long for the tower, and names the part that is cut off.
         """
         room = self.config.max_length - 2
         rows = []
@@ -46,9 +100,10 @@ class TextTower(nn.Module):
         return torch.tensor(rows, device=self.norm.weight.device)
 
     def forward(self, ids: Tensor, clip_skip: int | None = None) -> Condition:
-        """Encode ids: b n. Returns the chosen hidden state: b n width, and the pooled projection: b p.
+        """Encode ids: b n. Returns the chosen hidden state as context: b n width, and the pooled text as vector: b p.
 
-        clip_skip: another hidden state than the config's. Raises ValueError as `TextConfig.context_layer` does.
+        The vector is None for a tower without a projection. clip_skip: another hidden state than the config's.
+        Raises ValueError as `TextConfig.context_layer` does.
         """
         layer = self.config.context_layer(clip_skip)
         x = self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
@@ -56,12 +111,12 @@ class TextTower(nn.Module):
             x = block(x)
         context = self.norm(x) if self.config.final_norm else x
         if self.projection is None:
-            return Condition(context, None)
+            return Condition(context)
         for block in self.blocks[layer:]:
             x = block(x)
         # The pooled position is the first end token; argmax(ids) would find added tokens, whose ids are larger.
         ends = (ids == self.tokenizer.eos_id).int().argmax(dim=-1)
-        pooled = self.norm(x)[torch.arange(len(ids), device=ids.device), ends]
+        pooled = self.norm(x)[torch.arange(len(ids), device=ids.device), ends]  # b width
         return Condition(context, self.projection(pooled))
 
     @torch.no_grad()
@@ -86,19 +141,18 @@ def _embedding(count: int, width: int) -> nn.Embedding:
 
 
 class TextEncoder(nn.Module):
-    """The towers of a model. Their contexts are concatenated along the width; the last pooled projection is used."""
+    """The text towers of a model, one or two."""
 
     def __init__(self, configs: Sequence[TextConfig], tokenizers: Sequence[Tokenizer]) -> None:
         super().__init__()
         self.tokenizers = list(tokenizers)  # one per tower
-        self.towers = nn.ModuleList(
-            TextTower(config, tokenizer) for config, tokenizer in zip(configs, tokenizers, strict=True)
-        )
+        self.towers = nn.ModuleList(TextTower(*pair) for pair in zip(configs, tokenizers, strict=True))
 
     def encode(self, texts: list[str], clip_skip: int | None = None) -> Condition:
-        """Encode `texts` as context: b n d (d: sum of the widths) and vector: b p or None.
+        """Encode `texts` as context: b n d (the towers' contexts side by side) and vector: b p or None.
 
-        clip_skip: for every tower; see `TextConfig.context_layer`, which raises ValueError.
+        The vector is the pooled text of the last tower that has one. clip_skip: for every tower; see
+        `TextConfig.context_layer`, which raises ValueError.
         """
         outputs = [tower(tower.tokenize(texts), clip_skip) for tower in self.towers]  # type: ignore[operator]
         vectors = [out.vector for out in outputs if out.vector is not None]
@@ -109,61 +163,10 @@ class TextEncoder(nn.Module):
     def from_transformers(cls, model: Any, tokenizer: Any, *, sdxl: bool | None = None) -> "TextEncoder":
         """Wrap a `CLIPTextModel` or `CLIPTextModelWithProjection` of transformers and its tokenizer, or lists of them.
 
-        The layers are shared, not copied. sdxl: use the hidden state before the last without the final norm, and the
+        The weights are shared, not copied. sdxl: use the hidden state before the last without the final norm, and the
         pooled projection, as SDXL does; None: do so for two models, or for one with a projection.
         Raises ValueError for a model that is not a CLIP text tower of Stable Diffusion.
         """
-        models, tokenizers = (list(v) if isinstance(v, list | tuple) else [v] for v in (model, tokenizer))
-        if sdxl is None:
-            sdxl = len(models) > 1 or hasattr(models[0], "text_projection")
-        ours = [Tokenizer.from_json(t.backend_tokenizer.to_str()) for t in tokenizers]
-        configs = [
-            _config_of(model, int(tokenizer.pad_token_id), sdxl=sdxl)
-            for model, tokenizer in zip(models, tokenizers, strict=True)
-        ]
-        with torch.device("meta"):
-            encoder = cls(configs, ours)
-        for tower, theirs in zip(encoder.towers, models, strict=True):
-            assert isinstance(tower, TextTower)
-            _adopt(tower, theirs)
-        return encoder.train(models[0].training)
+        from ldm.models.adopted import adopt  # only users of transformers need it
 
-
-def _config_of(model: Any, pad_id: int, *, sdxl: bool) -> TextConfig:
-    """Return the TextConfig of one of transformers' text models."""
-    said = model.config
-    if said.hidden_act not in ACTIVATIONS or said.layer_norm_eps != 1e-5 or said.attention_dropout:
-        raise ValueError(
-            f"a text model needs an activation of {', '.join(ACTIVATIONS)}, layer_norm_eps 1e-5 and no dropout, got "
-            f"{said.hidden_act}, {said.layer_norm_eps} and {said.attention_dropout}"
-        )
-    projected = sdxl and hasattr(model, "text_projection")
-    return TextConfig(
-        width=said.hidden_size,
-        layers=said.num_hidden_layers,
-        heads=said.num_attention_heads,
-        mlp=said.intermediate_size,
-        activation=said.hidden_act,
-        projection=said.projection_dim if projected else None,
-        vocab_size=model.get_input_embeddings().num_embeddings,
-        max_length=said.max_position_embeddings,
-        pad_id=pad_id,
-        output_layer=-2 if sdxl else -1,
-        final_norm=not sdxl,
-    )
-
-
-def _adopt(tower: TextTower, model: Any) -> None:
-    """Replace the layers of `tower` by those of transformers' `model`."""
-    core = getattr(model, "text_model", model)  # some of transformers' classes have this inner module
-    tower.token_embedding = core.embeddings.token_embedding
-    tower.position_embedding = core.embeddings.position_embedding
-    for ours, theirs in zip(tower.blocks, core.encoder.layers, strict=True):
-        assert isinstance(ours, Block)
-        ours.norm1, ours.norm2 = theirs.layer_norm1, theirs.layer_norm2
-        ours.attn.to_q, ours.attn.to_k = theirs.self_attn.q_proj, theirs.self_attn.k_proj
-        ours.attn.to_v, ours.attn.to_out = theirs.self_attn.v_proj, theirs.self_attn.out_proj
-        ours.fc1, ours.fc2 = theirs.mlp.fc1, theirs.mlp.fc2
-    tower.norm = core.final_layer_norm
-    if tower.projection is not None:
-        tower.projection = model.text_projection
+        return adopt(model, tokenizer, sdxl=sdxl)

@@ -14,7 +14,6 @@ from ldm.config import ModelConfig, VAEConfig
 from ldm.models.attention import Attend, math_attention, sdpa, set_attention, sliced_attention
 from ldm.models.int8 import can_quantize, quantize
 from ldm.models.layers import ResBlock
-from ldm.models.text import TextEncoder
 from ldm.models.transformer import TransformerBlock
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE

@@ -9,10 +9,12 @@ import torch
 
 from ldm.checkpoint.files import load, load_vae, save, save_vae
 from ldm.checkpoint.parts import Model
-from ldm.config import DiffusionConfig, ModelConfig, TextConfig, UNetConfig, VAEConfig, from_dict, read_toml
+from ldm.config import DiffusionConfig, ModelConfig, TextConfig, UNetConfig, VAEConfig
 from ldm.models.text import TextEncoder
+from ldm.models.token_files import read_tokenizer, save_tokenizer
 from ldm.models.tokens import Tokenizer
 from ldm.models.unet import UNet
+from ldm.strict import from_dict, read_toml
 from ldm.training.data import DataConfig
 from ldm.training.diffusion import DiffusionLoss, DiffusionObjective, Networks
 from ldm.training.loop import Dataset, LoopConfig, collate, train
@@ -145,9 +147,9 @@ def _tokenizer(recipe: LDMRecipe, dataset: Dataset) -> Tokenizer:
         captions = [dataset[i][1] for i in range(min(20_000, len(dataset)))]
         vocab, merges = build_vocabulary(captions, recipe.vocabulary)
         partial = folder.with_name("tokenizer.partial")
-        Tokenizer(vocab, merges).save(partial, recipe.text.max_length)
+        save_tokenizer(Tokenizer(vocab, merges), partial, recipe.text.max_length)
         partial.rename(folder)
-    return Tokenizer.from_folder(folder)
+    return read_tokenizer(folder)[0]
 
 
 def _text(recipe: Recipe) -> str:

@@ -15,6 +15,7 @@ from ldm.checkpoint import tables
 from ldm.checkpoint.files import identify
 from ldm.checkpoint.parts import collect
 from ldm.config import ModelConfig
+from ldm.models.token_files import save_tokenizer
 from ldm.models.tokens import Tokenizer
 from ldm.presets import SD15, SD21_BASE, SDXL_BASE, SDXL_REFINER
 from tests.checkpoint.standin import hollow_model, write_hollow
@@ -290,7 +291,7 @@ REFUSED = {
 def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """CLIP's vocab.json and merges.txt, as every folder has them."""
     folder = tmp_path_factory.mktemp("vocabulary")
-    Tokenizer.official().save(folder, 77)
+    save_tokenizer(Tokenizer.official(), folder, 77)
     return folder
 
 

@@ -11,6 +11,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 import ldm
 from ldm.checkpoint import tables
 from ldm.checkpoint.keymap import key_map
+from ldm.conditioning import Condition
 from ldm.config import TextConfig
 from ldm.models.text import TextEncoder, TextTower
 from ldm.models.tokens import Tokenizer
@@ -66,17 +67,19 @@ def transformers_model(config):
 
 
 def of_transformers(model, config, ids, back=None):
-    """The context that a pipeline takes of transformers' model, and the pooled text or None."""
+    """The hidden state that a pipeline of diffusers takes from transformers' model, and the pooled text or None."""
     out = model(input_ids=ids, output_hidden_states=True)
     norm = getattr(model, "text_model", model).final_layer_norm
     hidden = out.hidden_states[back or config.output_layer]
     context = norm(hidden) if config.final_norm else hidden
-    return context, out.text_embeds if config.projection else None
+    return Condition(context, out.text_embeds if config.projection else None)
 
 
 def largest_difference(got, expected):
-    assert (got.vector is None) == (expected[1] is None)
-    pairs = [(a, b) for a, b in zip(got, expected, strict=True) if a is not None]
+    assert (got.vector is None) == (expected.vector is None)
+    pairs = [(got.context, expected.context)]
+    if got.vector is not None:
+        pairs.append((got.vector, expected.vector))
     assert all(a.shape == b.shape and b.std() > 0.05 for a, b in pairs)
     return max((a - b).abs().max().item() for a, b in pairs)
 
@@ -123,7 +126,7 @@ def test_a_tower_has_the_gradients_of_transformers(kind, tokenizer):
     ours = filled(copy.deepcopy(model), config, tokenizer)
     ids = ours.tokenize(TEXTS)
     ours(ids).context.square().sum().backward()
-    of_transformers(model, config, ids)[0].square().sum().backward()
+    of_transformers(model, config, ids).context.square().sum().backward()
     got = ours.blocks[0].attn.to_k.weight.grad
     expected = model.encoder.layers[0].self_attn.k_proj.weight.grad
     assert expected.abs().max() > 0
@@ -265,7 +268,7 @@ def test_sdxls_two_models_are_wrapped_together_and_its_refiners_alone(tokenizer)
     assert [t.config for t in encoder.towers] == configs
     ids = [t.tokenize(TEXTS) for t in encoder.towers]
     expected = [of_transformers(*each) for each in zip(models, configs, ids, strict=True)]
-    joined = torch.cat([context for context, _ in expected], dim=-1), expected[1][1]
+    joined = Condition(torch.cat([each.context for each in expected], dim=-1), expected[1].vector)
     assert largest_difference(encoder.encode(TEXTS), joined) == 0
 
     refiner = TextEncoder.from_transformers(models[1], theirs[1])

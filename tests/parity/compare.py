@@ -91,9 +91,10 @@ def of_ours(pipe: ldm.Pipeline, given: Inputs) -> Outputs:
     for tower in pipe.text_encoder.towers:
         # as diffusers counts: SDXL's tower with a projection is the second, also where it is alone
         name = "text_encoder_2" if tower.config.projection else "text_encoder"
-        outputs[name], pooled = tower(tower.tokenize(PROMPTS))
-        if pooled is not None:
-            outputs[f"{name}, pooled"] = pooled
+        encoded = tower(tower.tokenize(PROMPTS))
+        outputs[name] = encoded.context
+        if encoded.vector is not None:
+            outputs[f"{name}, pooled"] = encoded.vector
     vector = None
     if given.pooled is not None and given.time_ids is not None:
         sizes = timestep_embedding(given.time_ids.flatten(), 256).reshape(len(TIMESTEPS), -1)
