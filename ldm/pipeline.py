@@ -13,9 +13,9 @@ replaced.
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import partial
+
 from pathlib import Path
 
 import torch
@@ -172,11 +172,12 @@ class Pipeline:
         noise: draws the sampler's noise (default: `plan.noise`). sampler: an own function instead of the plan's.
         Raises FloatingPointError as `stream` does.
         """
-        run = partial(sampler or SAMPLERS[plan.sampler], **plan.request.sampler_options)
+        run: Callable[..., Iterator[Step]] = sampler or SAMPLERS[plan.sampler]
+        options = plan.request.sampler_options
         with self.at_work("unet"):
             x = x.to(next(self.unet.parameters()).device)
             finite: list[Tensor] = []
-            for step in run(denoise, x, plan.sigmas, noise=noise or plan.noise()):
+            for step in run(denoise, x, plan.sigmas, noise=noise or plan.noise(), **options):
                 finite.append(step.x.isfinite().all())
                 if (step.index == step.total - 1 or x.device.type == "cpu") and not finite[-1]:
                     first = [bool(each) for each in finite].index(False)
