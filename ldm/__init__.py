@@ -4,7 +4,8 @@ from ldm.config import ModelConfig
 from ldm.pipeline import Pipeline, load
 from ldm.placement.memory import Placement
 from ldm.presets import PRESETS, SD15, SD21, SD21_BASE, SD_TURBO, SDXL_BASE, SDXL_REFINER, SDXL_TURBO, TINY
-from ldm.request import Request
+from ldm.refiner import refine
+from ldm.request import Request, Sizes, Source
 
 __version__ = "0.1.0"  # pyproject.toml reads it from here
 
@@ -22,5 +23,8 @@ __all__ = [
     "Pipeline",
     "Placement",
     "Request",
+    "Sizes",
+    "Source",
     "load",
+    "refine",
 ]

@@ -15,7 +15,6 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-
 from pathlib import Path
 
 import torch

@@ -1,19 +1,22 @@
-"""What a picture remembers: all it takes to make it again bit for bit, as JSON in a text chunk of its PNG."""
+"""The record in a picture: how to make it again bit for bit, as JSON in a text chunk of its PNG."""
 
 import dataclasses
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 import ldm
-from ldm.config import Prediction
-from ldm.images import A1111_SAMPLERS, a1111_parameters, read_texts
-from ldm.pipeline import Pipeline
-from ldm.request import Request
+from ldm.config import Prediction, option
+from ldm.diffusion.samplers import conventions
+from ldm.pictures import a1111_parameters, read_texts
+from ldm.pipeline import BUNDLED, locate
+from ldm.placement.memory import Placement
+from ldm.request import Plan, Request
 from ldm.strict import from_dict
 
 KEY = "ldm"  # of the PNG's text chunk
@@ -23,49 +26,32 @@ OTHERS = {  # the text chunks of other programs
     "invokeai_metadata": "InvokeAI",
     "sd-metadata": "InvokeAI",
 }
+UNRECORDED = ("offload", "cuda_graph")  # fields of a Placement that change no number
 
 
 @dataclass(frozen=True)
-class PartUsed:
-    """Where a part of a model came from, and the digest of what is there."""
+class ModelChoice:
+    """Which model to use: what `ldm.load` takes beside the placement, and an SDXL refiner."""
 
-    path: str
-    sha256: str
+    model: str = option(BUNDLED, "a folder or .safetensors file")
+    prediction: Prediction | None = option(None, "what the UNet predicts, if its file says it wrongly")
+    ema: bool = option(False, "use the averaged copy of the UNet, from a file that holds both")
+    vae: str | None = option(None, "a file or folder to take the VAE from")
+    unet: str | None = option(None, "a file or folder to take the UNet from")
+    text_encoder: str | None = option(None, "a file or folder to take the text encoder from")
+    refiner: str | None = option(None, "an SDXL refiner for the last steps: a folder or .safetensors file")
+    handover: float = option(0.8, "with --refiner: the share of the timesteps that the base model runs", low=0, high=1)
 
-
-@dataclass(frozen=True)
-class ModelUsed:
-    """Which model: where it was, what it is and why, the digest of its files (see `digest`), and how it was read."""
-
-    path: str
-    name: str
-    sha256: str
-    why: str = ""
-    prediction: Prediction | None = None  # what it was said to predict
-    ema: bool = False
-    vae: PartUsed | None = None  # of a part that came from elsewhere
-    unet: PartUsed | None = None
-    text_encoder: PartUsed | None = None
-
-
-@dataclass(frozen=True)
-class PlacementUsed:
-    """A `Placement` in words, with nothing left open, without what changes no number."""
-
-    device: str
-    dtype: str
-    vae_dtype: str
-    attention: str | None = None  # of networks that no placement was applied to
-    guidance: str = "batched"
-    vae_memory: str = "whole"
-    compile: bool = False
-    packed: bool = False
-    int8: bool = False
+    @property
+    def paths(self) -> dict[str, Path]:
+        """The files and folders of the model and of each part from elsewhere, by field."""
+        named = {n: getattr(self, n) for n in ("model", "vae", "unet", "text_encoder", "refiner")}
+        return {name: locate(path) for name, path in named.items() if path is not None}
 
 
 @dataclass(frozen=True)
 class Environment:
-    """What, beside the inputs, decides the last bits of a number: versions, hardware and threads."""
+    """What can change the last bits of a number, beside the inputs: versions, hardware and threads."""
 
     ldm: str
     torch: str
@@ -75,37 +61,51 @@ class Environment:
 
 @dataclass(frozen=True)
 class Record:
-    """One run of one command; `picture` is the index of the picture that holds it, None in a grid of all."""
+    """How a picture was made: what was asked, and the values that the model chose.
 
-    command: Literal["txt2img"]
-    request: Request  # resolved
-    model: ModelUsed
-    placement: PlacementUsed
+    task: "txt2img" or "img2img". resolved: see `Plan.resolved`. name, why: what the model was identified as, and why.
+    sha256: the digest of each path in `model.paths`, and of the source picture. placement: in words.
+    picture: the index of the picture, or None for a grid of all.
+    """
+
+    task: str
+    request: Request
+    model: ModelChoice
+    sha256: Mapping[str, str]
     environment: Environment
+    placement: Mapping[str, Any]
+    resolved: Mapping[str, Any] = field(default_factory=dict)
+    name: str = ""
+    why: str = ""
     picture: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the record as JSON-ready values, without what is None."""
-        return dataclasses.asdict(self, dict_factory=lambda pairs: {k: v for k, v in pairs if v is not None})
+        """Return the record as JSON-ready values, without None and empty values."""
+        keep = (False, 0)
+        table = dataclasses.asdict(
+            self, dict_factory=lambda pairs: {k: v for k, v in pairs if v or v in keep or k in ("prompt",)}
+        )
+        if self.request.source is not None:
+            table["request"]["source"]["image"] = str(self.request.source.image)
+        return table
 
     def texts(self, picture: int | None) -> dict[str, str]:
         """Return the PNG text chunks of that picture, or of a grid of all: A1111's `parameters` and ours."""
-        request = self.request
-        assert request.sampler is not None  # resolved
-        vae = self.model.vae
+        request, resolved, vae = self.request, self.resolved, self.model.vae
         parameters = a1111_parameters(
             request.prompt,
             request.negative_prompt or "",
             {
-                "Steps": request.steps,
-                "Sampler": A1111_SAMPLERS[request.sampler],
-                "Schedule type": str(request.spacing).capitalize(),
-                "CFG scale": request.guidance_scale,
+                "Steps": resolved["steps"],
+                "Sampler": conventions(resolved["sampler"]).a1111 or resolved["sampler"],
+                "Schedule type": str(resolved["spacing"]).capitalize(),
+                "CFG scale": resolved["guidance_scale"],
                 "Seed": request.seeds[picture or 0],
-                "Size": f"{request.width}x{request.height}",
-                "Model hash": self.model.sha256[:10],
-                "Model": self.model.name,
-                **({"VAE hash": vae.sha256[:10], "VAE": Path(vae.path).name} if vae else {}),
+                "Size": f"{resolved['width']}x{resolved['height']}",
+                "Model hash": self.sha256["model"][:10],
+                "Model": self.name,
+                **({"VAE hash": self.sha256["vae"][:10], "VAE": Path(vae).name} if vae else {}),
+                **({"Denoising strength": request.source.strength} if request.source else {}),
                 **({"Clip skip": request.clip_skip} if (request.clip_skip or 1) > 1 else {}),
                 "RNG": "CPU",
                 "Version": f"ldm {self.environment.ldm}",
@@ -114,26 +114,20 @@ class Record:
         return {"parameters": parameters, KEY: json.dumps(dataclasses.replace(self, picture=picture).as_dict())}
 
 
-def remember(pipe: Pipeline, request: Request, model: ModelUsed) -> Record:
-    """Describe the run of txt2img that makes `request` with `pipe`, which is `model`."""
-    placement, weight = pipe.placement, next(pipe.unet.parameters())
-    device = torch.device(placement.device or weight.device)  # weights may wait elsewhere
+def remember(plan: Plan, choice: ModelChoice, pipe: ldm.Pipeline, sha256: Mapping[str, str]) -> Record:
+    """Describe the run of `plan` with `pipe`, which was loaded from `choice` with a placement."""
+    placement = {f.name: getattr(pipe.placement, f.name) for f in dataclasses.fields(Placement)}
+    words = {n: v if isinstance(v, bool | None) else str(v).removeprefix("torch.") for n, v in placement.items()}
     return Record(
-        command="txt2img",
-        request=request.resolved(pipe.config),
-        model=model,
-        placement=PlacementUsed(
-            device=str(device),
-            dtype=_name(weight.dtype),
-            vae_dtype=_name(next(pipe.vae.parameters()).dtype),
-            attention=placement.attention,
-            guidance=placement.guidance,
-            vae_memory=placement.vae_memory,
-            compile=placement.compile,
-            packed=placement.packed,
-            int8=placement.int8,
-        ),
-        environment=environment(device),
+        task="txt2img" if plan.request.source is None else "img2img",
+        request=plan.request,
+        model=choice,
+        sha256=sha256,
+        environment=environment(torch.device(words["device"])),
+        placement={name: word for name, word in words.items() if name not in UNRECORDED},
+        resolved=plan.resolved(),
+        name=pipe.config.name,
+        why=pipe.why,
     )
 
 
@@ -149,7 +143,7 @@ def environment(device: torch.device) -> Environment:
 def recall(path: str | Path) -> Record:
     """Read the record in the PNG at `path`.
 
-    Raises ValueError if that is no picture, holds no record, or one that this version cannot follow.
+    Raises ValueError for a file that is not a picture, has no record, or has one that this version cannot follow.
     """
     texts = read_texts(path)
     for key, program in OTHERS.items():
@@ -169,11 +163,10 @@ def recall(path: str | Path) -> Record:
         raise ValueError(f"{path}: its {KEY!r} chunk is not JSON: {error}") from error
     if not isinstance(table, dict):
         raise ValueError(f"{path}: its {KEY!r} chunk is not a JSON object")
-    if isinstance(table.get("environment"), dict):  # the first pictures name its version, too
-        table["environment"].pop("transformers", None)
     try:
         record = from_dict(table, Record, where=f"the record in {path}")
-    except ValueError as error:
+        Placement(**record.placement)
+    except (TypeError, ValueError) as error:
         raise ValueError(
             f"{error}; ldm {ldm.__version__} cannot follow this record: give the prompt and options yourself"
         ) from error
@@ -182,10 +175,6 @@ def recall(path: str | Path) -> Record:
             f"{path}: picture must be one of the {record.request.images} of its request, got {record.picture}"
         )
     return record
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def digest(path: str | Path) -> str:

@@ -99,7 +99,11 @@ class Request:
     clip_skip: int | None = option(
         None, "layer of the text encoder, counted from 1, the last (default: the model's; SDXL: 2)", low=1
     )
-    sampler_options: Mapping[str, float] = dataclasses.field(default_factory=dict, hash=False)  # such as {"eta": 0.5}
+    sampler_options: Mapping[str, float] = dataclasses.field(
+        default_factory=dict,
+        hash=False,
+        metadata={"help": "the sampler's own options, such as eta=0.5 for ddim", "flag": None},
+    )
     sizes: Sizes = Sizes()
     source: Source | None = None  # None: start from noise
 

@@ -5,7 +5,7 @@ import sys
 import tomllib
 import types
 import typing
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from dataclasses import MISSING
 from pathlib import Path
 from reprlib import repr as short
@@ -48,10 +48,14 @@ def from_dict(table: dict[str, Any], kind: type[T], where: str = "", *, may_lack
 
 
 def _convert(value: Any, kind: Any, where: str, may_lack: Container[str] | None) -> Any:
-    """Convert `value` to the annotation `kind`: a dataclass, tuple, Literal, union or scalar."""
+    """Convert `value` to the annotation `kind`: a dataclass, mapping, tuple, Literal, union or scalar."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind) and isinstance(kind, type) and isinstance(value, dict):
         return from_dict(value, kind, where, may_lack=may_lack)
+    if kind is Any:
+        return value
+    if origin is Mapping and isinstance(value, dict):
+        return {key: _convert(v, args[1], f"{where}: {key}", may_lack) for key, v in value.items()}
     if origin is Literal:
         if value in args:
             return value

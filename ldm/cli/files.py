@@ -8,8 +8,12 @@ from typing import get_args
 from ldm.checkpoint import files
 from ldm.checkpoint.parts import Layout
 from ldm.cli.inspect import inspect
-from ldm.cli.options import MODEL_OPTIONS, Commands, ModelChoice, add_options, given, read_dtype
+from ldm.cli.options import Commands, add_options, given
 from ldm.pipeline import locate
+from ldm.placement.memory import Placement
+from ldm.record import ModelChoice
+
+PARTS = ("prediction", "ema", "vae", "unet", "text_encoder")
 
 
 def add(commands: Commands) -> None:
@@ -18,7 +22,7 @@ def add(commands: Commands) -> None:
     command.set_defaults(run=_inspect)
     command.add_argument("file", metavar="FILE", help="only headers and configurations are read")
     command.add_argument("--check-sha256", action="store_true", help="look it up among the known files; reads it all")
-    add_options(command, ModelChoice, MODEL_OPTIONS[1:2])
+    add_options(command, ModelChoice, ["prediction"])
     command.add_argument("--json", action="store_true", help="print the report as JSON")
 
     command = commands.add_parser("convert", help="write a model in another layout or dtype")
@@ -32,7 +36,7 @@ def add(commands: Commands) -> None:
         help="ldm: one official .safetensors file; diffusers: a folder",
     )
     command.add_argument("--dtype", help="of all tensors (default: each its own, bit for bit)")
-    add_options(command, ModelChoice, MODEL_OPTIONS[1:])
+    add_options(command, ModelChoice, PARTS)
     command.add_argument("--overwrite", action="store_true", help="replace a model that exists")
     command.add_argument("--json", action="store_true", help="print the results as JSON")
 
@@ -46,13 +50,13 @@ def _inspect(args: argparse.Namespace) -> None:
 
 def _convert(args: argparse.Namespace) -> None:
     """Write the model, and print where it is and what was not taken along."""
-    choice = ModelChoice(args.model, **given(args, MODEL_OPTIONS[1:]))
+    choice = ModelChoice(args.model, **given(args, ModelChoice, PARTS))
     parts = choice.paths
     left_out = files.convert(
         parts.pop("model"),
         args.target,
         layout=args.layout,
-        dtype=None if args.dtype is None else read_dtype("dtype", args.dtype),
+        dtype=Placement(dtype=args.dtype).dtype,
         prediction=choice.prediction,
         ema=choice.ema,
         replace=parts,

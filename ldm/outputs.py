@@ -1,4 +1,4 @@
-"""The output files of a command: checked before the work; each name is claimed only when its picture is saved."""
+"""The picture files of a job: checked before the work, and each name is taken only when its picture is saved."""
 
 import itertools
 import re
@@ -10,22 +10,23 @@ from pathlib import Path
 
 from PIL import Image
 
-from ldm.images import clear_temporary, save_png
+from ldm.pictures import clear_temporary, save_png
 
 DEFAULT = Path("out.png")
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """The PNG files of one command, numbered if there are several.
+    """The PNG files of one job, numbered if there are several.
 
     Without `out` they are out.png, or out-00001.png and so on from the first free number. With `out` the files must not
-    exist, unless `overwrite` is given.
+    exist, unless `overwrite` is set. records: write into each PNG how it was made.
     """
 
     out: Path | None
     count: int
     overwrite: bool = False
+    records: bool = True
 
     @property
     def wanted(self) -> list[Path]:
@@ -60,7 +61,7 @@ class Outputs:
         for file in itertools.chain([wanted], _free_numbers(wanted if self.out else DEFAULT)):
             if self.overwrite or not _present(file):
                 with suppress(FileExistsError):  # another program created it after the check
-                    save_png(picture, file, texts, overwrite=self.overwrite)
+                    save_png(picture, file, texts if self.records else {}, overwrite=self.overwrite)
                     break
         return file
 

@@ -1,0 +1,147 @@
+"""`ldm txt2img` and `ldm img2img`: make pictures from a prompt, from a picture, or again from a picture's record."""
+
+import argparse
+import dataclasses
+import json
+import sys
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+import ldm
+from ldm import jobs
+from ldm.cli.options import Commands, add_options, given
+from ldm.diffusion.samplers import Step
+from ldm.outputs import Outputs
+from ldm.pipeline import BUNDLED
+from ldm.placement.memory import find_device
+from ldm.record import Environment, ModelChoice, environment, recall
+from ldm.request import Request, Sizes, Source
+
+
+def add(commands: Commands) -> None:
+    """Add both commands."""
+    command = commands.add_parser("txt2img", help="make pictures from a prompt")
+    command.add_argument("prompt", nargs="?", help="what the picture shows")
+    _add_common(command)
+    command = commands.add_parser("img2img", help="make pictures from a picture and a prompt")
+    command.add_argument("image", nargs="?", metavar="PICTURE", help="the picture to start from")
+    command.add_argument("prompt", nargs="?", help="what the new picture shows")
+    add_options(command, Source)
+    _add_common(command)
+
+
+def _add_common(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(run=_generate)
+    for kind in (ModelChoice, Request, Sizes, ldm.Placement):
+        add_options(command, kind)
+    command.add_argument("--out", type=Path, help="the PNG to write; several pictures get numbers (default: out.png)")
+    command.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    command.add_argument("--grid", action="store_true", help="one file with all the pictures")
+    command.add_argument(
+        "--from",
+        dest="repeated",
+        metavar="PNG",
+        type=Path,
+        help="repeat the run that made this picture; other options change it",
+    )
+    command.add_argument("--no-metadata", action="store_true", help="do not write into the PNG how it was made")
+    command.add_argument("--json", action="store_true", help="print the results as JSON")
+
+
+def _generate(args: argparse.Namespace) -> None:
+    """Make the pictures, write them, and print where they are."""
+    job = _read_job(args)
+    outputs = Outputs(args.out, job.count, args.overwrite, records=not args.no_metadata)
+    outputs.check()
+    if job.request.source is not None:
+        job.request.source.open()  # an unreadable picture is found before the model is loaded
+    seconds: dict[str, float] = {}
+    with jobs.timed("load", seconds):
+        models = load_models(job.model, job.placement)
+    result = jobs.run(job, models, outputs, _watch)
+    results = {
+        "files": [str(file) for file in result.files],
+        "seeds": result.seeds,
+        "seconds": seconds | result.seconds,
+        "settings": result.record.as_dict(),
+    }
+    print(json.dumps(results) if args.json else "\n".join(map(str, result.files)))
+    moved = [(want, file) for want, file in zip(outputs.wanted, result.files, strict=True) if want != file]
+    if moved and args.out is not None:
+        taken, kept = (", ".join(map(str, names)) for names in zip(*moved, strict=True))
+        raise ValueError(
+            f"another program wrote {taken} during the work, so the pictures are kept as {kept}; "
+            "choose another --out, or add --overwrite"
+        )
+
+
+def load_models(choice: ModelChoice, placement: ldm.Placement) -> jobs.Models:
+    """Load the models, and say on stderr what each was identified as, and why."""
+    models = jobs.load_models(choice, placement)
+    for path, pipe in zip((choice.model, choice.refiner), models, strict=True):
+        if pipe is not None and path != BUNDLED:
+            print(f"ldm: {path}: {pipe.config.name}; {pipe.why}", file=sys.stderr)
+    return models
+
+
+def _watch(steps: Iterator[Step], total: int) -> Iterable[Step]:
+    return tqdm(steps, total=total, unit="step", disable=None)
+
+
+def _read_job(args: argparse.Namespace) -> jobs.Job:
+    """Put together what the arguments ask for, on top of the record of the picture after --from."""
+    asked, placed, model = given(args, Request), given(args, ldm.Placement), given(args, ModelChoice)
+    sizes, source = given(args, Sizes), given(args, Source)
+    if args.prompt is not None:
+        asked["prompt"] = args.prompt
+    if getattr(args, "image", None) is not None:
+        source["image"] = args.image
+    if args.repeated is None:
+        if args.prompt is None:
+            words = "a picture and a prompt" if hasattr(args, "image") else "a prompt in quotes"
+            raise ValueError(f"give {words}, or --from a picture that ldm made")
+        request = Request(**asked, sizes=Sizes(**sizes), source=Source(**source) if source else None)
+        return jobs.Job(request, ModelChoice(**model), ldm.Placement.fast(**placed), args.grid)
+
+    record = recall(args.repeated)
+    request, picture = record.request, record.picture
+    as_grid = args.grid or picture is None
+    if sizes:
+        asked["sizes"] = dataclasses.replace(request.sizes, **sizes)
+    if source:
+        if request.source is None and "image" not in source:
+            raise ValueError(f"{args.repeated} was made from a prompt alone: name a picture to start from")
+        asked["source"] = dataclasses.replace(request.source or Source(**source), **source)
+    if asked and picture is not None:  # another picture, from the noise of this one
+        request = dataclasses.replace(request, seed=request.seed + picture, images=1)
+        picture = None
+    remembered = dict(record.placement)
+    if "device" in placed and not placed["device"].startswith("cpu"):
+        remembered.pop("packed", None)  # for a CPU only
+    placement = ldm.Placement.fast(**(remembered | placed))
+    _compare(record.environment, environment(find_device(placement.device)), args.repeated)
+    choice, sha256 = record.model, dict(record.sha256)
+    if "model" in model:  # another one, with none of the parts of that one
+        choice, sha256 = ModelChoice(), {name: sha256[name] for name in sha256 if name == "source"}
+    new = model | ({"source": True} if "image" in source else {})
+    return jobs.Job(
+        dataclasses.replace(request, **asked),
+        dataclasses.replace(choice, **model),
+        placement,
+        as_grid,
+        None if as_grid else picture,
+        {name: expected for name, expected in sha256.items() if name not in new},
+    )
+
+
+def _compare(then: Environment, now: Environment, source: Path) -> None:
+    """Warn if a picture was made by other software or hardware than there is here."""
+    was, here = dataclasses.asdict(then), dataclasses.asdict(now)
+    changed = [f"{name} {was[name]} (here {here[name]})" for name in was if was[name] != here[name]]
+    if changed:
+        warnings.warn(
+            f"{source} was made with {', '.join(changed)}; the new picture may differ in last bits", stacklevel=2
+        )

@@ -1,0 +1,137 @@
+"""From a job to picture files: load the models, make the pictures, and write them with their records."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+
+from ldm.diffusion.samplers import Step
+from ldm.images import grid
+from ldm.outputs import Outputs
+from ldm.pipeline import Pipeline, load
+from ldm.placement.memory import Placement
+from ldm.record import ModelChoice, Record, digest, remember
+from ldm.refiner import plan_both, stream_both
+from ldm.request import Request
+
+Watch = Callable[[Iterator[Step], int], Iterable[Step]]  # the steps and their number -> the steps, such as a tqdm bar
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to make, with which model, on which device.
+
+    The request says the task: with a source picture it is image to image.
+    """
+
+    request: Request
+    model: ModelChoice = ModelChoice()
+    placement: Placement = field(default_factory=Placement)
+    grid: bool = False  # one file with all the pictures
+    picture: int | None = None  # write only this one of the request's pictures
+    sha256: Mapping[str, str] = field(default_factory=dict)  # the digests that these paths of the job must have
+
+    @property
+    def count(self) -> int:
+        """The number of files."""
+        return 1 if self.grid or self.picture is not None else self.request.images
+
+    @property
+    def paths(self) -> dict[str, Path]:
+        """The files and folders that the job reads: of the models, and the source picture."""
+        source = self.request.source
+        own = {"source": Path(source.image)} if source and isinstance(source.image, str | Path) else {}
+        return self.model.paths | own
+
+
+class Models(NamedTuple):
+    """The loaded models of a job."""
+
+    base: Pipeline
+    refiner: Pipeline | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """The files of a job, the seed of each, how it was made, and the seconds that its parts took."""
+
+    files: list[Path]
+    seeds: list[int]
+    record: Record
+    seconds: dict[str, float]
+
+
+def load_models(choice: ModelChoice, placement: Placement) -> Models:
+    """Load the model, and the refiner if one was chosen. Raises ValueError as `ldm.load` does."""
+    base = load(
+        choice.model,
+        placement,
+        prediction=choice.prediction,
+        ema=choice.ema,
+        vae=choice.vae,
+        unet=choice.unet,
+        text_encoder=choice.text_encoder,
+    )
+    return Models(base, load(choice.refiner, placement) if choice.refiner is not None else None)
+
+
+def run(job: Job, models: Models, outputs: Outputs, watch: Watch = lambda steps, total: steps) -> Result:
+    """Make the pictures of `job` with its loaded models, and write them.
+
+    watch: wraps the iterator over the steps, to show progress.
+    Raises ValueError for a request that the models cannot follow and for files with other digests than the job names,
+    and FloatingPointError for pictures that are not finite; then nothing is written.
+    """
+    request, (base, refiner) = job.request, models
+    seconds: dict[str, float] = {}
+    with ThreadPoolExecutor(1) as pool:  # a large file is hashed while its model works
+        digests = {name: pool.submit(digest, path) for name, path in job.paths.items()}
+        for name, sha256 in job.sha256.items():
+            if digests[name].result() != sha256:
+                what, flag = name.replace("_", " "), name.replace("_", "-")
+                raise ValueError(
+                    f"{job.paths[name]} is not the {what} that made the picture; to use it all the same, name it with "
+                    f"--{flag}"
+                )
+        with timed("sample", seconds):
+            if refiner is None:
+                plan = base.plan(request)
+                steps, total = base.stream(request), len(plan.sigmas) - 1
+            else:
+                plan, last = plan_both(base, refiner, request, handover=job.model.handover)
+                steps = stream_both(base, refiner, request, handover=job.model.handover)
+                total = len(plan.sigmas) + len(last.sigmas) - 2
+            for step in watch(steps, total):
+                latents = step.latents
+        chosen = list(range(request.images)) if job.picture is None else [job.picture]
+        with timed("decode", seconds):
+            pictures = (refiner or base).decode(latents[chosen])
+        record = remember(plan, job.model, base, {name: found.result() for name, found in digests.items()})
+    with timed("save", seconds):
+        files = _save(job, pictures, chosen, record, outputs)
+    return Result(files, [request.seeds[i] for i in chosen], record, seconds)
+
+
+def _save(job: Job, pictures: list[Image.Image], chosen: list[int], record: Record, outputs: Outputs) -> list[Path]:
+    if job.grid:
+        return [outputs.save(0, grid(pictures), record.texts(None))]
+    return [
+        outputs.save(i, picture, record.texts(index))
+        for i, (index, picture) in enumerate(zip(chosen, pictures, strict=True))
+    ]
+
+
+@contextmanager
+def timed(part: str, seconds: dict[str, float]) -> Iterator[None]:
+    """Note in `seconds` how long the block took."""
+    start = time.perf_counter()
+    yield
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()  # steps are queued long before they are done
+    seconds[part] = round(time.perf_counter() - start, 3)

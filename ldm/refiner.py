@@ -1,0 +1,80 @@
+"""SDXL in two stages: the base model runs the first steps, the refiner the last ones (Podell et al. 2023, 2.5)."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+from PIL import Image
+
+from ldm.config import ModelConfig
+from ldm.diffusion.samplers import Step
+from ldm.pipeline import Pipeline
+from ldm.request import Plan, Request, Sizes
+
+HANDOVER = 0.8
+
+
+def refine(base: Pipeline, refiner: Pipeline, request: Request, *, handover: float = HANDOVER) -> list[Image.Image]:
+    """Make the pictures of `request` with the base model and its refiner. Raises what `stream_both` raises."""
+    *_, last = stream_both(base, refiner, request, handover=handover)
+    return refiner.decode(last.latents)
+
+
+def stream_both(base: Pipeline, refiner: Pipeline, request: Request, *, handover: float = HANDOVER) -> Iterator[Step]:
+    """Return an iterator over all steps: one list of noise levels, cut in two.
+
+    handover: the share of the training timesteps, from the noisy end, that belong to the base model. 0.8 hands over at
+      timestep 200 of 1000, as `denoising_end` and `denoising_start` of diffusers do.
+    With `Placement(offload="model")` only one of the two UNets is on the device at a time.
+    Raises ValueError for models with different noise schedules or VAEs, and a handover that leaves one without steps.
+    """
+    plan, refiner_plan = plan_both(base, refiner, request, handover=handover)
+    return _steps(base, refiner, plan, refiner_plan)
+
+
+def plan_both(base: Pipeline, refiner: Pipeline, request: Request, *, handover: float) -> tuple[Plan, Plan]:
+    """Make the plans of the base model and of the refiner. Together they run the steps of the request."""
+    if not 0 < handover < 1:
+        raise ValueError(f"handover must lie between 0 and 1, got {handover}")
+    if base.config.vae.latent_channels != refiner.config.vae.latent_channels or (
+        base.config.vae.scaling_factor != refiner.config.vae.scaling_factor
+    ):
+        raise ValueError(f"{base.config.name} and {refiner.config.name} have different latents: use SDXL's own refiner")
+    if not torch.equal(base.schedule.sigmas, refiner.schedule.sigmas):
+        raise ValueError(f"{base.config.name} and {refiner.config.name} have different noise schedules")
+    plan = base.plan(_with_own_sizes(request, base.config))
+    shared = dataclasses.replace(
+        _with_own_sizes(request, refiner.config),
+        **{name: getattr(plan, name) for name in ("steps", "sampler", "spacing", "width", "height")},
+    )
+    timesteps = len(base.schedule)
+    cutoff = round(timesteps - handover * timesteps)
+    cut = int((base.schedule.timestep(plan.sigmas[:-1]) >= cutoff).sum())
+    steps = len(plan.sigmas) - 1
+    if not 0 < cut < steps:
+        idle = "refiner" if cut else "base model"
+        raise ValueError(f"handover {handover} of {steps} steps leaves no step for the {idle}; take more steps or 0.8")
+    return (
+        dataclasses.replace(plan, sigmas=plan.sigmas[: cut + 1]),
+        dataclasses.replace(refiner.plan(shared), sigmas=plan.sigmas[cut:]),
+    )
+
+
+@torch.no_grad()
+def _steps(base: Pipeline, refiner: Pipeline, plan: Plan, refiner_plan: Plan) -> Iterator[Step]:
+    noise, x = plan.noise(), base.start(plan)
+    before, total = 0, len(plan.sigmas) + len(refiner_plan.sigmas) - 2
+    for pipe, own in ((base, plan), (refiner, refiner_plan)):
+        conditions = pipe.conditions(own)
+        with pipe.at_work("unet"):
+            for step in pipe.walk(own, pipe.denoiser(own, conditions), x, noise=noise):
+                x = step.x
+                yield dataclasses.replace(step, index=before + step.index, total=total)
+        before += len(own.sigmas) - 1
+
+
+def _with_own_sizes(request: Request, config: ModelConfig) -> Request:
+    """Leave out the sizes and scores that this model does not have: the base model and the refiner differ in them."""
+    known = config.micro_conditioning
+    names = [f.name for f in dataclasses.fields(Sizes) if f.name.removeprefix("negative_") in known]
+    return dataclasses.replace(request, sizes=Sizes(**{name: getattr(request.sizes, name) for name in names}))
