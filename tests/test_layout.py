@@ -29,7 +29,7 @@ PACKAGES = {  # what each part of ldm may import of ldm, beside itself
         *("checkpoint", "conditioning", "config", "diagnosis", "diffusion", "images", "models", "placement"),
         *("presets", "request"),
     },
-    "training": {"conditioning", "config", "models", "diffusion", "checkpoint", "images", "presets"},
+    "training": {"atomic", "conditioning", "config", "models", "diffusion", "checkpoint", "images", "presets"},
     "record": {"", "config", "images", "pipeline", "placement", "request"},
     "cli": {
         *("", "checkpoint", "config", "diffusion", "images", "pipeline", "placement", "presets", "record"),
