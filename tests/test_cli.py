@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ldm.cli.outputs import Outputs
 from PIL import Image, PngImagePlugin
 
 import ldm
 from ldm.checkpoint import files
 from ldm.cli import main
 from ldm.cli.options import PLACEMENT_OPTIONS, add_options, given, read_placement
-from ldm.cli.outputs import Outputs
 from ldm.images import read_texts, save_png
 from ldm.placement.packing import can_pack
 from ldm.record import digest
@@ -713,7 +713,7 @@ def test_train_follows_a_recipe_and_says_where_the_result_is(here, capsys):
     assert (here / "runs/vae/config.json").is_file()
 
     assert main(["train", "vae.toml", "--font", "x.ttf"]) == 2
-    assert "trains on pictures, which needs no --font" in capsys.readouterr().err
+    assert "trains on the folder pictures, without a font" in capsys.readouterr().err
     scenes = (here / "vae.toml").read_text().replace('folder = "pictures"\n', "")
     (here / "vae.toml").write_text(scenes)
     assert main(["train", "vae.toml", "--font", "x.ttf"]) == 2
@@ -727,7 +727,7 @@ def test_train_follows_a_recipe_and_says_where_the_result_is(here, capsys):
         (["train", "no.toml"], "there is no recipe no.toml"),
         (["train", "bad.toml"], "bad.toml: recipe must be one of 'vae', 'ldm', got 'cake'"),
         (["train", "bad.toml", "--device", "toaster"], "device must be cpu, cuda, cuda:N or mps"),
-        (["evaluate", "--font", "no.ttf"], "no colour emoji font at no.ttf"),
+        (["evaluate", "--font", "no.ttf"], "there is no emoji font at no.ttf"),
         (["evaluate", "--steps", "0"], "steps must be a whole number from 1 to 1000, got 0"),
         (["dance"], "invalid choice: 'dance'"),
         ([], "the following arguments are required: COMMAND"),

@@ -18,6 +18,7 @@ PACKAGES = {  # what each part of ldm may import of ldm, beside itself
     "config": set(),
     "diffusion": set(),
     "images": set(),
+    "strict": set(),
     "presets": {"config"},
     "strict": set(),
     "conditioning": set(),
@@ -25,18 +26,24 @@ PACKAGES = {  # what each part of ldm may import of ldm, beside itself
     "checkpoint": {"atomic", "config", "models", "presets", "strict"},
     "placement": {"conditioning", "config", "models"},
     "diagnosis": {"models", "placement"},
-    "request": {"config", "diffusion"},
+    "request": {"config", "diffusion", "images", "pictures"},
     "pipeline": {
         *("checkpoint", "conditioning", "config", "diagnosis", "diffusion", "images", "models", "placement"),
         *("presets", "request"),
     },
-    "training": {"conditioning", "config", "models", "diffusion", "checkpoint", "images", "presets", "strict"},
-    "record": {"", "config", "images", "pipeline", "placement", "request", "strict"},
-    "cli": {
-        *("", "checkpoint", "config", "diffusion", "images", "pipeline", "placement", "presets", "record"),
-        *("request", "training"),
+    "refiner": {"config", "diffusion", "pipeline", "request"},
+    "outputs": {"pictures"},
+    "pictures": {"atomic"},
+    "record": {"", "config", "diffusion", "pictures", "pipeline", "placement", "request", "strict"},
+    "jobs": {"diffusion", "images", "outputs", "pipeline", "placement", "record", "refiner", "request"},
+    "training": {
+        *("atomic", "checkpoint", "conditioning", "config", "diffusion", "images", "models", "presets", "strict")
     },
-    "": {"config", "pipeline", "presets", "placement", "request"},  # ldm/__init__.py
+    "cli": {
+        *("", "checkpoint", "config", "diffusion", "images", "jobs", "outputs", "pictures", "pipeline", "placement"),
+        *("presets", "record", "request", "training"),
+    },
+    "": {"config", "pipeline", "presets", "placement", "refiner", "request"},  # ldm/__init__.py
 }
 THIRD_PARTY = {"torch", "safetensors", "tokenizers", "einops", "numpy", "PIL", "tqdm"}
 

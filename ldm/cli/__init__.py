@@ -52,8 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if isinstance(error, RuntimeError) and "allocate" not in str(error):
                 raise  # a defect of ours: its traceback is worth more than a sentence
             return _fail("not enough memory; ask for smaller or fewer pictures", 1)
-        except KeyboardInterrupt:
-            return _fail("interrupted", 130)
+        except KeyboardInterrupt as stop:
+            return _fail(str(stop) or "interrupted", 130)
 
 
 def _parser() -> Parser:

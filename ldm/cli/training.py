@@ -1,8 +1,9 @@
-"""`ldm train` and `ldm evaluate`: make a model, and score one."""
+"""`ldm train` and `ldm evaluate`: train a model, and measure a model."""
 
 import argparse
 import dataclasses
 import json
+import shlex
 from pathlib import Path
 
 from PIL import Image
@@ -23,37 +24,44 @@ from ldm.placement.memory import find_device
 
 
 def add(commands: Commands) -> None:
-    """Add both commands."""
-    command = commands.add_parser("train", help="train a model, or go on where a training stopped")
+    """Add the commands to the parser."""
+    command = commands.add_parser("train", help="train a model, or resume a training that was stopped")
     command.set_defaults(run=_train)
     command.add_argument("recipe", type=Path, help="a TOML file such as configs/train_ldm.toml")
-    command.add_argument("--font", type=Path, help="the emoji font that draws the scenes")
+    command.add_argument("--font", type=Path, help="the emoji font of the scenes, a NotoColorEmoji.ttf")
     add_options(command, ldm.Placement, PLACEMENT_OPTIONS[:1])
 
-    command = commands.add_parser("evaluate", help="score a model of emoji scenes with a checker")
+    command = commands.add_parser("evaluate", help="measure how often a model of emoji scenes draws its prompts")
     command.set_defaults(run=_evaluate)
     add_options(command, ModelChoice, MODEL_OPTIONS)
-    command.add_argument("--font", type=Path, help="the emoji font that it was trained with")
+    command.add_argument("--font", type=Path, help="the emoji font that the model was trained with")
     add_options(command, ldm.Request, EVALUATE_OPTIONS)
     add_options(command, ldm.Placement, PLACEMENT_OPTIONS)
-    command.add_argument("--json", action="store_true", help="print every answer as JSON")
+    command.add_argument("--json", action="store_true", help="print the results of all pictures as JSON")
 
 
 def _train(args: argparse.Namespace) -> None:
-    """Train what the recipe says, and print where the result is."""
+    """Train as the recipe says, and print the folder of the result."""
+    from ldm.training.loop import Interrupted
     from ldm.training.recipes import read_recipe, run
 
     device = find_device(args.device)
     recipe = read_recipe(args.recipe)
     if args.font is not None:
         if recipe.data.folder is not None:
-            raise ValueError(f"{args.recipe} trains on {recipe.data.folder}, which needs no --font")
+            raise ValueError(f"{args.recipe} trains on the folder {recipe.data.folder}, without a font: omit --font")
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, font=args.font))
-    print(run(recipe, device))
+    try:
+        print(run(recipe, device))
+    except Interrupted as stop:
+        options = {"--font": args.font, "--device": args.device}
+        words = [word for flag, value in options.items() if value is not None for word in (flag, str(value))]
+        command = shlex.join(["ldm", "train", str(args.recipe), *words])
+        raise Interrupted(f"{stop}; to go on: {command}") from None
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    """Let a model draw the checker's prompts, and print how often it was right."""
+    """Let a model draw fixed prompts, and print how often its pictures are right."""
     from ldm.training.evaluate import evaluate, fixed_scenes
     from ldm.training.scenes import FONT, emoji_sprites
 

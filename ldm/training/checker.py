@@ -1,4 +1,4 @@
-"""See what a picture of an emoji scene shows, by analysis and synthesis; nothing here is trained."""
+"""Recognize the ground and the objects in a picture of an emoji scene. Nothing here is trained."""
 
 import math
 from typing import NamedTuple
@@ -13,34 +13,34 @@ from torch import Tensor
 from ldm.training.scenes import GROUNDS, PAIR_SIZE, SIZES, Painter, Sprites
 
 SIDE = 64  # pictures are compared at this many pixels square
-CUTOFF = 60  # a pixel this far from a ground's color, in levels, counts as not of the ground
-NOISE = 3  # levels: what differs less than this everywhere is nothing
-LEAST = 0.45  # likeness below which an object is not recognized; empty grounds stay below it
+CUTOFF = 60  # levels of 255; a pixel that differs more from a ground's color is not part of that ground
+NOISE = 3  # levels; a smaller difference from the ground is noise
+LEAST = 0.45  # an object with less likeness is not recognized; on empty grounds the likeness is smaller
 
 
 class Found(NamedTuple):
     """One object in a picture."""
 
-    name: str  # "nothing" if no sprite is like it
-    x: float  # of its center, over the side of the picture
+    name: str  # "nothing" if no sprite is similar
+    x: float  # of the object's center / side of the picture
     y: float
-    size: float  # its longer side, over the side of the picture
-    likeness: float  # cosine of what differs from the ground and what the sprite would, at most 1
+    size: float  # the object's longer side / side of the picture
+    likeness: float  # cosine between the picture's and the sprite's difference from the ground, at most 1
 
 
 class Seen(NamedTuple):
-    """What the checker sees in a picture."""
+    """The checker's description of a picture."""
 
     ground: str
     objects: tuple[Found, ...]
 
 
 class Checker:
-    """Find the ground and the objects of pictures made of known sprites and grounds.
+    """Find the ground and the objects in pictures of known sprites on known grounds.
 
-    A picture is taken as its ground plus sprites. The ground is the nearest of many examples; then every sprite is
-    slid over the picture at every scale, and the one whose difference from the ground is most parallel to the
-    picture's own is seen (matching pursuit, one step per object).
+    The ground is the most similar of many example grounds. Then every sprite is compared with the picture at every
+    scale and place. The best sprite is the one whose difference from the ground has the largest cosine with the
+    picture's own difference. One sprite is found per object (matching pursuit).
     """
 
     def __init__(self, sprites: Sprites) -> None:
@@ -63,11 +63,11 @@ class Checker:
         self.energy = (color.square() + NOISE**2 * alpha).sum((1, 2, 3))  # t
         room = SIDE - torch.tensor([side for _, side in self.templates])[:, None]
         leaves = torch.arange(SIDE) > room  # t x
-        self.outside = leaves[:, :, None] | leaves[:, None, :]  # t y x: would leave the picture
+        self.outside = leaves[:, :, None] | leaves[:, None, :]  # t y x: the sprite would leave the picture
 
     @torch.no_grad()
     def look(self, picture: Image.Image, objects: int = 1) -> Seen:
-        """Say what `picture` shows, expecting so many objects."""
+        """Return the ground of `picture` and as many objects as are expected."""
         picture = picture.convert("RGB")
         if picture.size != (SIDE, SIDE):
             picture = picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
@@ -83,10 +83,11 @@ class Checker:
         return Seen(name, tuple(found))
 
     def _ground(self, pixels: Tensor) -> tuple[str, Tensor]:
-        """Return the ground of pixels, c h w, and its color in each row: c h 1.
+        """Return the name of the ground of pixels, c h w, and the ground's color in each row: c h 1.
 
-        The distance to an example, over every fourth column, is cut off, so that an object costs every ground the
-        same. The example's rows then move to the picture's own color by mean shift, where its pixels weigh nothing.
+        Each example ground is compared with every fourth column. Differences above CUTOFF count the same, because they
+        belong to objects. Then the colors of the best example are moved to the picture's own colors by mean shift,
+        in which the pixels of objects have almost no weight.
         """
         distance = pixels[:, :, ::4] - rearrange(self.rows, "g e h c -> (g e) c h 1")
         nearness = (1 - distance.square().sum(1) / CUTOFF**2).clamp(min=0).mean((1, 2))  # (g e)
@@ -99,11 +100,11 @@ class Checker:
         return self.grounds[best // self.rows.shape[1]], rows
 
     def _explain(self, rest: Tensor, ground: Tensor) -> tuple[Found, Tensor]:
-        """Find the sprite that explains `rest`, c h w, best; return it and where it covers the picture, h w.
+        """Find the sprite that is most similar to `rest`, c h w; return it and its alpha in the picture: h w.
 
-        On a ground g a sprite makes the difference e = alpha color - alpha g. Its likeness is the cosine
-        <rest, e> / (|rest| |e|), which no change of contrast alters; both products are convolutions,
-        the first over the picture by Fourier transform, the second, as the ground has one color per row, over rows.
+        On a ground g, a sprite makes the difference e = alpha color - alpha g. Its likeness is the cosine
+        <rest, e> / (|rest| |e|), which does not depend on the contrast. Both products are convolutions. The first is
+        computed by Fourier transform. For |e| only rows matter, because the ground has one color per row.
         """
         difference = torch.cat([rest, -(rest * ground).sum(0, keepdim=True)])  # 4 h w
         spectrum = (torch.fft.rfft2(difference) * self.spectra).sum(1)

@@ -1,4 +1,4 @@
-"""The latent diffusion objective: predict noise or velocity in the latents of a fixed autoencoder."""
+"""The latent diffusion objective: predict noise, velocity or clean latents in the latents of a fixed VAE."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.config import DiffusionConfig, UNetConfig
-from ldm.diffusion.denoiser import guided, parametrize
+from ldm.conditioning import Condition, condition
+from ldm.config import ModelConfig
+from ldm.diffusion.denoiser import classifier_free, guided, parametrize
 from ldm.diffusion.samplers import ddim
 from ldm.diffusion.schedule import NoiseSchedule, to_ve, to_vp
 from ldm.models.text import TextEncoder
@@ -20,21 +21,20 @@ from ldm.training.loop import Batch, Objective
 
 @dataclass(frozen=True)
 class DiffusionLoss:
-    """How the prediction error is weighted, and how often the caption is left out."""
+    """The weights of the prediction errors, and the share of images without caption."""
 
-    caption_dropout: float = 0.1  # share of images trained without text, for guidance (Ho & Salimans 2022)
-    min_snr_gamma: float = 0.0  # 0: every timestep counts the same; 5 is Hang et al.'s choice
+    caption_dropout: float = 0.1  # share of images trained without caption, for guidance (Ho & Salimans 2022)
+    min_snr_gamma: float = 0.0  # see `loss_weights`; 0: no weighting; Hang et al. take 5
 
     def __post_init__(self) -> None:
-        if not 0 <= self.caption_dropout < 1 or self.min_snr_gamma < 0:
-            raise ValueError(
-                "caption_dropout must be in 0 <= p < 1 and min_snr_gamma >= 0, "
-                f"got {self.caption_dropout} and {self.min_snr_gamma}"
-            )
+        if not 0 <= self.caption_dropout < 1:
+            raise ValueError(f"caption_dropout must be at least 0 and less than 1, got {self.caption_dropout}")
+        if not self.min_snr_gamma >= 0:
+            raise ValueError(f"min_snr_gamma must be at least 0, got {self.min_snr_gamma}")
 
 
 class Networks(nn.Module):
-    """The two networks that learn together."""
+    """The networks that are trained."""
 
     def __init__(self, unet: UNet, text_encoder: TextEncoder) -> None:
         super().__init__()
@@ -42,23 +42,33 @@ class Networks(nn.Module):
 
 
 class DiffusionObjective(Objective):
-    """Train a UNet and its text encoder on a fixed VAE (Rombach et al. 2022, eq. 3)."""
+    """Train a new UNet and a text encoder in the latents of a fixed VAE (Rombach et al. 2022, eq. 3)."""
 
     def __init__(
         self,
-        unet: UNetConfig,
+        config: ModelConfig,
         text_encoder: TextEncoder,
         vae: VAE,
-        diffusion: DiffusionConfig,
         weights: DiffusionLoss,
         *,
         sample_prompts: Sequence[str] = (),
-        sample_guidance: float = 4.0,
     ) -> None:
+        """Build the UNet of `config`, and the noise schedule.
+
+        sample_prompts: for the sample pictures; none: the captions of the last batch, at most 16.
+        Raises ValueError for a UNet that takes an aesthetic score, as SDXL's refiner does.
+        """
         super().__init__()
-        self.networks = Networks(zero_init(UNet(unet)), text_encoder)
+        if "aesthetic_score" in config.micro_conditioning:
+            raise ValueError(
+                f"the UNet of {config.name} takes an aesthetic score, and training data have none: SDXL's refiner "
+                "cannot be trained"
+            )
+        self.config, self.weights = config, weights
+        self.networks = Networks(zero_init(UNet(config.unet)), text_encoder)
         self.vae = vae.eval().requires_grad_(False)
-        self.weights, self.prediction = weights, diffusion.prediction
+        diffusion = config.diffusion
+        self.prediction = diffusion.prediction
         self.schedule = NoiseSchedule(
             betas=diffusion.betas,
             beta_start=diffusion.beta_start,
@@ -66,7 +76,7 @@ class DiffusionObjective(Objective):
             timesteps=diffusion.timesteps,
             zero_terminal_snr=diffusion.zero_terminal_snr,
         )
-        self.sample_prompts, self.sample_guidance = list(sample_prompts), sample_guidance
+        self.sample_prompts = list(sample_prompts)
 
     @property
     def trained(self) -> Networks:
@@ -74,26 +84,45 @@ class DiffusionObjective(Objective):
         return self.networks
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the mean weighted squared error of one batch at random timesteps."""
+        """Return the mean weighted squared error of one batch at random timesteps. The log has it without weights."""
         images, captions = batch
         with torch.no_grad():
             x0 = self.vae.encode(images).sample()
         keep = (torch.rand(len(captions)) >= self.weights.caption_dropout).tolist()
-        shown = [caption if kept else "" for caption, kept in zip(captions, keep, strict=True)]
-        condition = self.networks.text_encoder.encode(shown)
+        shown = [caption if kept else None for caption, kept in zip(captions, keep, strict=True)]
+        given = self._condition(self.networks.text_encoder, shown, images.shape[-2:])
 
         t = torch.randint(len(self.schedule), (len(images),), device=images.device)
         noise = torch.randn_like(x0)
         noisy = self.schedule.add_noise(x0, noise, t)
-        predicted = self.networks.unet(noisy, t, condition.context, condition.vector)
+        predicted = self.networks.unet(noisy, t, given.context, given.vector)
 
         targets = {"eps": noise, "v": self.schedule.velocity(x0, noise, t), "x0": x0}
         errors = F.mse_loss(predicted, targets[self.prediction], reduction="none").mean(dim=(1, 2, 3))
         weights = loss_weights(self.schedule.snr(t), self.prediction, self.weights.min_snr_gamma)
         return (weights * errors).mean(), {"mse": errors.mean()}
 
+    def _condition(self, text_encoder: TextEncoder, texts: Sequence[str | None], size: Sequence[int]) -> Condition:
+        """Make the condition of each text as the pipeline does; None is a left-out text.
+
+        size: height and width of the images in pixels. SDXL is told that they are whole pictures of this size.
+        """
+        left_out = None if self.config.zero_negative else ""
+        shown = [left_out if text is None else text for text in texts]
+        height, width = size
+        scalars = {
+            "original_height": height,
+            "original_width": width,
+            "crop_top": 0,
+            "crop_left": 0,
+            "target_height": height,
+            "target_width": width,
+        }
+        row = [scalars[name] for name in self.config.micro_conditioning]
+        return condition(text_encoder, shown, [row] * len(shown) if row else ())
+
     def sample(self, trained: nn.Module, batch: Batch) -> Tensor:
-        """Return one guided picture per sample prompt, always from the same noise."""
+        """Return one guided picture for each sample prompt. The noise is the same at each call."""
         assert isinstance(trained, Networks)
         prompts = self.sample_prompts or batch[1][:16]
         height, width = (side // self.vae.config.factor for side in batch[0].shape[-2:])
@@ -101,10 +130,9 @@ class DiffusionObjective(Objective):
             len(prompts), self.vae.config.latent_channels, height, width, generator=torch.Generator().manual_seed(0)
         ).to(batch[0].device)
         sigmas = self.schedule.steps(25, "trailing")
-        shown, empty = (trained.text_encoder.encode(texts) for texts in (prompts, [""] * len(prompts)))
-        predict = guided(
-            trained.unet, (shown.context, shown.vector), (empty.context, empty.vector), scale=self.sample_guidance
-        )
+        size = batch[0].shape[-2:]
+        conditions = [self._condition(trained.text_encoder, t, size) for t in (prompts, [None] * len(prompts))]
+        predict = guided(trained.unet.bind, conditions, classifier_free(self.config.guidance_scale))
         denoise = parametrize(predict, self.schedule, self.prediction)
         x = to_ve(noise, sigmas[0])
         for step in ddim(denoise, x, sigmas):
@@ -113,10 +141,11 @@ class DiffusionObjective(Objective):
 
 
 def loss_weights(snr: Tensor, prediction: str, gamma: float) -> Tensor:
-    """Weigh each image's error: min(SNR, gamma) in terms of x0 (Hang et al. 2023, eq. 8 and section 3.4).
+    """Return the weight of each image's squared error (min-SNR, Hang et al. 2023, eq. 8 and section 3.4).
 
-    snr: b. An error of eps is SNR times that of x0, an error of v is SNR + 1 times, hence the divisions.
-    gamma 0: no weighting.
+    The weight of an error in x0 is min(SNR, gamma). The squared error in eps is SNR times the one in x0, and the
+    squared error in v is SNR + 1 times the one in x0; their weights are divided by these factors.
+    snr: b. gamma 0: all weights are 1.
     """
     if gamma == 0:
         return torch.ones_like(snr)
@@ -125,7 +154,7 @@ def loss_weights(snr: Tensor, prediction: str, gamma: float) -> Tensor:
 
 
 def zero_init(unet: UNet) -> UNet:
-    """Zero the last layer of every residual branch, so that training starts from the identity (LDM)."""
+    """Set the last weights of every residual branch and of the network to zero, as LDM does before training."""
     for part in unet.modules():
         if isinstance(part, SpatialTransformer):
             zeroed: nn.Module = part.proj_out

@@ -1,6 +1,7 @@
-"""Does a model draw what its prompts say? Fixed prompts, the checker's verdicts, and the report on both.
+"""Measure how often a model of emoji scenes draws what its prompts say.
 
-The checker is itself measured, on true renders of the same scenes, also blurred and with changed contrast.
+The model draws fixed prompts, and the checker compares each picture with its prompt. The checker's own accuracy is
+measured on pictures of the same scenes that are drawn from the sprites, also blurred and with other contrast.
 """
 
 import math
@@ -16,20 +17,20 @@ from ldm.training.scenes import GROUNDS, PLACES, RELATIONS, SIZES, Painter, Scen
 
 Generate = Callable[[list[str], list[int]], Sequence[Image.Image]]  # prompts, seeds -> pictures
 
-BATCH = 16  # pictures asked for at a time
+BATCH = 16  # pictures per call of `generate`
 CONDITIONS: dict[str, Callable[[Image.Image], Image.Image]] = {
     "true renders": lambda picture: picture,
     "blurred renders": lambda picture: picture.filter(ImageFilter.GaussianBlur(1)),
     "contrast x 0.7": lambda picture: picture.point(lambda level: 128 + (level - 128) * 0.7),
     "contrast x 1.3": lambda picture: picture.point(lambda level: 128 + (level - 128) * 1.3),
-}  # in which the checker itself is measured
+}  # for measuring the checker
 
 
 def fixed_scenes(concepts: Sequence[str]) -> dict[str, list[Scene]]:
-    """Return the fixed scenes to ask for, by what they test.
+    """Return the fixed scenes by the property that they test.
 
-    "object": each concept on two grounds, every other one on a ground held out in training the second time;
-    "size", "place" and "relation": 16 each, of combinations that occur in training.
+    "object": each concept on two grounds; for every other concept, the second ground is a held-out one.
+    "size", "place" and "relation": 16 scenes each, with combinations of object and ground that training shows.
     """
     seen = {n: [g for g in GROUNDS if not held_out(concepts, n, g)] for n in concepts}
     unseen = {n: [g for g in GROUNDS if held_out(concepts, n, g)] for n in concepts}
@@ -52,7 +53,7 @@ def fixed_scenes(concepts: Sequence[str]) -> dict[str, list[Scene]]:
 
 
 def judge(scene: Scene, seen: Seen) -> dict[str, bool]:
-    """Say what of `scene` is right in what was seen. A size, place or relation needs its objects right, too."""
+    """Compare `seen` with `scene`, property by property. Size, place and relation need the right objects, too."""
     verdict = {"ground": seen.ground == scene.ground}
     if scene.relation:
         first, second = seen.objects
@@ -72,7 +73,7 @@ def judge(scene: Scene, seen: Seen) -> dict[str, bool]:
     return verdict | {"place": named and place == scene.place}
 
 
-MEASURES = {  # kind of scene -> what is counted on it
+MEASURES = {  # kind of scene -> the properties that are counted
     "object": ("object", "ground"),
     "size": ("size",),
     "place": ("place",),
@@ -81,7 +82,7 @@ MEASURES = {  # kind of scene -> what is counted on it
 
 
 class Answer(NamedTuple):
-    """One prompt and what its picture shows."""
+    """One prompt, the checker's description of its picture, and the verdict."""
 
     kind: str
     held_out: bool
@@ -93,11 +94,11 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Report:
-    """How often a model, and the checker itself, are right, by row."""
+    """How often the model and the checker are right. Each row is the model or the checker in one condition."""
 
-    rows: dict[str, dict[str, tuple[int, int]]]  # measure -> (right, of how many)
-    likeness: dict[str, float]  # mean over all objects: 0.9 is a clear picture, 0.7 a blot
-    answers: tuple[Answer, ...]  # of the model
+    rows: dict[str, dict[str, tuple[int, int]]]  # row -> property -> (right, all)
+    likeness: dict[str, float]  # row -> mean over all objects: 0.9 for clear pictures, 0.7 for unclear ones
+    answers: tuple[Answer, ...]  # for the model's pictures
 
     def __str__(self) -> str:
         columns = [measure for measures in MEASURES.values() for measure in measures]
@@ -126,11 +127,11 @@ class Report:
 
 
 def evaluate(generate: Generate, sprites: Sprites, *, seed: int = 0) -> Report:
-    """Ask `generate` for the fixed scenes, 16 pictures at a time, and check what it shows.
+    """Let `generate` draw the fixed scenes, 16 pictures per call, and check the pictures.
 
-    generate: (prompts, seeds) -> one square picture each, of any size. sprites: what the model was trained on.
-    seed: of the first picture; the next has the next. The checker is measured on renders of the same scenes.
-    Raises ValueError if `generate` returns another number of pictures than it was given prompts.
+    generate: (prompts, seeds) -> one square picture for each prompt, of any size. sprites: the objects that the model
+    was trained on. seed: of the first picture; picture i has seed + i.
+    Raises ValueError if `generate` returns too few or too many pictures.
     """
     checker, concepts = Checker(sprites), tuple(sprites)
     asked = [(kind, scene) for kind, scenes in fixed_scenes(concepts).items() for scene in scenes]
@@ -140,7 +141,7 @@ def evaluate(generate: Generate, sprites: Sprites, *, seed: int = 0) -> Report:
         batch = prompts[start : start + BATCH]
         made = generate(batch, [seed + start + i for i in range(len(batch))])
         if len(made) != len(batch):
-            raise ValueError(f"generate made {len(made)} pictures of {len(batch)} prompts")
+            raise ValueError(f"generate must return one picture per prompt, got {len(made)} for {len(batch)} prompts")
         pictures += made
 
     def answers(shown: Sequence[Image.Image]) -> list[Answer]:

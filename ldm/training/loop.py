@@ -1,18 +1,22 @@
-"""The one training loop: objectives in, checkpoints, samples and a log out.
+"""The training loop: it optimizes an `Objective` and writes checkpoints, sample pictures and a log.
 
-What is trained is an `Objective`; this file knows optimisation only. Every step draws its data and its random
-numbers from (seed, step) alone, so a run that was killed and resumed equals one that never stopped, bit for bit.
+Each step draws its data and its random numbers from (seed, step) alone. A run that was stopped and resumed therefore
+equals a run without a stop, bit for bit.
 """
 
 import copy
 import json
 import math
 import os
-import time
+import signal
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -20,9 +24,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ldm.images import grid, to_pil
+from ldm.atomic import beside
+from ldm.images import grid, save_png, to_pil
 
 Batch = tuple[Tensor, list[str]]  # images: b 3 h w in [-1, 1], and their captions
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal stopped the training. The text names the step and the folder with the checkpoint."""
 
 
 class Dataset(Protocol):
@@ -32,98 +42,117 @@ class Dataset(Protocol):
         """Count the examples."""
 
     def __getitem__(self, index: int) -> tuple[Tensor, str]:
-        """Return one example, always the same for the same index."""
+        """Return one example. The same index always gives the same example."""
+
+    def caption(self, index: int) -> str:
+        """Return the caption of an example without making or decoding its image."""
 
 
 class Objective(nn.Module, ABC):
-    """What a recipe trains. Its part `trained` is averaged, sampled from and saved; others may learn too."""
+    """A loss with its networks. The loop averages, samples and saves `trained`; other parts may learn, too."""
 
     @property
     @abstractmethod
     def trained(self) -> nn.Module:
-        """The networks that the run is for."""
+        """The networks that are the result of the run."""
 
     @abstractmethod
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss to minimise and named scalars for the log."""
+        """Return the loss and named scalars for the log."""
 
     @abstractmethod
     def sample(self, trained: nn.Module, batch: Batch) -> Tensor:
-        """Return pictures, n 3 h w in [-1, 1], that show what the averaged `trained` can do."""
+        """Return pictures, n 3 h w in [-1, 1], made by `trained`, which is the average of the weights."""
 
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """How to optimise. Counts are optimiser steps, batch sizes are images."""
+    """The optimization. A step is one update of the weights."""
 
     steps: int
-    batch_size: int = 32
-    accumulate: int = 1  # batches per optimiser step
+    batch_size: int = 32  # images
+    accumulate: int = 1  # batches per step
     learning_rate: float = 1e-4
-    warmup: int = 200
+    warmup: int = 200  # steps
     weight_decay: float = 0.01
     clip: float = 1.0  # largest norm of the gradient
-    ema: float = 0.999
+    ema: float = 0.999  # decay of the average of the weights
     seed: int = 0
-    workers: int = 0  # processes that prepare data
-    log_every: int = 20
+    workers: int = 0  # processes that load data; 0: the training process loads them
+    log_every: int = 20  # steps
     sample_every: int = 500
     checkpoint_every: int = 500
 
     def __post_init__(self) -> None:
-        counts = ("steps", "batch_size", "accumulate", "log_every", "sample_every")
-        for name in (*counts, "checkpoint_every"):
+        for name in ("steps", "batch_size", "accumulate", "log_every", "sample_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.warmup < self.steps:
-            raise ValueError(f"warmup must be in 0 .. steps - 1, got {self.warmup} of {self.steps}")
+            raise ValueError(f"warmup must be from 0 to steps - 1 = {self.steps - 1}, got {self.warmup}")
         if not 0 <= self.ema < 1:
-            raise ValueError(f"ema must be in 0 <= ema < 1, got {self.ema}")
+            raise ValueError(f"ema must be at least 0 and less than 1, got {self.ema}")
 
 
 def learning_rate(step: int, config: LoopConfig) -> float:
-    """Return the rate of `step`: linear warm-up, then half a cosine to zero (Loshchilov & Hutter 2017)."""
+    """Return the learning rate of `step`: linear warmup, then half a cosine to zero (Loshchilov & Hutter 2017)."""
     if step < config.warmup:
         return config.learning_rate * (step + 1) / config.warmup
     done = (step - config.warmup) / (config.steps - config.warmup)
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def train(objective: Objective, dataset: Dataset, config: LoopConfig, out: Path, recipe: str) -> nn.Module:
-    """Optimise `objective` on `dataset`, writing to the folder `out`; return the averaged `trained`.
+def train(
+    objective: Objective, dataset: Dataset, config: LoopConfig, out: Path, recipe: Mapping[str, object]
+) -> nn.Module:
+    """Optimize `objective` on `dataset`, write to the folder `out`, and return the average of `trained`.
 
-    Resumes from `out`/checkpoint.pt where there is one. `recipe` is the run's whole configuration as text: it is
-    kept beside the weights, and ValueError is raised if the run in `out` was started with another one.
+    The run resumes from `out`/checkpoint.pt if that file exists.
+
+    recipe: every value that changes the numbers of the run, by name, as JSON can hold it. The checkpoint keeps it.
+
+    The first SIGINT (Ctrl-C) or SIGTERM lets the current step end and saves a checkpoint; then Interrupted is raised.
+    A second signal acts as it did before the run. Python allows this in the main thread only.
+    Raises ValueError if the run in `out` has another recipe or more steps than `config`, and FloatingPointError if the
+    gradient is not finite.
     """
     parameters = [p for p in objective.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=config.weight_decay)
     average = copy.deepcopy(objective.trained).eval().requires_grad_(False)
 
     (out / "samples").mkdir(parents=True, exist_ok=True)
-    start = _resume(out, recipe, objective, average, optimizer)
+    text = json.dumps(recipe)
+    start = _resume(out, text, objective, average, optimizer)
+    if start > config.steps:
+        raise ValueError(
+            f"the run in {out} has done {start} steps, and the recipe asks for {config.steps}: set steps to {start} or "
+            "more, or choose another `out`"
+        )
     batches = _batches(dataset, config, start)
     with (
+        _stop_signals() as signals,
         (out / "log.jsonl").open("a", encoding="utf-8") as log,
         tqdm(total=config.steps, initial=start, unit="step", disable=None) as progress,
     ):
-        since = time.perf_counter()
+        seconds: list[float] = []  # of each step since the last line of the log
         for step in range(start, config.steps):
+            began = perf_counter()
             torch.manual_seed(config.seed * 1_000_003 + step)  # makes a resumed run exact
             rate = learning_rate(step, config)
             batch, values = _step(objective, optimizer, batches, config, rate)
             if not values["grad_norm"].isfinite():
                 raise FloatingPointError(
-                    f"the gradient of step {step} is not finite: lower the learning rate; {out} has its checkpoint"
+                    f"the gradient of step {step + 1} is not finite, so the training cannot go on: lower "
+                    "learning_rate and start again with another `out`"
                 )
             _update(average, objective.trained, min(config.ema, (1 + step) / (10 + step)))
+            seconds.append(perf_counter() - began)
 
             done = step + 1
             progress.update()
             if _due(done, config.log_every, config):
-                seconds = (time.perf_counter() - since) / config.log_every
-                since = time.perf_counter()
                 row = {k: v.item() for k, v in values.items()}
-                row |= {"step": done, "lr": rate, "step_seconds": seconds}
+                row |= {"step": done, "lr": rate, "step_seconds": sum(seconds) / len(seconds)}
+                seconds.clear()
                 log.write(json.dumps({k: float(f"{v:.6g}") for k, v in row.items()}) + "\n")
                 log.flush()
                 progress.set_postfix(loss=f"{row['loss']:.4f}")
@@ -131,9 +160,12 @@ def train(objective: Objective, dataset: Dataset, config: LoopConfig, out: Path,
                 objective.eval()
                 with torch.no_grad():
                     pictures = objective.sample(average, batch)
-                grid(to_pil(pictures)).save(out / "samples" / f"step-{done:06d}.png")
-            if _due(done, config.checkpoint_every, config):
-                _checkpoint(out, recipe, done, objective, average, optimizer)
+                save_png(grid(to_pil(pictures)), out / "samples" / f"step-{done:06d}.png", overwrite=True)
+            stopping = bool(signals)
+            if stopping or _due(done, config.checkpoint_every, config):
+                _checkpoint(out, text, done, objective, average, optimizer)
+            if stopping:
+                raise Interrupted(f"training stopped after step {done} of {config.steps}, saved in {out}")
     return average
 
 
@@ -141,12 +173,39 @@ def _due(done: int, every: int, config: LoopConfig) -> bool:
     return done % every == 0 or done == config.steps
 
 
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Yield a list that receives the first of STOP_SIGNALS; the handlers from before then return.
+
+    The list stays empty outside the main thread. A signal that was ignored before stays ignored.
+    """
+    received: list[int] = []
+    before: dict[signal.Signals, Any] = {}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        restore()
+
+    if threading.current_thread() is threading.main_thread():
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):  # None: the handler is not Python's
+                before[number] = signal.signal(number, receive)
+    try:
+        yield received
+    finally:
+        restore()
+
+
 def _step(
     objective: Objective, optimizer: torch.optim.Optimizer, batches: Iterator[Batch], config: LoopConfig, rate: float
 ) -> tuple[Batch, dict[str, Tensor]]:
-    """Take one optimiser step at learning rate `rate`; return its last batch and its scalars.
+    """Update the weights once at learning rate `rate`; return the step's last batch and its scalars.
 
-    With a gradient that is not finite, the weights stay as they are.
+    The weights stay as they are if the gradient is not finite.
     """
     objective.train()
     (group,) = optimizer.param_groups
@@ -164,7 +223,7 @@ def _step(
 
 
 def _batches(dataset: Dataset, config: LoopConfig, start: int) -> Iterator[Batch]:
-    """Yield batches for ever from optimiser step `start` on; epoch after epoch in a seeded order."""
+    """Yield batches without end, beginning with step `start`. Each epoch has its own seeded order."""
     size, per_step = len(dataset), config.batch_size * config.accumulate
 
     def indices() -> Iterator[list[int]]:
@@ -185,12 +244,19 @@ def _batches(dataset: Dataset, config: LoopConfig, start: int) -> Iterator[Batch
         batch_sampler=indices(),
         num_workers=config.workers,
         collate_fn=collate,
+        worker_init_fn=_ignore_stop_signals,
     )
     return iter(loader)
 
 
+def _ignore_stop_signals(worker: int) -> None:
+    """Let a data process live on when a signal reaches all processes: the current step needs its data."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def collate(examples: list[tuple[Tensor, str]]) -> Batch:
-    """Stack uint8 images as b 3 h w in [-1, 1], beside their captions."""
+    """Stack uint8 images as b 3 h w in [-1, 1], and list their captions."""
     images = torch.stack([image for image, _ in examples]).float() / 127.5 - 1  # b 3 h w
     return images, [caption for _, caption in examples]
 
@@ -204,7 +270,7 @@ def _update(average: nn.Module, trained: nn.Module, decay: float) -> None:
 
 
 def _checkpoint(out: Path, recipe: str, step: int, objective: nn.Module, average: nn.Module, optimizer: Any) -> None:
-    """Write everything that a resumed run needs, under a temporary name first."""
+    """Write everything that a resumed run needs to `out`/checkpoint.pt."""
     state = {
         "step": step,
         "recipe": recipe,
@@ -212,30 +278,37 @@ def _checkpoint(out: Path, recipe: str, step: int, objective: nn.Module, average
         "average": average.state_dict(),
         "optimizer": optimizer.state_dict(),
     }
-    partial = out / "checkpoint.pt.partial"
-    torch.save(state, partial)
-    os.replace(partial, out / "checkpoint.pt")
+    with beside(out / "checkpoint.pt") as new:
+        torch.save(state, new)
+        os.replace(new, out / "checkpoint.pt")
 
 
 def _resume(out: Path, recipe: str, objective: nn.Module, average: nn.Module, optimizer: Any) -> int:
-    """Load the run's last checkpoint, cut its log back to it, and return the steps done so far."""
-    path = out / "checkpoint.pt"
+    """Load the run's last checkpoint, remove later lines from its log, and return the number of steps done."""
+    path, log = out / "checkpoint.pt", out / "log.jsonl"
     if not path.is_file():
-        (out / "log.jsonl").unlink(missing_ok=True)
+        log.unlink(missing_ok=True)
         return 0
     state = torch.load(path, map_location="cpu", weights_only=True)
-    if state["recipe"] != recipe:
+    step = int(state["step"])
+    changes = _changes(json.loads(state["recipe"]), json.loads(recipe))
+    if changes:
         raise ValueError(
-            f"{out} holds a run of another recipe, at step {state['step']}: choose another `out`, or undo the change"
+            f"{out} holds a run of another recipe, at step {step}: {changes}; undo the change, or choose another `out`"
         )
     objective.load_state_dict(state["objective"])
     average.load_state_dict(state["average"])
     optimizer.load_state_dict(state["optimizer"])
-    step = int(state["step"])
-    log = out / "log.jsonl"
     lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.is_file() else []
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    partial = out / "log.jsonl.partial"
-    partial.write_text("".join(kept), encoding="utf-8")
-    os.replace(partial, log)
+    with beside(log) as new:
+        new.write_text("".join(kept), encoding="utf-8")
+        os.replace(new, log)
     return step
+
+
+def _changes(before: Mapping[str, object], now: Mapping[str, object]) -> str:
+    """Name up to five values that differ, with both values; a value that is absent counts as None."""
+    names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    shown = [f"{name} was {before.get(name)!r} and is now {now.get(name)!r}" for name in names[:5]]
+    return ", ".join(shown + [f"and {len(names) - 5} more values differ"] * (len(names) > 5))

@@ -1,19 +1,21 @@
-"""What `ldm train` can train: a TOML file per experiment, read strictly, run by the one loop."""
+"""The recipes of `ldm train`: one TOML file per experiment, which trains a VAE or a latent diffusion model."""
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from ldm.atomic import beside, replace_folder
 from ldm.checkpoint.files import load, load_vae, save, save_vae
 from ldm.checkpoint.parts import Model
 from ldm.config import DiffusionConfig, ModelConfig, TextConfig, UNetConfig, VAEConfig
 from ldm.models.text import TextEncoder
 from ldm.models.token_files import read_tokenizer, save_tokenizer
 from ldm.models.tokens import Tokenizer
-from ldm.models.unet import UNet
 from ldm.strict import from_dict, read_toml
 from ldm.training.data import DataConfig
 from ldm.training.diffusion import DiffusionLoss, DiffusionObjective, Networks
@@ -24,7 +26,7 @@ from ldm.training.vocabulary import build_vocabulary
 
 @dataclass(frozen=True)
 class VAERecipe:
-    """Train an autoencoder and save it, with its scaling factor, as `out`/vae."""
+    """Train a VAE and save it to `out`/vae. Its scaling factor is measured at the end."""
 
     recipe: str
     out: Path
@@ -36,35 +38,50 @@ class VAERecipe:
 
 @dataclass(frozen=True)
 class LDMRecipe:
-    """Train a UNet and its text encoder in the latents of a fixed VAE; save all three as `out`/model."""
+    """Train a UNet and a text encoder in the latents of a fixed VAE, and save all three to `out`/model."""
 
     recipe: str
     out: Path
-    vae: Path  # a folder with config.json and weights: the `out`/vae of a VAE recipe, or diffusers'
+    vae: Path  # of the VAE: the `out`/vae of a VAE recipe, or any VAE or model that `load_vae` reads
     loop: LoopConfig
     name: str = "custom"
-    start: Path | None = None  # a model of this architecture to go on from, with its vocabulary
+    start: Path | None = None  # a model of the same architecture, whose weights and vocabulary the training starts from
     data: DataConfig = field(default_factory=DataConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
     text: TextConfig = field(default_factory=TextConfig)
-    vocabulary: int = 0  # tokens of an own vocabulary, built from the captions; 0: CLIP's 49,408
+    vocabulary: int = 0  # tokens of a new vocabulary, learned from the captions; 0: CLIP's vocabulary of 49,408 tokens
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     loss: DiffusionLoss = field(default_factory=DiffusionLoss)
-    guidance_scale: float = 7.5  # of the sample grids, and the trained model's default
-    sample_prompts: tuple[str, ...] = ()  # of the sample grids; none: captions of the last batch
+    guidance_scale: float = 7.5  # of the sample pictures, and the default of the trained model
+    sample_prompts: tuple[str, ...] = ()  # of the sample pictures; none: the captions of the last batch
 
 
 Recipe = VAERecipe | LDMRecipe
 RECIPES: dict[str, type[Recipe]] = {"vae": VAERecipe, "ldm": LDMRecipe}
+FREE = frozenset(  # may change in a run that goes on, because they change no number (steps: only of later steps)
+    {
+        "out",
+        "name",
+        "guidance_scale",
+        "sample_prompts",
+        "diffusion.spacing",
+        "diffusion.offset",
+        "loop.steps",
+        "loop.workers",
+        "loop.log_every",
+        "loop.sample_every",
+        "loop.checkpoint_every",
+    }
+)
 
 
 def read_recipe(path: str | Path) -> Recipe:
-    """Read a recipe; its key `recipe` says which.
+    """Read the recipe at `path`. Its key `recipe` is a name in RECIPES.
 
     Raises ValueError for a missing file, an unknown recipe or key, or a bad value.
     """
     if not Path(path).is_file():
-        raise ValueError(f"there is no recipe {path}; those that ship with the project are in configs/")
+        raise ValueError(f"there is no recipe {path}; the project's own recipes are in its folder configs/")
     kinds = tuple(RECIPES)
     table = read_toml(path)
     kind = table.get("recipe")
@@ -74,9 +91,10 @@ def read_recipe(path: str | Path) -> Recipe:
 
 
 def run(recipe: Recipe, device: torch.device) -> Path:
-    """Train, or go on training, what `recipe` describes; return the folder of the finished weights.
+    """Start the training that `recipe` describes, or resume it; return the folder of the trained weights.
 
-    Raises ValueError if `recipe.out` holds a run of another recipe, or its data cannot be read.
+    Raises ValueError for data, a VAE or a model that cannot be read, and for sizes or networks that do not fit
+    together. Raises ValueError, FloatingPointError and Interrupted as `train` does.
     """
     if isinstance(recipe, VAERecipe):
         return _run_vae(recipe, device)
@@ -84,43 +102,32 @@ def run(recipe: Recipe, device: torch.device) -> Path:
 
 
 def _run_vae(recipe: VAERecipe, device: torch.device) -> Path:
+    size, crop = recipe.data.size, recipe.loss.crop
+    _check_side("size", size, recipe.vae)
+    _check_side("crop", crop, recipe.vae)
+    if crop > size:
+        raise ValueError(f"crop must be at most the pictures' size of {size} pixels, got {crop}")
     dataset = recipe.data.open()
     torch.manual_seed(recipe.loop.seed)
-    config = dataclasses.replace(recipe.vae, scaling_factor=1.0)  # measured at the end
+    config = dataclasses.replace(recipe.vae, scaling_factor=1.0)  # the true factor is measured at the end
     objective = VAEObjective(config, recipe.loss).to(device)
-    average = train(objective, dataset, recipe.loop, recipe.out, _text(recipe))
+    average = train(objective, dataset, recipe.loop, recipe.out, fixed_values(recipe))
 
     objective.vae.load_state_dict(average.state_dict())
     images, _ = collate([dataset[i] for i in range(min(256, len(dataset)))])
     std = latent_std(objective.vae, images.to(device))
     objective.vae.config = dataclasses.replace(config, scaling_factor=1 / std)
-    save_vae(objective.vae, recipe.out / "vae", image_size=recipe.data.size)
+    save_vae(objective.vae, recipe.out / "vae", image_size=size)
     return recipe.out / "vae"
 
 
 def _run_ldm(recipe: LDMRecipe, device: torch.device) -> Path:
-    dataset = recipe.data.open()
     vae = load_vae(recipe.vae, device=device)
+    _check_side("size", recipe.data.size, vae.config)
+    dataset = recipe.data.open()
     start = load(recipe.start, device=device) if recipe.start else None
     tokenizer = start.text_encoder.tokenizers[0] if start else _tokenizer(recipe, dataset)
     text = dataclasses.replace(recipe.text, vocab_size=len(tokenizer.vocab), pad_id=tokenizer.eos_id)
-    torch.manual_seed(recipe.loop.seed)
-    objective = DiffusionObjective(
-        recipe.unet,
-        TextEncoder((text,), (tokenizer,)),
-        vae,
-        recipe.diffusion,
-        recipe.loss,
-        sample_prompts=recipe.sample_prompts,
-        sample_guidance=recipe.guidance_scale,
-    ).to(device)
-    if start:
-        if (start.config.unet, start.config.text) != (recipe.unet, (text,)):
-            raise ValueError(f"the model in {recipe.start} is of another architecture than [unet] and [text] say")
-        objective.networks.load_state_dict(Networks(start.unet, start.text_encoder).state_dict())
-    average = train(objective, dataset, recipe.loop, recipe.out, _text(recipe))
-
-    assert isinstance(average, Networks)
     config = ModelConfig(
         name=recipe.name,
         unet=recipe.unet,
@@ -130,28 +137,52 @@ def _run_ldm(recipe: LDMRecipe, device: torch.device) -> Path:
         image_size=recipe.data.size,
         guidance_scale=recipe.guidance_scale,
     )
-    unet, text_encoder = average.unet, average.text_encoder
-    assert isinstance(unet, UNet)
-    assert isinstance(text_encoder, TextEncoder)
-    model = Model(config, unet, vae, text_encoder)
+    torch.manual_seed(recipe.loop.seed)
+    text_encoder = TextEncoder((text,), (tokenizer,))
+    objective = DiffusionObjective(config, text_encoder, vae, recipe.loss, sample_prompts=recipe.sample_prompts)
+    objective.to(device)
+    if start:
+        if (start.config.unet, start.config.text) != (config.unet, config.text):
+            raise ValueError(
+                f"the model in {recipe.start} has another architecture than [unet] and [text] say: give both the "
+                "values of that model, or leave `start` out"
+            )
+        objective.networks.load_state_dict(Networks(start.unet, start.text_encoder).state_dict())
+    average = train(objective, dataset, recipe.loop, recipe.out, fixed_values(recipe))
+
+    assert isinstance(average, Networks)
+    model = Model(config, average.unet, vae, average.text_encoder)
     save(model, recipe.out / "model", layout="diffusers", dtype=torch.float16, overwrite=True)
     return recipe.out / "model"
 
 
 def _tokenizer(recipe: LDMRecipe, dataset: Dataset) -> Tokenizer:
-    """Return CLIP's tokenizer, or one of `recipe.vocabulary` tokens for the dataset's own captions."""
+    """Return CLIP's tokenizer, or one with `recipe.vocabulary` tokens learned from the first 20,000 captions."""
     if not recipe.vocabulary:
         return Tokenizer.official()
     folder = recipe.out / "tokenizer"
     if not folder.is_dir():
-        captions = [dataset[i][1] for i in range(min(20_000, len(dataset)))]
+        captions = (dataset.caption(i) for i in range(min(20_000, len(dataset))))
         vocab, merges = build_vocabulary(captions, recipe.vocabulary)
-        partial = folder.with_name("tokenizer.partial")
-        save_tokenizer(Tokenizer(vocab, merges), partial, recipe.text.max_length)
-        partial.rename(folder)
+        with beside(folder) as new:
+            save_tokenizer(Tokenizer(vocab, merges), new, recipe.text.max_length)
+            replace_folder(folder, new)
     return read_tokenizer(folder)[0]
 
 
-def _text(recipe: Recipe) -> str:
-    """Return the whole recipe as one line, to compare a resumed run with."""
-    return json.dumps(dataclasses.asdict(recipe), default=str, sort_keys=True)
+def _check_side(name: str, side: int, vae: VAEConfig) -> None:
+    if side % vae.factor:
+        raise ValueError(f"{name} must be a multiple of {vae.factor} pixels for this VAE, got {side}")
+
+
+def fixed_values(recipe: Recipe) -> dict[str, Any]:
+    """Return the values of `recipe` that a run keeps from start to end, by name, such as "loop.batch_size"."""
+    table = json.loads(json.dumps(dataclasses.asdict(recipe), default=str))
+    return {name: value for name, value in _flat(table).items() if name not in FREE}
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat

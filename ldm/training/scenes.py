@@ -1,7 +1,7 @@
-"""Captioned pictures composed on the fly: colour-emoji objects on procedural grounds.
+"""Random pictures with captions: emoji objects on computed grounds, drawn when they are needed.
 
-A scene is one object with a size and a place, or two objects and their relation, on a ground. Sprites are rendered
-from a colour emoji font, so that no picture of others is needed; every scene follows from (seed, index) alone.
+A scene is one object with a size and a place, or two objects with a relation, on a ground. The objects are sprites,
+drawn from a color emoji font. Each scene depends on (seed, index) alone.
 """
 
 import functools
@@ -18,7 +18,7 @@ from torch import Tensor
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 EMOJI = "🐸🍎🚗🏠🌵🐘🦋🍌🎈🌻🍄🐱🦊🐼🍕🍩🌲🚀⛵🐢🐝🍓🍇🎸👑🐧🐷🥕🍉🐙⛄🎃"
-# Where Unicode's name, without " face", is not what people say.
+# Used instead of Unicode's name without " face".
 NAMES = {
     "🍎": "apple",
     "🚗": "car",
@@ -29,21 +29,21 @@ NAMES = {
     "⛄": "snowman",
     "🎃": "pumpkin",
 }
-SIZES = {"small": 0.34, "": 0.54, "big": 0.78}  # side of the object over side of the picture
+SIZES = {"small": 0.34, "": 0.54, "big": 0.78}  # side of the object / side of the picture
 PLACES = {
-    "": (0.5, 0.5),  # centre of the object, x and y, over side of the picture
+    "": (0.5, 0.5),  # x and y of the object's center / side of the picture
     "on the left": (0.28, 0.5),
     "on the right": (0.72, 0.5),
     "at the top": (0.5, 0.28),
     "at the bottom": (0.5, 0.72),
 }
-RELATIONS = {  # centres of the first and the second object
+RELATIONS = {  # centers of the first and the second object
     "left of": ((0.26, 0.5), (0.74, 0.5)),
     "right of": ((0.74, 0.5), (0.26, 0.5)),
     "above": ((0.5, 0.26), (0.5, 0.74)),
     "below": ((0.5, 0.74), (0.5, 0.26)),
 }
-PAIR_SIZE = 0.42  # side of each of two objects
+PAIR_SIZE = 0.42  # side of each of two objects / side of the picture
 
 Pixels = NDArray[np.float32]  # h w 3 in 0..255, or h w 4 with alpha in 0..1
 Sprites = Mapping[str, Image.Image]
@@ -52,7 +52,7 @@ Ground = Callable[[int, np.random.Generator], Pixels]  # paints h w 3 for a side
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows. Two `objects` stand in a `relation`; one has a size and a place."""
+    """The content of a picture. Two `objects` have a `relation`; one object has a `size` and a `place`."""
 
     objects: tuple[str, ...]
     ground: str
@@ -62,7 +62,7 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        """Say the scene in English: "a small frog on the grass, on the left"."""
+        """The scene in English, such as "a small frog on the grass, on the left"."""
         things = [_with_article(f"{self.size} {name}".strip()) for name in self.objects]
         text = f" {self.relation} ".join(things)
         return f"{text} {PHRASES[self.ground]}" + (f", {self.place}" if self.place else "")
@@ -85,9 +85,10 @@ def _plain(color: tuple[int, int, int]) -> Ground:
 def _layers(
     *bands: tuple[float, tuple[int, int, int], tuple[int, int, int]], grain: tuple[int, int], contrast: float
 ) -> Ground:
-    """Paint bands from top to bottom, each (end, top colour, bottom colour), then a grain.
+    """Make a ground of color bands from top to bottom, with a random texture.
 
-    grain: how many random cells the picture has across and down; contrast: their standard deviation.
+    bands: each (end, top color, bottom color), where end is in 0 .. 1 of the height. grain: the number of random cells
+    of the texture across and down. contrast: the standard deviation of the cells.
     """
 
     def paint(side: int, rng: np.random.Generator) -> Pixels:
@@ -110,7 +111,7 @@ def _layers(
 
 
 def _dots(under: Ground, count: int, color: tuple[int, int, int]) -> Ground:
-    """Scatter points of light, a 64th of the side wide, over another ground."""
+    """Make a ground of another ground and `count` random square dots, 1/64 of the side wide."""
 
     def paint(side: int, rng: np.random.Generator) -> Pixels:
         pixels = under(side, rng)
@@ -122,7 +123,7 @@ def _dots(under: Ground, count: int, color: tuple[int, int, int]) -> Ground:
     return paint
 
 
-_BLUE_SKY = (0.22, (150, 205, 250), (190, 225, 250))  # a band ends here, from this colour to that
+_BLUE_SKY = (0.22, (150, 205, 250), (190, 225, 250))  # end, top color, bottom color
 GROUNDS: dict[str, Ground] = {
     "grass": _layers(_BLUE_SKY, (1, (110, 190, 70), (50, 130, 35)), grain=(32, 5), contrast=14),
     "beach": _layers(
@@ -165,32 +166,34 @@ PHRASES = {
 
 
 def emoji_sprites(emoji: str = EMOJI, font: Path = FONT) -> dict[str, Image.Image]:
-    """Render each character of `emoji` as an RGBA square, cropped to its ink, by its English name.
+    """Draw each character of `emoji` as a cropped RGBA square. The keys are the English names.
 
-    Raises ValueError if the font is missing or unusable, or has no such character in color.
+    Raises ValueError if the font is missing or cannot be used, or has no color picture of a character.
     """
     if not font.is_file():
         raise ValueError(
-            f"no colour emoji font at {font}: install one (apt-get install fonts-noto-color-emoji) or name yours with "
-            "font = ... under [data] (--font for ldm evaluate)"
+            f"there is no emoji font at {font}: install it (apt-get install fonts-noto-color-emoji), or give the path "
+            "of a NotoColorEmoji.ttf with --font"
         )
     try:
-        face = ImageFont.truetype(str(font), 109)  # the one size of Noto's bitmaps
+        face = ImageFont.truetype(str(font), 109)  # the only size of the bitmaps in NotoColorEmoji.ttf
     except OSError as error:
-        raise ValueError(f"{font} is not a font that Pillow can draw with: {error}") from error
+        raise ValueError(
+            f"{font} is not a font with color bitmaps of 109 pixels ({error}): give the path of a NotoColorEmoji.ttf"
+        ) from error
     sprites = {}
     for character in emoji:
         image = Image.new("RGBA", (160, 160))
         ImageDraw.Draw(image).text((0, 0), character, font=face, fill="magenta", embedded_color=True)
         box = image.getbbox()
-        if box is None or not image.getchannel("G").getbbox():  # nothing, or a character in ink
+        if box is None or not image.getchannel("G").getbbox():  # no glyph, or one without colors, drawn in magenta
             raise ValueError(f"the font {font} has no color picture of {character} ({name_of(character)})")
         sprites[name_of(character)] = _square(image.crop(box))
     return sprites
 
 
 def name_of(character: str) -> str:
-    """Return what people call an emoji, by Unicode's name of it: "frog" for FROG FACE."""
+    """Return the English name of an emoji, mostly from Unicode: "frog" for FROG FACE."""
     return NAMES.get(character) or unicodedata.name(character, "unknown").lower().removesuffix(" face")
 
 
@@ -202,25 +205,25 @@ def _square(image: Image.Image) -> Image.Image:
 
 
 class Painter:
-    """Draw scenes of given objects at one size, keeping every sprite it has scaled."""
+    """Draw scenes as squares of `side` pixels. Scaled sprites are kept for later scenes."""
 
     def __init__(self, sprites: Sprites, side: int) -> None:
         self.sprites, self.side = sprites, side
         self.scaled = functools.cache(self._scaled)
 
     def _scaled(self, name: str, side: int) -> Pixels:
-        """Return a sprite at `side` pixels: h w 4, its colours multiplied by its alpha (0..1)."""
+        """Return a sprite of `side` pixels: h w 4. Its colors are multiplied by its alpha, which is in 0..1."""
         image = self.sprites[name].convert("RGBa").resize((side, side), Image.Resampling.LANCZOS)
         pixels = np.asarray(image).astype(np.float32)
         pixels[..., 3] /= 255
         return pixels
 
     def paint(self, scene: Scene, rng: np.random.Generator) -> NDArray[np.uint8]:
-        """Draw `scene` with a little jitter: h w 3."""
+        """Draw `scene` as h w 3. Sizes and places vary a little at random."""
         pixels = GROUNDS[scene.ground](self.side, rng)
-        centres = RELATIONS[scene.relation] if scene.relation else (PLACES[scene.place],)
+        centers = RELATIONS[scene.relation] if scene.relation else (PLACES[scene.place],)
         size = PAIR_SIZE if scene.relation else SIZES[scene.size]
-        for name, (x, y) in zip(scene.objects, centres, strict=True):
+        for name, (x, y) in zip(scene.objects, centers, strict=True):
             side = round(self.side * size * rng.uniform(0.92, 1.08))
             sprite = self.scaled(name, side)
             jitter = rng.uniform(-0.025, 0.025, 2)
@@ -238,15 +241,15 @@ class Painter:
 
 
 def held_out(concepts: Sequence[str], name: str, ground: str) -> bool:
-    """Tell whether this pair is kept from training: a tenth of all, spread over objects and grounds."""
+    """Tell whether training never shows this object on this ground. This holds for a tenth of the combinations."""
     return (3 * list(concepts).index(name) + 7 * list(GROUNDS).index(ground) + 1) % 10 == 0
 
 
 class Scenes:
-    """A million random scenes as a dataset of (image: uint8 3 h w, caption)."""
+    """A data set of a million random scenes: (image: uint8 3 h w, caption)."""
 
     def __init__(self, sprites: Sprites, side: int = 64, *, seed: int = 0, pairs: float = 0.2) -> None:
-        """Compose scenes of `side` pixels; `pairs` is the share with two objects."""
+        """side: of the pictures in pixels. pairs: the share of scenes with two objects."""
         self.concepts = tuple(sprites)
         self.painter = Painter(sprites, side)
         self.seed, self.pairs = seed, pairs
@@ -258,7 +261,7 @@ class Scenes:
         return 1_000_000
 
     def scene(self, rng: np.random.Generator) -> Scene:
-        """Draw a random scene whose object and ground are not held out."""
+        """Choose a random scene without held-out combinations of object and ground."""
         name, ground = self.seen[rng.integers(len(self.seen))]
         if rng.random() < self.pairs:
             partners = [n for n, g in self.seen if g == ground and n != name]
@@ -272,6 +275,10 @@ class Scenes:
         rng = np.random.default_rng((self.seed, index))
         scene = self.scene(rng)
         return torch.from_numpy(self.painter.paint(scene, rng)).permute(2, 0, 1), scene.caption
+
+    def caption(self, index: int) -> str:
+        """Return the caption of a scene without drawing the scene."""
+        return self.scene(np.random.default_rng((self.seed, index))).caption
 
 
 def _pick(rng: np.random.Generator, choices: Mapping[str, object]) -> str:

@@ -1,4 +1,4 @@
-"""The autoencoder's objective: reconstruct, stay near a standard normal and, optionally, fool a discriminator."""
+"""The VAE's objective: reconstruction, a KL term and, optionally, a discriminator."""
 
 from dataclasses import dataclass
 
@@ -16,17 +16,17 @@ from ldm.training.loop import Batch, Objective
 
 @dataclass(frozen=True)
 class VAELoss:
-    """The weights of the terms. Differences are means over pixels, the KL a mean over latent values."""
+    """The weights of the loss terms. The L1 terms are means over pixels, the KL term is a mean over latent values."""
 
-    gradient: float = 1.0  # L1 between the image gradients: edges without a perceptual network
+    gradient: float = 1.0  # L1 of the image gradients, which sharpens edges without a perceptual network
     kl: float = 1e-4
-    adversarial: float = 0.0  # 0 trains without a discriminator
-    adversarial_start: int = 0  # the optimiser step from which it counts
-    crop: int = 0  # train on random squares of so many pixels, 0: whole images
+    adversarial: float = 0.0  # 0: no discriminator
+    adversarial_start: int = 0  # the number of batches before the adversarial term is added
+    crop: int = 0  # side in pixels of the random squares to train on; 0: whole images
 
 
 class VAEObjective(Objective):
-    """Train an autoencoder (Rombach et al. 2022, section 3.1, with a gradient loss for LPIPS)."""
+    """Train a VAE (Rombach et al. 2022, section 3.1, but with an L1 loss of image gradients instead of LPIPS)."""
 
     def __init__(self, config: VAEConfig, weights: VAELoss) -> None:
         super().__init__()
@@ -38,11 +38,11 @@ class VAEObjective(Objective):
 
     @property
     def trained(self) -> VAE:
-        """The autoencoder."""
+        """The VAE. The discriminator learns, too, but is not part of the result."""
         return self.vae
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the weighted loss of one batch and its terms."""
+        """Return the weighted loss of one batch, and its terms without weights. The PSNR is in dB."""
         images = random_crop(batch[0], self.weights.crop) if self.weights.crop else batch[0]
         posterior = self.vae.encode(images)
         decoded = self.vae.decode(posterior.sample())
@@ -61,7 +61,7 @@ class VAEObjective(Objective):
         return loss, logs
 
     def sample(self, trained: nn.Module, batch: Batch) -> Tensor:
-        """Return up to 8 images, each followed by its reconstruction."""
+        """Return the first 8 images of the batch, each followed by its reconstruction."""
         assert isinstance(trained, VAE)
         images = batch[0][:8]
         decoded = trained.decode(trained.encode(images).mode())
@@ -69,10 +69,10 @@ class VAEObjective(Objective):
 
 
 def init(vae: VAE) -> VAE:
-    """Start as a linear map that loses nothing it need not: 21 instead of 13 dB after 200 steps.
+    """Initialize for fast training: 21 dB after 200 steps, where PyTorch's default initialization reaches 13 dB.
 
-    Orthogonal convolutions, residual branches that begin at zero, and a posterior narrow enough (log-variance -5) for
-    the decoder to learn before noise hides the image.
+    Convolutions are orthogonal, and residual branches and the attention start at zero: the VAE is nearly linear and
+    keeps most of the image. The posterior starts with log-variance -5, so that its noise does not hide the image.
     """
     for part in vae.modules():
         if isinstance(part, nn.Conv2d):
@@ -91,7 +91,7 @@ def init(vae: VAE) -> VAE:
 
 
 def random_crop(images: Tensor, size: int) -> Tensor:
-    """Cut a square of `size` pixels from each of images: b c h w, each at its own random place."""
+    """Cut a square of `size` pixels from each image, at a random place: b c h w to b c size size."""
     height, width = images.shape[-2:]
     tops = torch.randint(0, height - size + 1, (len(images),)).tolist()
     lefts = torch.randint(0, width - size + 1, (len(images),)).tolist()
@@ -100,7 +100,7 @@ def random_crop(images: Tensor, size: int) -> Tensor:
 
 
 def gradient_l1(images: Tensor, decoded: Tensor) -> Tensor:
-    """Return the mean absolute difference of horizontal and vertical neighbour differences."""
+    """Return the mean absolute error of the differences between horizontal neighbors, plus the vertical one."""
     error = images - decoded
     return error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
 
@@ -112,9 +112,10 @@ def kl(posterior: Gaussian) -> Tensor:
 
 
 def hinge_losses(discriminator: nn.Module, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the discriminator's hinge loss and the autoencoder's, each with gradients for its own player only.
+    """Return the hinge loss of the discriminator and the adversarial loss of the VAE (Lim & Ye 2017).
 
-    (Lim & Ye 2017; used by Esser et al. 2021, eq. 6.) Both can be added to one loss and stepped at once.
+    The first has gradients for the discriminator only, the second for the VAE only (through `fake`). Their sum can
+    therefore be one loss with one optimizer. Esser et al. 2021, eq. 6, use them for an autoencoder.
     """
     learn = F.relu(1 - discriminator(real)).mean() + F.relu(1 + discriminator(fake.detach())).mean()
     frozen = {name: p.detach() for name, p in discriminator.named_parameters()}
@@ -124,5 +125,5 @@ def hinge_losses(discriminator: nn.Module, real: Tensor, fake: Tensor) -> tuple[
 
 @torch.no_grad()
 def latent_std(vae: VAE, images: Tensor) -> float:
-    """Measure the standard deviation of sampled latents; the scaling factor is one over it."""
+    """Measure the standard deviation of sampled latents. The scaling factor is 1 over this number."""
     return vae.encode(images).sample().std().item()

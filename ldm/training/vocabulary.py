@@ -9,10 +9,11 @@ from ldm.models.tokens import BOS, EOS, byte_alphabet
 
 
 def build_vocabulary(captions: Iterable[str], size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Return at most `size` tokens and the merges that make them, in CLIP's order.
+    """Return a vocabulary of at most `size` tokens, in CLIP's order, and its merges.
 
-    The order: 256 byte characters, the same ending a word, one token per merge (Sennrich et al. 2016), then the begin
-    and end tokens. Frequent captions give fewer merges than asked. Raises ValueError for a size below 514.
+    CLIP's order is: the 256 byte characters, the same characters at the end of a word, one token for each merge
+    (Sennrich et al. 2016), the begin token and the end token. Few captions give fewer merges than `size` allows.
+    Raises ValueError for a size below 514.
     """
     alphabet = byte_alphabet()
     fixed = [*alphabet, *(c + "</w>" for c in alphabet)]
@@ -24,7 +25,7 @@ def build_vocabulary(captions: Iterable[str], size: int) -> tuple[dict[str, int]
         [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     trainer = trainers.BpeTrainer(
-        vocab_size=10 * size,  # counts its own alphabet; cut below
+        vocab_size=10 * size,  # more than needed, because the trainer adds an alphabet of its own; cut below
         initial_alphabet=alphabet,
         end_of_word_suffix="</w>",
         show_progress=False,

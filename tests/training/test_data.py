@@ -1,4 +1,4 @@
-"""Folders of one's own pictures: captions, geometry, transparency, and each mistake named."""
+"""Folders of pictures: the caption format, geometry, transparency, and an error for each mistake."""
 
 import json
 
@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ldm.training import data
 from ldm.training.data import DataConfig, Folder
 from ldm.training.scenes import FONT, Scenes
 
@@ -29,10 +30,45 @@ def test_pictures_are_paired_with_the_text_files_beside_them_in_subfolders_too(t
     assert torch.equal(image, torch.tensor([0, 0, 255], dtype=torch.uint8)[:, None, None].expand(3, 4, 4))
 
 
+def test_every_suffix_counts_and_other_files_do_not(tmp_path):
+    for suffix in (".png", ".jpg", ".jpeg", ".webp", ".bmp"):
+        save(tmp_path / f"picture{suffix[1:]}{suffix}", text=suffix)
+    save(tmp_path / "film.gif", text="left out")
+    (tmp_path / "notes.md").write_text("left out")
+    folder = Folder(tmp_path, 4)
+    assert {folder[i][1] for i in range(len(folder))} == {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+
+
+def test_a_caption_is_the_whole_text_file_without_white_space_around_and_may_be_empty(tmp_path):
+    save(tmp_path / "a.png", text="  a frog,\non the grass \n\n")
+    save(tmp_path / "b.png", text="\ufeffwith a byte order mark")
+    save(tmp_path / "c.png", text="\n")
+    folder = Folder(tmp_path)
+    assert [folder.caption(i) for i in range(3)] == ["a frog,\non the grass", "with a byte order mark", ""]
+
+
+def test_a_caption_is_returned_without_opening_the_picture(tmp_path, monkeypatch):
+    save(tmp_path / "a.png", text="one")
+    folder = Folder(tmp_path)
+    monkeypatch.setattr(data, "open_picture", None)
+    assert folder.caption(0) == "one"
+    with pytest.raises(TypeError):
+        folder[0]
+
+
+def test_text_that_is_not_utf8_is_named(tmp_path):
+    save(tmp_path / "a.png").with_suffix(".txt").write_bytes("größer".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"a\.txt is not UTF-8 text .*: save it as UTF-8"):
+        Folder(tmp_path)
+    (tmp_path / "metadata.jsonl").write_bytes('{"file_name": "a.png", "text": "ö"}'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"metadata\.jsonl is not UTF-8 text"):
+        Folder(tmp_path)
+
+
 def test_metadata_lists_pictures_and_captions(tmp_path):
     save(tmp_path / "x" / "1.png")
     save(tmp_path / "unlisted.png")
-    rows = [{"file_name": "x/1.png", "text": "one", "more": 3}]
+    rows = [{"file_name": "x/1.png", "text": " one ", "more": 3}]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     folder = Folder(tmp_path)
     assert len(folder) == 1
@@ -66,27 +102,46 @@ def test_transparency_is_laid_on_white(tmp_path):
         assert (image == 255).all()
 
 
-@pytest.mark.parametrize("mode", ["L", "LA", "1", "CMYK", "P", "RGBA"])
-def test_every_color_mode_becomes_three_channels(tmp_path, mode):
-    suffix = ".jpg" if mode == "CMYK" else ".png"
-    save(tmp_path / f"picture{suffix}", mode=mode, color=0 if mode in "L1P" else None, text="x")
-    assert Folder(tmp_path, 4)[0][0].shape == (3, 4, 4)
+@pytest.mark.parametrize(
+    ("mode", "color", "expected"),
+    [
+        ("L", 90, (90, 90, 90)),
+        ("LA", (90, 255), (90, 90, 90)),
+        ("1", 1, (255, 255, 255)),
+        ("CMYK", (0, 255, 255, 0), (255, 0, 0)),
+        ("P", "blue", (0, 0, 255)),
+        ("RGBA", (10, 20, 30, 255), (10, 20, 30)),
+    ],
+)
+def test_every_color_mode_becomes_rgb(tmp_path, mode, color, expected):
+    save(tmp_path / f"picture{'.jpg' if mode == 'CMYK' else '.png'}", mode=mode, color=color, text="x")
+    image, _ = Folder(tmp_path, 4)[0]
+    assert image.shape == (3, 4, 4)
+    difference = image.short() - torch.tensor(expected, dtype=torch.short)[:, None, None]
+    assert difference.abs().max() <= (2 if mode == "CMYK" else 0)  # JPEG rounds
 
 
 def test_a_folder_that_does_not_exist_is_named(tmp_path):
-    with pytest.raises(ValueError, match="nowhere does not exist"):
+    with pytest.raises(ValueError, match=r"the data folder .*nowhere does not exist"):
         Folder(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"the data folder .*a\.png is not a folder"):
+        Folder(save(tmp_path / "a.png"))
 
 
 def test_an_empty_folder_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="no pictures in"):
+    with pytest.raises(ValueError, match=r"there are no pictures in .*: put \.png, \.jpg"):
+        Folder(tmp_path)
+    save(tmp_path / "a.png", text="not listed")
+    (tmp_path / "metadata.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match=r"metadata\.jsonl lists no pictures: put"):
         Folder(tmp_path)
 
 
 def test_a_missing_caption_is_named(tmp_path):
     save(tmp_path / "told.png", text="told")
-    save(tmp_path / "silent.png")
-    with pytest.raises(ValueError, match=r"1 of 2 pictures .* silent\.png: write silent\.txt"):
+    save(tmp_path / "cats" / "silent.png")
+    message = r"1 of 2 pictures .*, the first is cats/silent\.png: write its caption to cats/silent\.txt, or list"
+    with pytest.raises(ValueError, match=message):
         Folder(tmp_path)
 
 
@@ -108,11 +163,19 @@ def test_a_damaged_picture_is_named_when_it_is_reached(tmp_path):
         folder[0]
 
 
-@pytest.mark.parametrize("line", ["{", '"word"', '{"file_name": "a.png"}', '{"text": "a"}', "7"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("{", '"word"', '{"file_name": "a.png"}', '{"text": "a"}', "7"),
+        *('{"file_name": 3, "text": "a"}', '{"file_name": "a.png", "text": null}'),
+    ],
+)
 def test_a_bad_line_of_the_metadata_is_named_by_number(tmp_path, line):
     save(tmp_path / "a.png")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a"}\n' + line)
-    with pytest.raises(ValueError, match=r"metadata\.jsonl, line 2"):
+    with pytest.raises(
+        ValueError, match=r'line 2 of .*metadata\.jsonl must be like {"file_name": "1\.png", "text": "a cat"}'
+    ):
         Folder(tmp_path)
 
 
@@ -123,7 +186,7 @@ def test_a_picture_that_is_listed_and_missing_is_named(tmp_path):
 
 
 def test_the_size_must_be_positive(tmp_path):
-    with pytest.raises(ValueError, match="at least 1 pixel, got 0"):
+    with pytest.raises(ValueError, match="must be at least 1 pixel, got 0"):
         Folder(tmp_path, 0)
 
 

@@ -1,15 +1,19 @@
-"""The diffusion objective: its targets, its weights and what it leaves untouched."""
+"""The diffusion objective: its targets, weights and conditions, and the networks that it changes."""
+
+import dataclasses
 
 import pytest
 import torch
 
-from ldm.config import DiffusionConfig, TextConfig, UNetConfig, VAEConfig
+import ldm
+from ldm.config import DiffusionConfig, ModelConfig, TextConfig, UNetConfig, VAEConfig
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.models.text import TextEncoder
 from ldm.models.tokens import Tokenizer
 from ldm.models.vae import VAE
-from ldm.training.diffusion import DiffusionLoss, DiffusionObjective, loss_weights
+from ldm.training.diffusion import DiffusionLoss, DiffusionObjective, loss_weights, zero_init
 from ldm.training.vocabulary import build_vocabulary
+from tests.tiny import TINY_RANDOM, TINY_REFINER, TINY_SDXL, random_networks
 
 UNET = UNetConfig(channels=(8, 16), depth=(0, 1), heads=(1, 2), context_dim=8, norm_groups=2, res_blocks=1)
 VAE_ = VAEConfig(channels=(8, 8), res_blocks=1, norm_groups=2, scaling_factor=1.0)
@@ -29,7 +33,8 @@ def objective(tokenizer, prediction="v", **loss):
     )  # fmt: skip
     encoder = TextEncoder((text,), (tokenizer,))
     diffusion = DiffusionConfig(prediction=prediction)
-    return DiffusionObjective(UNET, encoder, VAE(VAE_), diffusion, DiffusionLoss(**loss))
+    config = ModelConfig(unet=UNET, vae=VAE_, text=(text,), diffusion=diffusion, guidance_scale=4.0)
+    return DiffusionObjective(config, encoder, VAE(VAE_), DiffusionLoss(**loss))
 
 
 def batch():
@@ -37,17 +42,68 @@ def batch():
     return torch.rand(4, 3, 8, 8, generator=g) * 2 - 1, CAPTIONS
 
 
+def without_vae_noise(o):
+    """Make the VAE's posterior a point; return a dict that receives these latents as "x0"."""
+    seen, encode = {}, o.vae.encode
+
+    def remember(images):
+        posterior = encode(images)
+        seen["x0"] = posterior.mode()
+        return posterior._replace(std=torch.zeros_like(posterior.std))
+
+    o.vae.encode = remember
+    return seen
+
+
+@pytest.mark.parametrize("gamma", [0.0, 5.0])
 @pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
-def test_an_untrained_network_predicts_zero_so_its_loss_is_the_targets_power(prediction, tokenizer):
+def test_the_loss_of_a_network_that_predicts_zero_is_the_weighted_power_of_the_target(prediction, gamma, tokenizer):
+    o = objective(tokenizer, prediction, min_snr_gamma=gamma)
+    seen = without_vae_noise(o)
+
+    def zero(noisy, t, context, vector):
+        seen["noisy"], seen["t"] = noisy, t
+        return torch.zeros_like(noisy)
+
+    o.networks.unet.forward = zero
     torch.manual_seed(1)
-    loss, logs = objective(tokenizer, prediction)(batch())
-    assert torch.equal(loss, logs["mse"])  # unweighted
-    if prediction == "eps":
-        assert 0.8 < loss.item() < 1.2  # noise of 256 standard normal values
-    assert loss > 0
+    loss, logs = o(batch())
+
+    # In fp64 and without the schedule's code: SD's betas, and the noise as the difference of the noisy latents from x0.
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    a = (1 - betas).cumprod(0)[seen["t"]][:, None, None, None]
+    x0 = seen["x0"].double()
+    noise = (seen["noisy"].double() - a.sqrt() * x0) / (1 - a).sqrt()
+    assert 0.8 < noise.std() < 1.2  # 256 standard normal numbers: four standard deviations
+    target = {"eps": noise, "v": a.sqrt() * noise - (1 - a).sqrt() * x0, "x0": x0}[prediction]
+    power = target.square().mean(dim=(1, 2, 3))
+    snr = (a / (1 - a)).flatten()
+    factor = {"eps": snr, "v": snr + 1, "x0": torch.ones_like(snr)}[prediction]
+    weights = snr.clamp(max=gamma) / factor if gamma else torch.ones_like(snr)
+    # fp32 latents, divided by noise levels of at least 0.03
+    torch.testing.assert_close(loss.double(), (weights * power).mean(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(logs["mse"].double(), power.mean(), rtol=1e-4, atol=0)
 
 
-def test_weighting_by_min_snr_is_one_weighting_of_x0_whatever_is_predicted():
+def test_an_untrained_network_predicts_the_same_number_everywhere(tokenizer):
+    o = objective(tokenizer)
+    x, t = torch.randn(2, 4, 4, 4), torch.tensor([3, 700])
+    with torch.no_grad():
+        predicted = o.networks.unet(x, t, torch.randn(2, 8, 8))
+    assert torch.equal(predicted, o.networks.unet.conv_out.bias[:, None, None].expand(2, 4, 4, 4))
+
+
+def test_zero_initialization_makes_every_residual_branch_start_at_zero():
+    unet = zero_init(random_networks(TINY_RANDOM)[0])
+    added = []
+    for stage in [*unet.down, *unet.up]:
+        added += [stage.res.conv2] if stage.res is not None else []
+        added += [stage.transformer.proj_out] if stage.transformer is not None else []
+    assert len(added) == 9  # 2 + 4 residual blocks, 1 + 2 transformers
+    assert not any(parameter.any() for layer in added for parameter in layer.parameters())
+
+
+def test_weighting_by_min_snr_is_one_weighting_of_x0_for_every_prediction():
     schedule = NoiseSchedule()
     t = torch.arange(0, 1000, 37)
     snr = schedule.snr(t).double()
@@ -60,7 +116,7 @@ def test_weighting_by_min_snr_is_one_weighting_of_x0_whatever_is_predicted():
 
 def test_a_perfect_network_has_no_loss(tokenizer):
     o = objective(tokenizer, caption_dropout=0.0)
-    seen = {}
+    seen = without_vae_noise(o)
 
     def oracle(noisy, t, context, vector):
         x0 = seen["x0"]
@@ -68,14 +124,7 @@ def test_a_perfect_network_has_no_loss(tokenizer):
         noise = (noisy - a.sqrt() * x0) / (1 - a).sqrt()
         return a.sqrt() * noise - (1 - a).sqrt() * x0
 
-    encode = o.vae.encode
-
-    def remember(images):
-        posterior = encode(images)
-        seen["x0"] = posterior.mode()
-        return posterior._replace(std=torch.zeros_like(posterior.std))
-
-    o.vae.encode, o.networks.unet.forward = remember, oracle
+    o.networks.unet.forward = oracle
     loss, _ = o(batch())
     assert loss < 1e-5  # fp32 division by the smallest noise level
 
@@ -93,37 +142,113 @@ def test_unet_and_text_encoder_learn_while_the_vae_stays(tokenizer):
         optimizer.step()
         losses.append(loss.item())
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
-    changed = {name.split(".")[0] for name, p in o.named_parameters() if not torch.equal(p, before[name])}
+    after = dict(o.named_parameters())
+    changed = {name.split(".")[0] for name in before if not torch.equal(after[name], before[name])}
     assert changed == {"networks"}
-    texts = [name for name, p in o.named_parameters() if "blocks.0.attn.to_q.weight" in name]
-    assert texts
-    assert not torch.equal(dict(o.named_parameters())[texts[0]], before[texts[0]])
+    for name in ("unet.conv_out.weight", "text_encoder.towers.0.blocks.0.attn.to_q.weight"):
+        assert not torch.equal(after[f"networks.{name}"], before[f"networks.{name}"])
 
 
-def test_caption_dropout_trains_on_the_empty_text(tokenizer, monkeypatch):
-    o = objective(tokenizer, caption_dropout=0.5)
+@pytest.mark.parametrize(("dropout", "low", "high"), [(0.0, 0, 0), (0.25, 0.08, 0.42)])
+def test_caption_dropout_trains_its_share_of_images_on_the_empty_text(tokenizer, monkeypatch, dropout, low, high):
+    o = objective(tokenizer, caption_dropout=dropout)
     shown = []
     encode = o.networks.text_encoder.encode
-    monkeypatch.setattr(
-        type(o.networks.text_encoder), "encode", lambda self, texts: shown.extend(texts) or encode(texts)
-    )
+
+    def watched(self, texts, clip_skip=None):
+        shown.append(texts)
+        return encode(texts, clip_skip)
+
+    monkeypatch.setattr(TextEncoder, "encode", watched)
     torch.manual_seed(0)
-    for _ in range(20):
+    for _ in range(30):
         o(batch())
-    assert 0.3 < shown.count("") / len(shown) < 0.7  # 80 fair coins
-    assert set(shown) == {"", *CAPTIONS}
+    texts = [text for texts in shown for text in texts]
+    assert low <= texts.count("") / len(texts) <= high  # of 120 images: four standard deviations about a quarter
+    for texts in shown:  # each image keeps its own caption
+        assert all(text in ("", caption) for text, caption in zip(texts, CAPTIONS, strict=True))
 
 
 def test_samples_are_pictures_of_the_captions_from_fixed_noise(tokenizer):
     o = objective(tokenizer)
+    for parameter in o.networks.unet.parameters():  # the new network ignores its texts
+        torch.nn.init.normal_(parameter, std=0.2)
     torch.manual_seed(3)
-    first = o.sample(o.trained, batch())
-    torch.manual_seed(4)
-    assert first.shape == (4, 3, 8, 8)
-    assert torch.equal(o.sample(o.trained, batch()), first)
+    with torch.no_grad():
+        first = o.sample(o.trained, batch())
+        torch.manual_seed(4)
+        assert first.shape == (4, 3, 8, 8)
+        assert torch.equal(o.sample(o.trained, batch()), first)
+        images, captions = batch()
+        changed = o.sample(o.trained, (images, ["a car", *captions[1:]]))
+        o.sample_prompts = ["a car", *captions[1:]]
+        assert torch.equal(o.sample(o.trained, batch()), changed)
+        o.config = dataclasses.replace(o.config, guidance_scale=1.0)
+        assert not torch.equal(o.sample(o.trained, batch()), changed)
+    assert torch.equal(changed[1:], first[1:])
+    assert not torch.equal(changed[0], first[0])
 
 
-@pytest.mark.parametrize("loss", [{"caption_dropout": 1.0}, {"min_snr_gamma": -1.0}])
-def test_a_bad_loss_configuration_is_refused(loss):
-    with pytest.raises(ValueError, match="caption_dropout must be in"):
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        ({"caption_dropout": 1.0}, "caption_dropout must be at least 0 and less than 1, got 1.0"),
+        ({"min_snr_gamma": -1.0}, "min_snr_gamma must be at least 0, got -1.0"),
+    ],
+)
+def test_a_bad_loss_configuration_is_refused(loss, message):
+    with pytest.raises(ValueError, match=message):
         DiffusionLoss(**loss)
+
+
+def vectors_of(unet):
+    """Return a list that receives the vector of each pass of `unet`."""
+    seen = []
+    unet.vector_embed.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach().clone()))
+    return seen
+
+
+def test_one_step_trains_sdxl_on_the_vector_that_the_pipeline_makes_for_the_same_text_and_size():
+    unet, vae, text_encoder = random_networks(TINY_SDXL)
+    pipe = ldm.Pipeline(TINY_SDXL, unet, vae, text_encoder)
+    seen, expected = vectors_of(unet), []
+    captions = ["a frog", "a car"]
+    for caption in captions:
+        pipe.generate(ldm.Request(caption, width=32, height=24, steps=1, guidance_scale=1.0))
+        expected.append(seen[0])
+        seen.clear()
+
+    o = DiffusionObjective(TINY_SDXL, text_encoder, vae, DiffusionLoss(caption_dropout=0.0))
+    seen = vectors_of(o.networks.unet)
+    optimizer = torch.optim.AdamW([p for p in o.parameters() if p.requires_grad], lr=1e-3)
+    before = o.networks.unet.conv_out.weight.clone()
+    loss, _ = o((torch.rand(2, 3, 24, 32) * 2 - 1, captions))
+    loss.backward()
+    optimizer.step()
+    torch.testing.assert_close(seen[0], torch.cat(expected))
+    assert not torch.equal(*seen[0])
+    assert loss.isfinite()
+    assert not torch.equal(o.networks.unet.conv_out.weight, before)
+
+
+def test_sdxl_is_trained_without_caption_on_the_vector_that_guidance_takes_and_makes_samples():
+    unet, vae, text_encoder = random_networks(TINY_SDXL)
+    seen = vectors_of(unet)
+    pipe = ldm.Pipeline(TINY_SDXL, unet, vae, text_encoder)
+    pipe.generate(ldm.Request("a frog", width=32, height=32, steps=1, guidance_scale=2.0))
+    (left_out,) = (row for row in torch.cat(seen) if not row[:24].any())  # zeros in place of the pooled text
+
+    o = DiffusionObjective(TINY_SDXL, text_encoder, vae, DiffusionLoss(caption_dropout=0.999))
+    seen = vectors_of(o.networks.unet)
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    torch.manual_seed(0)
+    o((images, ["a frog", "a car"]))
+    torch.testing.assert_close(seen[0], left_out.expand(2, -1))
+    with torch.no_grad():
+        assert o.sample(o.trained, (images, ["a frog", "a car"])).shape == (2, 3, 32, 32)
+
+
+def test_a_refiner_cannot_be_trained_for_lack_of_aesthetic_scores():
+    _, vae, text_encoder = random_networks(TINY_REFINER)
+    with pytest.raises(ValueError, match=r"random-refiner takes an aesthetic score, and training data have none"):
+        DiffusionObjective(TINY_REFINER, text_encoder, vae, DiffusionLoss())

@@ -1,40 +1,49 @@
-"""The loop: resuming is exact, schedules are what they say, and nothing of a run is overwritten."""
+"""The loop: a resumed run is exact, the log and the schedule are right, and no run is overwritten."""
 
 import dataclasses
 import json
 import math
+import signal
+import subprocess
+import sys
+import threading
 
 import pytest
 import torch
 from PIL import Image
 from torch import nn
 
-from ldm.training.loop import LoopConfig, Objective, learning_rate, train
+from ldm.training import loop
+from ldm.training.loop import Interrupted, LoopConfig, Objective, learning_rate, train
 
 CONFIG = LoopConfig(
     steps=6, batch_size=2, learning_rate=1e-2, warmup=2, ema=0.9, log_every=1, sample_every=3,
     checkpoint_every=2,
 )  # fmt: skip
+RECIPE = {"data.size": 4, "loop.batch_size": 2, "unet.channels": [8, 16]}
 
 
-class Colours:
-    """Ten pictures of one colour each."""
+class Colors:
+    """Ten pictures of one color each."""
 
     def __len__(self):
         return 10
 
     def __getitem__(self, index):
-        return torch.full((3, 4, 4), 25 * index, dtype=torch.uint8), f"colour {index}"
+        return torch.full((3, 4, 4), 25 * index, dtype=torch.uint8), self.caption(index)
+
+    def caption(self, index):
+        return f"color {index}"
 
 
 class Toy(Objective):
-    """Fit noisy images by a convolution; uses dropout, data and random numbers."""
+    """Fit noisy images by a convolution. `at`: what happens at each call of `forward`, by its number."""
 
-    def __init__(self, fail_at=None):
+    def __init__(self, at=None):
         super().__init__()
         torch.manual_seed(0)
         self.net = nn.Conv2d(3, 3, 3, padding=1)
-        self.fail_at, self.calls, self.seen = fail_at, 0, []
+        self.at, self.calls, self.seen = at or {}, 0, []
 
     @property
     def trained(self):
@@ -44,8 +53,8 @@ class Toy(Objective):
         images, captions = batch
         self.calls += 1
         self.seen.append(captions)
-        if self.calls == self.fail_at:
-            raise KeyboardInterrupt  # a kill, at the worst of times
+        if self.calls in self.at:
+            self.at[self.calls]()
         loss = (self.trained(images + torch.randn_like(images)) - images).square().mean()
         return loss, {"loss_again": loss}
 
@@ -57,37 +66,179 @@ def weights(module):
     return torch.cat([p.detach().flatten() for p in module.parameters()])
 
 
+def kill():
+    raise SystemExit
+
+
+def rows(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def steps_saved(out):
+    return torch.load(out / "checkpoint.pt", weights_only=True)["step"]
+
+
 def test_a_run_that_was_killed_and_resumed_equals_one_that_was_not_bit_for_bit(tmp_path):
     straight = Toy()
-    expected = train(straight, Colours(), CONFIG, tmp_path / "a", "r")
+    expected = train(straight, Colors(), CONFIG, tmp_path / "a", RECIPE)
 
-    killed = Toy(fail_at=6)  # steps 1-4 are safe in a checkpoint, step 5 is lost with it
-    with pytest.raises(KeyboardInterrupt):
-        train(killed, Colours(), CONFIG, tmp_path / "b", "r")
+    killed = Toy({6: kill})  # the checkpoint has steps 1 to 4, so that step 5 is lost, too
+    with pytest.raises(SystemExit):
+        train(killed, Colors(), CONFIG, tmp_path / "b", RECIPE)
     resumed = Toy()
-    average = train(resumed, Colours(), CONFIG, tmp_path / "b", "r")
+    average = train(resumed, Colors(), CONFIG, tmp_path / "b", RECIPE)
 
     assert resumed.calls == 2  # only what was after the last checkpoint
     assert torch.equal(weights(resumed.trained), weights(straight.trained))
     assert torch.equal(weights(average), weights(expected))
-    logs = [[json.loads(line) for line in (tmp_path / run / "log.jsonl").read_text().splitlines()] for run in "ab"]
+    logs = [rows(tmp_path / run) for run in "ab"]
     assert [row["step"] for row in logs[1]] == [1, 2, 3, 4, 5, 6]  # no step twice
     assert [row["loss"] for row in logs[0]] == [row["loss"] for row in logs[1]]
 
 
 def test_a_finished_run_does_not_train_again_and_gives_its_average(tmp_path):
-    expected = train(Toy(), Colours(), CONFIG, tmp_path, "r")
+    expected = train(Toy(), Colors(), CONFIG, tmp_path, RECIPE)
     again = Toy()
-    assert torch.equal(weights(train(again, Colours(), CONFIG, tmp_path, "r")), weights(expected))
+    assert torch.equal(weights(train(again, Colors(), CONFIG, tmp_path, RECIPE)), weights(expected))
     assert again.calls == 0
 
 
-def test_a_folder_with_another_recipes_run_is_left_alone(tmp_path):
-    train(Toy(), Colours(), CONFIG, tmp_path, "one recipe")
-    before = (tmp_path / "checkpoint.pt").read_bytes()
-    with pytest.raises(ValueError, match="holds a run of another recipe, at step 6: choose another"):
-        train(Toy(), Colours(), CONFIG, tmp_path, "another recipe")
-    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_the_running_step_and_the_resumed_run_is_exact(tmp_path, number):
+    straight = Toy()
+    expected = train(straight, Colors(), CONFIG, tmp_path / "a", RECIPE)
+
+    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    stopped = Toy({5: lambda: signal.raise_signal(number)})
+    with pytest.raises(Interrupted, match=r"^training stopped after step 5 of 6, saved in .*b$"):
+        train(stopped, Colors(), CONFIG, tmp_path / "b", RECIPE)
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
+    assert (stopped.calls, steps_saved(tmp_path / "b")) == (5, 5)
+
+    resumed = Toy()
+    average = train(resumed, Colors(), CONFIG, tmp_path / "b", RECIPE)
+    assert resumed.calls == 1
+    assert torch.equal(weights(resumed.trained), weights(straight.trained))
+    assert torch.equal(weights(average), weights(expected))
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path):
+    def twice():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt) as stop:
+        train(Toy({4: twice}), Colors(), CONFIG, tmp_path, RECIPE)
+    assert stop.type is KeyboardInterrupt
+    assert steps_saved(tmp_path) == 2  # step 3 is lost
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_signal_that_was_ignored_before_the_run_stays_ignored(tmp_path, monkeypatch):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a shell's background job
+    try:
+        train(Toy({4: lambda: signal.raise_signal(signal.SIGINT)}), Colors(), CONFIG, tmp_path, RECIPE)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert steps_saved(tmp_path) == 6
+
+
+def test_a_run_outside_the_main_thread_sets_no_signal_handlers(tmp_path):
+    def run():
+        train(Toy({4: lambda: seen.append(signal.getsignal(signal.SIGINT))}), Colors(), CONFIG, tmp_path, RECIPE)
+
+    seen = []
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert seen == [signal.getsignal(signal.SIGINT)]
+    assert steps_saved(tmp_path) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_data_processes_survive_a_signal_to_all_processes_until_the_step_ends(tmp_path, number):
+    code = f"""
+import dataclasses, os, pathlib
+from ldm.training.loop import Interrupted, train
+from tests.training.test_loop import CONFIG, RECIPE, Colors, Toy
+config = dataclasses.replace(CONFIG, workers=2, accumulate=20)  # more batches than the workers hold in advance
+try:
+    train(Toy({{41: lambda: os.killpg(0, {int(number)})}}), Colors(), config, pathlib.Path({str(tmp_path)!r}), RECIPE)
+except Interrupted as stop:
+    print(stop)
+"""
+    words = [sys.executable, "-c", code]
+    result = subprocess.run(words, capture_output=True, text=True, start_new_session=True, timeout=120)
+    assert result.stdout.startswith("training stopped after step 3 of 6"), result.stderr
+    assert steps_saved(tmp_path) == 3
+
+
+def test_a_run_of_another_recipe_is_left_alone_and_the_values_that_differ_are_named(tmp_path):
+    train(Toy(), Colors(), CONFIG, tmp_path, RECIPE)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    other = {"data.size": 4, "loop.batch_size": 3, "unet.channels": [8, 32], "loss.kl": 0.5}
+    message = (
+        r"holds a run of another recipe, at step 6: loop\.batch_size was 2 and is now 3, loss\.kl was None and is now "
+        r"0\.5, unet\.channels was \[8, 16\] and is now \[8, 32\]; undo the change, or choose another `out`$"
+    )
+    with pytest.raises(ValueError, match=message):
+        train(Toy(), Colors(), CONFIG, tmp_path, other)
+    many = RECIPE | {f"new {i}": i for i in range(7)}
+    with pytest.raises(ValueError, match=r"new 4 was None and is now 4, and 2 more values differ; undo"):
+        train(Toy(), Colors(), CONFIG, tmp_path, many)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_longer_run_goes_on_with_the_schedule_of_the_new_number_of_steps(tmp_path):
+    short = dataclasses.replace(CONFIG, steps=4)
+    train(Toy(), Colors(), short, tmp_path, RECIPE)
+    more = Toy()
+    train(more, Colors(), CONFIG, tmp_path, RECIPE)
+    assert more.calls == 2
+    expected = [learning_rate(step, short) for step in range(4)] + [learning_rate(step, CONFIG) for step in (4, 5)]
+    assert [row["lr"] for row in rows(tmp_path)] == pytest.approx(expected, rel=1e-5)  # the log has six digits
+
+
+def test_a_run_that_has_more_steps_than_the_recipe_is_an_error(tmp_path):
+    train(Toy(), Colors(), CONFIG, tmp_path, RECIPE)
+    with pytest.raises(ValueError, match=r"has done 6 steps, and the recipe asks for 5: set steps to 6 or more"):
+        train(Toy(), Colors(), dataclasses.replace(CONFIG, steps=5), tmp_path, RECIPE)
+
+
+def test_a_run_may_go_on_with_other_intervals_and_workers_bit_for_bit(tmp_path):
+    expected = train(Toy(), Colors(), CONFIG, tmp_path / "a", RECIPE)
+    with pytest.raises(SystemExit):
+        train(Toy({4: kill}), Colors(), CONFIG, tmp_path / "b", RECIPE)
+    other = dataclasses.replace(CONFIG, log_every=3, sample_every=1, checkpoint_every=5, workers=1)
+    assert torch.equal(weights(train(Toy(), Colors(), other, tmp_path / "b", RECIPE)), weights(expected))
+
+
+def test_step_seconds_is_the_mean_of_the_logged_steps_without_sampling_and_saving(tmp_path, monkeypatch):
+    clock = [0.0]
+
+    class Slow(Toy):
+        """Step i takes i seconds, a sample 1000 seconds and a checkpoint 100 seconds."""
+
+        def forward(self, batch):
+            loss, logs = super().forward(batch)
+            clock[0] += self.calls
+            return loss, logs
+
+        def sample(self, trained, batch):
+            clock[0] += 1000
+            return super().sample(trained, batch)
+
+    def save(state, path):
+        clock[0] += 100
+        real(state, path)
+
+    real = torch.save
+    monkeypatch.setattr(torch, "save", save)
+    monkeypatch.setattr(loop, "perf_counter", lambda: clock[0])
+    train(Slow(), Colors(), dataclasses.replace(CONFIG, log_every=4, sample_every=1), tmp_path, RECIPE)
+    assert [(row["step"], row["step_seconds"]) for row in rows(tmp_path)] == [(4, 2.5), (6, 5.5)]
 
 
 def test_a_kill_while_writing_a_checkpoint_keeps_the_one_before(tmp_path, monkeypatch):
@@ -97,14 +248,14 @@ def test_a_kill_while_writing_a_checkpoint_keeps_the_one_before(tmp_path, monkey
         real(state, path)
         if state["step"] == 4:
             path.write_bytes(path.read_bytes()[:100])
-            raise KeyboardInterrupt
+            kill()
 
     monkeypatch.setattr(torch, "save", torn)
-    with pytest.raises(KeyboardInterrupt):
-        train(Toy(), Colours(), CONFIG, tmp_path, "r")
+    with pytest.raises(SystemExit):
+        train(Toy(), Colors(), CONFIG, tmp_path, RECIPE)
     monkeypatch.undo()
     resumed = Toy()
-    train(resumed, Colours(), CONFIG, tmp_path, "r")
+    train(resumed, Colors(), CONFIG, tmp_path, RECIPE)
     assert resumed.calls == 4  # from step 2
 
 
@@ -115,24 +266,24 @@ def test_accumulated_batches_equal_one_batch_of_their_sum(tmp_path):
             return loss, {}
 
     whole, parts = Plain(), Plain()
-    train(whole, Colours(), dataclasses.replace(CONFIG, batch_size=4), tmp_path / "a", "r")
-    train(parts, Colours(), dataclasses.replace(CONFIG, accumulate=2), tmp_path / "b", "r")
+    train(whole, Colors(), dataclasses.replace(CONFIG, batch_size=4), tmp_path / "a", RECIPE)
+    train(parts, Colors(), dataclasses.replace(CONFIG, accumulate=2), tmp_path / "b", RECIPE)
     # a mean of means of equal sizes is the mean; only the order of sums differs
     torch.testing.assert_close(weights(whole.trained), weights(parts.trained), rtol=1e-4, atol=1e-5)
 
 
 def test_every_example_is_seen_once_an_epoch_in_a_seeded_order(tmp_path):
     toy = Toy()
-    train(toy, Colours(), dataclasses.replace(CONFIG, steps=10), tmp_path, "r")
+    train(toy, Colors(), dataclasses.replace(CONFIG, steps=10), tmp_path, RECIPE)
     seen = [caption for captions in toy.seen for caption in captions]
-    assert sorted(seen[:10]) == sorted(seen[10:]) == [f"colour {i}" for i in range(10)]
+    assert sorted(seen[:10]) == sorted(seen[10:]) == [f"color {i}" for i in range(10)]
     assert seen[:10] != seen[10:]
 
 
 def test_worker_processes_change_nothing_but_speed(tmp_path):
-    expected = train(Toy(), Colours(), CONFIG, tmp_path / "a", "r")
+    expected = train(Toy(), Colors(), CONFIG, tmp_path / "a", RECIPE)
     workers = dataclasses.replace(CONFIG, workers=1)
-    got = train(Toy(), Colours(), workers, tmp_path / "b", "r")
+    got = train(Toy(), Colors(), workers, tmp_path / "b", RECIPE)
     assert torch.equal(weights(got), weights(expected))
 
 
@@ -149,20 +300,70 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tm
             loss, logs = super().forward(batch)
             return loss * (float("nan") if self.calls == 4 else 1), logs
 
-    with pytest.raises(FloatingPointError, match="gradient of step 3 is not finite: lower"):
-        train(Broken(), Colours(), CONFIG, tmp_path, "r")
-    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 2
+    broken = Broken()
+    with pytest.raises(FloatingPointError, match="gradient of step 4 is not finite, so the training cannot go on"):
+        train(broken, Colors(), CONFIG, tmp_path, RECIPE)
+    assert weights(broken.trained).isfinite().all()
+    assert steps_saved(tmp_path) == 2
 
 
-def test_samples_and_a_log_are_written_as_it_goes(tmp_path):
-    train(Toy(), Colours(), CONFIG, tmp_path, "r")
+def test_the_average_is_the_moving_average_of_the_weights_after_each_step(tmp_path):
+    class Recorded(Toy):
+        def forward(self, batch):
+            history.append(weights(self.trained).double())
+            return super().forward(batch)
+
+    history, toy = [], Recorded()
+    average = train(toy, Colors(), CONFIG, tmp_path, RECIPE)
+    history.append(weights(toy.trained).double())
+    expected = history[0]
+    for step, after in enumerate(history[1:]):
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * after
+    torch.testing.assert_close(weights(average).double(), expected, rtol=1e-5, atol=1e-7)  # fp32 sums
+
+
+def test_samples_are_made_by_the_average_without_gradients_and_training_goes_on_in_training_mode(tmp_path):
+    class Watched(Toy):
+        def forward(self, batch):
+            assert self.training
+            return super().forward(batch)
+
+        def sample(self, trained, batch):
+            made_by.append(trained)
+            assert not self.training
+            assert not trained.training
+            assert not torch.is_grad_enabled()
+            return super().sample(trained, batch)
+
+    made_by = []
+    average = train(Watched(), Colors(), CONFIG, tmp_path, RECIPE)
+    assert [each is average for each in made_by] == [True, True]
+
+
+def test_a_large_gradient_is_clipped_and_logged_as_it_was(tmp_path):
+    class Steep(Toy):
+        def forward(self, batch):
+            loss, logs = super().forward(batch)
+            return 1000 * loss, logs
+
+    steep, config = Steep(), dataclasses.replace(CONFIG, clip=0.5)
+    train(steep, Colors(), config, tmp_path, RECIPE)
+    norm = torch.cat([p.grad.flatten() for p in steep.parameters()]).norm().item()
+    assert math.isclose(norm, 0.5, rel_tol=1e-3)
+    assert rows(tmp_path)[-1]["grad_norm"] > 5
+
+
+def test_samples_and_a_log_are_written_during_the_run(tmp_path):
+    train(Toy(), Colors(), CONFIG, tmp_path, RECIPE)
     assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == [
         "step-000003.png", "step-000006.png",
     ]  # fmt: skip
     with Image.open(tmp_path / "samples" / "step-000006.png") as grid:
         assert grid.size == (8, 4)  # two pictures of 4 pixels
-    row = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    row = rows(tmp_path)[-1]
     assert {"step", "loss", "loss_again", "grad_norm", "lr", "step_seconds"} == set(row)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.pt", "log.jsonl", "samples"]
 
 
 @pytest.mark.parametrize(
@@ -170,8 +371,8 @@ def test_samples_and_a_log_are_written_as_it_goes(tmp_path):
     [
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
-        ({"warmup": 6}, r"warmup must be in 0 \.\. steps - 1, got 6 of 6"),
-        ({"ema": 1.0}, "ema must be in 0 <= ema < 1"),
+        ({"warmup": 6}, "warmup must be from 0 to steps - 1 = 5, got 6"),
+        ({"ema": 1.0}, "ema must be at least 0 and less than 1, got 1.0"),
     ],
 )
 def test_a_bad_loop_configuration_is_refused(change, message):

@@ -1,6 +1,8 @@
 """From a TOML file to a model that makes pictures, on a folder of pictures."""
 
+import dataclasses
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,8 +10,12 @@ import torch
 from PIL import Image
 
 import ldm
+from ldm import cli
 from ldm.checkpoint.files import load_vae
-from ldm.training.recipes import LDMRecipe, VAERecipe, read_recipe, run
+from ldm.training.data import Folder
+from ldm.training.loop import collate
+from ldm.training.recipes import FREE, LDMRecipe, VAERecipe, fixed_values, read_recipe, run
+from ldm.training.vae import VAEObjective, latent_std
 
 CPU = torch.device("cpu")
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
@@ -68,9 +74,9 @@ warmup = 0
 def pictures(tmp_path):
     folder = tmp_path / "pictures"
     folder.mkdir()
-    for i, colour in enumerate(("red", "green", "blue")):
-        Image.new("RGB", (20, 16), colour).save(folder / f"{i}.png")
-        (folder / f"{i}.txt").write_text(f"a {colour} wall")
+    for i, color in enumerate(("red", "green", "blue")):
+        Image.new("RGB", (20, 16), color).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"a {color} wall")
     return tmp_path
 
 
@@ -82,7 +88,10 @@ def recipe(folder, text, name="recipe.toml"):
 def test_a_vae_and_then_a_diffusion_model_train_into_one_that_makes_pictures(pictures):
     vae_folder = run(recipe(pictures, VAE_TOML), CPU)
     vae = load_vae(vae_folder)
-    assert vae.config.scaling_factor not in (1.0, 0.18215)  # measured
+    folder = Folder(pictures / "pictures", 16)
+    images, _ = collate([folder[i] for i in range(3)])
+    assert abs(latent_std(vae, images) - 1) < 0.05  # scaled by the measured factor; two draws of the posterior
+    assert vae.config.scaling_factor not in (1.0, 0.18215)
 
     model_folder = run(recipe(pictures, LDM_TOML), CPU)
     assert model_folder == pictures / "ldm" / "model"
@@ -108,23 +117,105 @@ def test_a_recipe_can_go_on_from_a_model_with_its_vocabulary(pictures):
         assert (again / name).read_bytes() == (first / name).read_bytes()
 
     wider = more.replace("more", "wider").replace("mlp = 16", "mlp = 32")
-    with pytest.raises(ValueError, match=r"is of another architecture than \[unet\] and \[text\]"):
+    with pytest.raises(ValueError, match=r"has another architecture than \[unet\] and \[text\] say: give both"):
         run(recipe(pictures, wider), CPU)
 
 
-def test_a_finished_run_started_again_only_saves_again(pictures):
+def test_a_finished_run_started_again_only_saves_again(pictures, monkeypatch):
     vae_recipe = recipe(pictures, VAE_TOML)
-    first = {p.name: p.read_bytes() for p in run(vae_recipe, CPU).iterdir()}
-    again = {p.name: p.read_bytes() for p in run(vae_recipe, CPU).iterdir()}
-    assert again["diffusion_pytorch_model.safetensors"] == first["diffusion_pytorch_model.safetensors"]
-    rows = (pictures / "vae" / "vae" / "config.json").read_text()
-    assert json.loads(rows)["norm_num_groups"] == 2
+    weights = "diffusion_pytorch_model.safetensors"
+    first = (run(vae_recipe, CPU) / weights).read_bytes()
+    (pictures / "vae" / "vae" / weights).unlink()
+    monkeypatch.setattr(VAEObjective, "forward", None)  # no step is taken
+    assert (run(vae_recipe, CPU) / weights).read_bytes() == first
+    config = (pictures / "vae" / "vae" / "config.json").read_text()
+    assert json.loads(config)["norm_num_groups"] == 2
 
 
 def test_a_changed_recipe_does_not_touch_the_run_in_its_folder(pictures):
     run(recipe(pictures, VAE_TOML), CPU)
-    with pytest.raises(ValueError, match="holds a run of another recipe"):
+    before = {path: path.read_bytes() for path in (pictures / "vae").rglob("*") if path.is_file()}
+    with pytest.raises(
+        ValueError, match=r"holds a run of another recipe, at step 3: loss\.crop was 8 and is now 4; undo"
+    ):
         run(recipe(pictures, VAE_TOML.replace("crop = 8", "crop = 4")), CPU)
+    assert {path: path.read_bytes() for path in (pictures / "vae").rglob("*") if path.is_file()} == before
+
+
+def test_a_run_may_be_moved_made_longer_and_sampled_with_other_prompts(pictures):
+    run(recipe(pictures, VAE_TOML), CPU)
+    run(recipe(pictures, LDM_TOML), CPU)
+    (pictures / "ldm").rename(pictures / "moved")
+    more = LDM_TOML.replace("{out}/ldm", "{out}/moved").replace("steps = 2", "steps = 3").replace("toy", "bear")
+    more = more.replace("guidance_scale = 2.0", 'guidance_scale = 3.0\nsample_prompts = ["a red wall"]')
+    more = more.replace('spacing = "trailing"', 'spacing = "leading"')
+    pipe = ldm.load(run(recipe(pictures, more), CPU), ldm.Placement(device="cpu"))
+    found = (pipe.config.name, pipe.config.guidance_scale, pipe.config.diffusion.spacing)
+    assert found == ("bear", 3.0, "leading")
+    log = (pictures / "moved" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in log] == [2, 3]
+
+
+def test_every_value_that_may_change_is_one_of_a_recipe_and_all_others_are_fixed(pictures):
+    def names(value, prefix=""):
+        if not dataclasses.is_dataclass(value):
+            return {prefix[:-1]}
+        return set().union(*(names(getattr(value, f.name), f"{prefix}{f.name}.") for f in dataclasses.fields(value)))
+
+    free = set()
+    for text in (VAE_TOML, LDM_TOML):
+        each = recipe(pictures, text)
+        free |= names(each) & FREE
+        assert set(fixed_values(each)) == names(each) - FREE
+    assert free == FREE
+
+
+def test_an_own_vocabulary_is_learned_from_captions_without_decoding_pictures(pictures, monkeypatch):
+    run(recipe(pictures, VAE_TOML), CPU)
+    monkeypatch.setattr(Folder, "__getitem__", None)
+    with pytest.raises(TypeError):  # the first step of the training
+        run(recipe(pictures, LDM_TOML), CPU)
+    vocab = json.loads((pictures / "ldm" / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
+    assert {"red</w>", "wall</w>", "green</w>"} <= set(vocab)
+    assert [path.name for path in (pictures / "ldm").glob("*token*")] == ["tokenizer"]
+
+
+def test_ctrl_c_names_the_step_and_the_command_that_goes_on(pictures, monkeypatch, capsys):
+    def interrupted(self, batch):
+        signal.raise_signal(signal.SIGINT)
+        return forward(self, batch)
+
+    forward = VAEObjective.forward
+    recipe(pictures, VAE_TOML, "my recipe.toml")
+    monkeypatch.chdir(pictures)
+    monkeypatch.setattr(VAEObjective, "forward", interrupted)
+    assert cli.main(["train", "my recipe.toml", "--device", "cpu"]) == 130
+    error = capsys.readouterr().err.splitlines()[-1]
+    command = "ldm train 'my recipe.toml' --device cpu"
+    assert error.endswith(f"training stopped after step 1 of 3, saved in {pictures}/vae; to go on: {command}")
+    monkeypatch.setattr(VAEObjective, "forward", forward)
+    assert cli.main(["train", "my recipe.toml", "--device", "cpu"]) == 0
+    log = (pictures / "vae" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in log] == [3]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"size = 16": "size = 15"}, "size must be a multiple of 2 pixels for this VAE, got 15"),
+        ({"crop = 8": "crop = 9"}, "crop must be a multiple of 2 pixels for this VAE, got 9"),
+        ({"crop = 8": "crop = 18"}, "crop must be at most the pictures' size of 16 pixels, got 18"),
+    ],
+)
+def test_pictures_that_do_not_fit_the_vae_are_refused_before_the_training(pictures, changes, message):
+    text = VAE_TOML
+    for before, after in changes.items():
+        text = text.replace(before, after)
+    with pytest.raises(ValueError, match=message):
+        run(recipe(pictures, text), CPU)
+    run(recipe(pictures, VAE_TOML), CPU)
+    with pytest.raises(ValueError, match="size must be a multiple of 2 pixels for this VAE, got 17"):
+        run(recipe(pictures, LDM_TOML.replace("size = 16", "size = 17")), CPU)
 
 
 @pytest.mark.parametrize(
@@ -143,12 +234,12 @@ def test_a_mistake_in_a_recipe_is_named(tmp_path, text, message):
 
 
 def test_a_missing_recipe_says_where_others_are():
-    with pytest.raises(ValueError, match=r"there is no recipe nowhere\.toml; those that ship"):
+    with pytest.raises(ValueError, match=r"there is no recipe nowhere\.toml; the project's own recipes are in"):
         read_recipe("nowhere.toml")
 
 
 def test_a_missing_vae_is_named(pictures):
-    with pytest.raises(ValueError, match="vae"):
+    with pytest.raises(ValueError, match=f"{pictures / 'vae' / 'vae'}"):
         run(recipe(pictures, LDM_TOML), CPU)
 
 

@@ -65,6 +65,13 @@ def test_scene_i_depends_on_the_seed_and_i_alone():
     assert not torch.equal(image, Scenes(SPRITES, seed=2)[77][0])
 
 
+def test_a_caption_is_returned_without_drawing_its_scene():
+    scenes = Scenes(SPRITES, seed=1)
+    expected = [scenes[i][1] for i in range(50)]
+    scenes.painter = None
+    assert [scenes.caption(i) for i in range(50)] == expected
+
+
 @pytest.mark.parametrize("side", [32, 50, 64, 128])
 def test_scenes_of_every_size_are_bytes_in_channels_first_order(side):
     image, _ = Scenes(SPRITES, side)[0]
@@ -136,13 +143,16 @@ def test_grounds_differ_in_color():
 
 
 def test_a_missing_font_is_named_with_what_to_do(tmp_path):
-    with pytest.raises(ValueError, match="apt-get install fonts-noto-color-emoji"):
+    message = r"no emoji font at .*none\.ttf: install it \(apt-get install fonts-noto-color-emoji\), or give .* --font"
+    with pytest.raises(ValueError, match=message):
         emoji_sprites("🐸", tmp_path / "none.ttf")
 
 
 def test_a_file_that_is_no_font_is_named(tmp_path):
     (tmp_path / "no.ttf").write_text("not a font")
-    with pytest.raises(ValueError, match=r"no\.ttf is not a font"):
+    with pytest.raises(
+        ValueError, match=r"no\.ttf is not a font with color bitmaps of 109 pixels \(unknown file format\): give"
+    ):
         emoji_sprites("🐸", tmp_path / "no.ttf")
 
 

@@ -1,4 +1,4 @@
-"""The autoencoder's loss terms, each against its formula, and that they train."""
+"""The loss terms of the VAE, each against its formula, and that they train."""
 
 import torch
 from torch.distributions import Normal, kl_divergence
@@ -25,7 +25,10 @@ def test_kl_is_the_divergence_from_a_standard_normal_per_latent_value():
 def test_the_gradient_loss_sees_edges_and_not_brightness():
     images = pictures()
     assert gradient_l1(images, images + 0.3) < 1e-6  # a constant has no gradient, but for rounding
-    assert gradient_l1(images, images.flip(-1)) > 0.1
+    error = (images - images.flip(-1)).double()
+    across = (error[..., :, 1:] - error[..., :, :-1]).abs().mean()
+    down = (error[..., 1:, :] - error[..., :-1, :]).abs().mean()
+    torch.testing.assert_close(gradient_l1(images, images.flip(-1)).double(), across + down)
 
 
 def test_crops_are_parts_of_their_images_each_at_its_own_place():
@@ -51,6 +54,43 @@ def test_each_player_of_the_hinge_game_gets_gradients_only_from_its_own_loss():
     assert all(p.grad is not None for p in judge.parameters())
 
 
+def test_the_hinge_losses_reward_a_right_judgment_and_a_fooled_judge():
+    class Judge(torch.nn.Module):
+        def forward(self, images):
+            return images.mean(dim=(1, 2, 3))
+
+    real, fake = torch.full((2, 3, 4, 4), 0.25), torch.full((2, 3, 4, 4), -3.0)
+    learn, fool = hinge_losses(Judge(), real, fake)
+    assert learn.item() == 0.5 * (0.75 + 0)  # real: 1 - 0.25; fake: below -1 costs nothing
+    assert fool.item() == 3.0
+    learn, fool = hinge_losses(Judge(), fake, real)
+    assert learn.item() == 0.5 * (4 + 1.25)
+    assert fool.item() == -0.25
+
+
+def test_the_loss_terms_compare_the_decoded_with_the_true_images():
+    torch.manual_seed(0)
+    objective = VAEObjective(SMALL, VAELoss(gradient=0.5, kl=0.01))
+    decoded, posterior = [], []
+    decode, encode = objective.vae.decode, objective.vae.encode
+    objective.vae.decode = lambda latents: decoded.append(decode(latents)) or decoded[0]
+    objective.vae.encode = lambda images: posterior.append(encode(images)) or posterior[0]
+    loss, logs = objective((pictures(), []))
+    difference = (decoded[0] - pictures()).double()
+    mean, std = (part.double() for part in posterior[0])
+    expected = {
+        "l1": difference.abs().mean(),
+        "edges": difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean(),
+        "kl": kl_divergence(Normal(mean, std), Normal(0.0, 1.0)).mean(),
+        # the levels go from -1 to 1, so the peak is 2
+        "psnr": 20 * torch.log10(2 / (decoded[0].double().clamp(-1, 1) - pictures()).square().mean().sqrt()),
+    }
+    assert logs.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(logs[name].double(), value, msg=name, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(loss.double(), expected["l1"] + 0.5 * expected["edges"] + 0.01 * expected["kl"])
+
+
 def test_the_adversarial_term_counts_from_its_start():
     torch.manual_seed(0)
     objective = VAEObjective(SMALL, VAELoss(adversarial=10.0, adversarial_start=1))
@@ -63,7 +103,7 @@ def test_the_adversarial_term_counts_from_its_start():
     torch.testing.assert_close(after, expected + 10 * logs["fool"])
 
 
-def test_the_first_autoencoder_has_a_narrow_posterior_and_loses_no_colour():
+def test_the_first_autoencoder_has_a_narrow_posterior_and_loses_no_color():
     torch.manual_seed(0)
     posterior = init(VAE(SMALL)).encode(pictures())
     torch.testing.assert_close(posterior.std, torch.full_like(posterior.std, -2.5).exp())
