@@ -133,7 +133,7 @@ def test_the_top_level_is_what_was_agreed():
     if not tracked:
         pytest.skip("not a git checkout")
     folders = {Path(name).parts[0] for name in tracked if len(Path(name).parts) > 1}
-    assert folders <= {"ldm", "configs", "scripts", "tests", "weights", "docs", "benchmarks", ".ci"}
+    assert folders <= {"ldm", "configs", "scripts", "tests", "weights", "docs", ".ci"}
 
 
 def readme():

@@ -1,7 +1,8 @@
-"""One side of `benchmark.py`, in a process of its own: does one part of the work each time it is told.
+"""One side of the benchmark, in a process of its own: it does one part of the work each time it reads "run".
 
-Its task is its argument, as JSON. It answers in lines of JSON: an empty one once it is ready; to "run" the seconds that
-the part took; to "peak" the most bytes of host and device memory in use since it was ready, above what was then.
+The argument is the task, as JSON. The process answers in lines of JSON. The first answer, empty, says that it is ready.
+The answer to "run" holds the seconds that the part took. The answer to "peak" says how far memory use, on the host and
+on the device, has risen since the process was ready.
 """
 
 import ctypes
@@ -26,11 +27,11 @@ REQUEST = PROMPTS | {"guidance_scale": 7.5, "width": PIXELS, "height": PIXELS}
 torch.manual_seed(0)
 LATENTS = torch.randn(1, 4, *[PIXELS // TASK["factor"]] * 2).to(DEVICE, DTYPE)  # scaled
 IMAGE = (torch.rand(1, 3, PIXELS, PIXELS) * 2 - 1).to(DEVICE, DTYPE)
-MARKS = []  # the ends of the steps
+MARKS = []  # the times at which steps ended
 
 
 def ours():
-    """This package as the `ldm` command or a program uses it, but for the VAE, whose dtype is that of the rest."""
+    """Use this package as the `ldm` command or a program does, but with the VAE in the dtype of the other networks."""
     import ldm
     from ldm.placement.allocator import keep_freed_memory
     from ldm.placement.memory import DECODE
@@ -42,7 +43,7 @@ def ours():
 
     def open():
         path = FILE if "file" in PART else FOLDER
-        if not GPU and TASK["dtype"] == "float16":  # to be mapped, not to be computed in
+        if not GPU and TASK["dtype"] == "float16":  # a CPU does not compute in it: only load the file
             return ldm.checkpoint.files.load(path, dtype=DTYPE)
         place = ldm.Placement.fast if TASK["fast"] else ldm.Placement
         chosen = {"device": DEVICE, "dtype": DTYPE, "vae_dtype": DTYPE} | TASK["placement"]
@@ -64,8 +65,8 @@ def ours():
 
 
 def theirs():
-    """diffusers with the same list of steps, its VAE in the dtype of the rest."""
-    sys.modules["torchao"] = None  # which it would import unasked, for seconds
+    """Use diffusers with the same list of steps and the VAE in the dtype of the other networks."""
+    sys.modules["torchao"] = None  # diffusers would import it, which takes seconds
     import diffusers
 
     diffusers.logging.disable_progress_bar()
@@ -81,7 +82,10 @@ def theirs():
         pipe.vae.register_to_config(force_upcast=False)
         ddim = {"clip_sample": False, "set_alpha_to_one": False}
         pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, **ddim)
-        return pipe.to(DEVICE)
+        pipe = pipe.to(DEVICE)
+        if TASK["compiled"]:
+            pipe.unet = torch.compile(pipe.unet, mode="reduce-overhead", fullgraph=True)
+        return pipe
 
     def text(pipe):
         guided = {"num_images_per_prompt": 1, "do_classifier_free_guidance": True}
@@ -103,17 +107,8 @@ def theirs():
     }
 
 
-def change(pipe, how):
-    """Change a loaded pipeline in a way that has no option."""
-    if how == "compiled":
-        pipe.unet = torch.compile(pipe.unet, mode="reduce-overhead", fullgraph=True)
-    elif how == "channels last":
-        pipe.unet.to(memory_format=torch.channels_last)
-        pipe.vae.to(memory_format=torch.channels_last)
-
-
 def mark(*callback):
-    """Note the time, of a GPU its own and without waiting for it. A callback's last argument is what it returns."""
+    """Note the time, on a GPU by an event and without waiting. As a callback of diffusers, return the last argument."""
     if GPU:
         MARKS.append(torch.cuda.Event(enable_timing=True))
         MARKS[-1].record()
@@ -130,7 +125,10 @@ def clock():
 
 @torch.no_grad()
 def timed(work):
-    """The seconds of `work`, where it marks steps those of the mean one but the first, and what its result is like."""
+    """Return the seconds of `work` and a summary of its result.
+
+    If `work` marks steps, the seconds are the mean of all steps after the first.
+    """
     gc.collect()
     MARKS.clear()
     start = clock()
@@ -145,12 +143,12 @@ def timed(work):
 
 
 def memory(*, peak):
-    """Bytes in use on the host (Linux) and the GPU; with `peak` the most since this was called without."""
+    """Return the bytes in use on the host (Linux) and the GPU; with `peak` the most since the last call without it."""
     used = {}
     if sys.platform == "linux":
         if not peak:
             gc.collect()
-            ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what loading left over
+            ctypes.CDLL(None).malloc_trim(0)  # give back the freed memory that glibc keeps
             Path("/proc/self/clear_refs").write_text("5")  # VmHWM counts from here
         status = dict(s.split(":") for s in Path("/proc/self/status").read_text().splitlines())
         used["host"] = int(status["VmHWM" if peak else "VmRSS"].split()[0]) * 1024
@@ -163,7 +161,7 @@ def memory(*, peak):
 
 def main():
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints is no answer
+    os.dup2(2, 1)  # what a library prints goes to stderr
 
     def answer(values):
         print(json.dumps(values), file=answers, flush=True)
@@ -171,8 +169,6 @@ def main():
     try:
         open, parts = {"ldm": ours, "diffusers": theirs}[TASK["library"]]()
         pipe = None if PART.startswith("load") else open()
-        for how in TASK["changes"] if pipe else ():
-            change(pipe, how)
         clock()
         answer({})
         before = memory(peak=False)
@@ -185,4 +181,5 @@ def main():
         answer({"error": f"{type(error).__name__}: {error}"})
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,7 @@
-"""Time a guided step of SD 1.5's UNet against OpenVINO: `pip install openvino; python scripts/benchmark_openvino.py`.
+"""Time a guided step of SD 1.5's UNet against OpenVINO: `python -m tests.benchmarks.against_openvino`.
 
-Both have the same random weights, inputs and number of threads, and run in turn in one process: A B B A.
+Needs `pip install openvino`. Both have the same random weights, inputs and number of threads, and run in turn in one
+process: A B B A.
 """
 
 import argparse
@@ -65,4 +66,5 @@ def main():
     print(f"ldm {ours:.3f} s, OpenVINO {theirs:.3f} s, ratio {theirs / ours:.3f}")
 
 
-main()
+if __name__ == "__main__":
+    main()
