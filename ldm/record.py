@@ -26,6 +26,7 @@ OTHERS = {  # the text chunks of other programs
     "invokeai_metadata": "InvokeAI",
     "sd-metadata": "InvokeAI",
 }
+MODEL_AND_PARTS = ("model", "prediction", "ema", "vae", "unet", "text_encoder")  # all but the refiner
 UNRECORDED = ("offload", "cuda_graph")  # fields of a Placement that change no number
 
 
@@ -116,14 +117,15 @@ class Record:
 
 def remember(plan: Plan, choice: ModelChoice, pipe: ldm.Pipeline, sha256: Mapping[str, str]) -> Record:
     """Describe the run of `plan` with `pipe`, which was loaded from `choice` with a placement."""
-    placement = {f.name: getattr(pipe.placement, f.name) for f in dataclasses.fields(Placement)}
-    words = {n: v if isinstance(v, bool | None) else str(v).removeprefix("torch.") for n, v in placement.items()}
+    chosen = {f.name: getattr(pipe.placement, f.name) for f in dataclasses.fields(Placement)}
+    device = torch.device(pipe.placement.device or "cpu")
+    words = {n: v if isinstance(v, bool | None) else str(v).removeprefix("torch.") for n, v in chosen.items()}
     return Record(
         task="txt2img" if plan.request.source is None else "img2img",
         request=plan.request,
         model=choice,
         sha256=sha256,
-        environment=environment(torch.device(words["device"])),
+        environment=environment(device),
         placement={name: word for name, word in words.items() if name not in UNRECORDED},
         resolved=plan.resolved(),
         name=pipe.config.name,

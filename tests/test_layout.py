@@ -20,7 +20,6 @@ PACKAGES = {  # what each part of ldm may import of ldm, beside itself
     "images": set(),
     "strict": set(),
     "presets": {"config"},
-    "strict": set(),
     "conditioning": set(),
     "models": {"conditioning", "config"},
     "checkpoint": {"atomic", "config", "models", "presets", "strict"},

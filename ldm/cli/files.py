@@ -11,9 +11,7 @@ from ldm.cli.inspect import inspect
 from ldm.cli.options import Commands, add_options, given
 from ldm.pipeline import locate
 from ldm.placement.memory import Placement
-from ldm.record import ModelChoice
-
-PARTS = ("prediction", "ema", "vae", "unet", "text_encoder")
+from ldm.record import MODEL_AND_PARTS, ModelChoice
 
 
 def add(commands: Commands) -> None:
@@ -36,7 +34,7 @@ def add(commands: Commands) -> None:
         help="ldm: one official .safetensors file; diffusers: a folder",
     )
     command.add_argument("--dtype", help="of all tensors (default: each its own, bit for bit)")
-    add_options(command, ModelChoice, PARTS)
+    add_options(command, ModelChoice, MODEL_AND_PARTS[1:])
     command.add_argument("--overwrite", action="store_true", help="replace a model that exists")
     command.add_argument("--json", action="store_true", help="print the results as JSON")
 
@@ -50,7 +48,7 @@ def _inspect(args: argparse.Namespace) -> None:
 
 def _convert(args: argparse.Namespace) -> None:
     """Write the model, and print where it is and what was not taken along."""
-    choice = ModelChoice(args.model, **given(args, ModelChoice, PARTS))
+    choice = ModelChoice(args.model, **given(args, ModelChoice, MODEL_AND_PARTS[1:]))
     parts = choice.paths
     left_out = files.convert(
         parts.pop("model"),

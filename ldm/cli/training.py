@@ -10,17 +10,12 @@ from PIL import Image
 from tqdm import tqdm
 
 import ldm
-from ldm.cli.options import (
-    EVALUATE_OPTIONS,
-    MODEL_OPTIONS,
-    PLACEMENT_OPTIONS,
-    Commands,
-    ModelChoice,
-    add_options,
-    given,
-    read_placement,
-)
+from ldm.cli.generate import load_models
+from ldm.cli.options import Commands, add_options, given
 from ldm.placement.memory import find_device
+from ldm.record import MODEL_AND_PARTS, ModelChoice
+
+ASKED = ("steps", "sampler", "spacing", "seed", "guidance_scale", "guidance_rescale", "guidance_interval")
 
 
 def add(commands: Commands) -> None:
@@ -29,14 +24,14 @@ def add(commands: Commands) -> None:
     command.set_defaults(run=_train)
     command.add_argument("recipe", type=Path, help="a TOML file such as configs/train_ldm.toml")
     command.add_argument("--font", type=Path, help="the emoji font of the scenes, a NotoColorEmoji.ttf")
-    add_options(command, ldm.Placement, PLACEMENT_OPTIONS[:1])
+    add_options(command, ldm.Placement, ["device"])
 
     command = commands.add_parser("evaluate", help="measure how often a model of emoji scenes draws its prompts")
     command.set_defaults(run=_evaluate)
-    add_options(command, ModelChoice, MODEL_OPTIONS)
+    add_options(command, ModelChoice, MODEL_AND_PARTS)
     command.add_argument("--font", type=Path, help="the emoji font that the model was trained with")
-    add_options(command, ldm.Request, EVALUATE_OPTIONS)
-    add_options(command, ldm.Placement, PLACEMENT_OPTIONS)
+    add_options(command, ldm.Request, ASKED)
+    add_options(command, ldm.Placement)
     command.add_argument("--json", action="store_true", help="print the results of all pictures as JSON")
 
 
@@ -65,10 +60,10 @@ def _evaluate(args: argparse.Namespace) -> None:
     from ldm.training.evaluate import evaluate, fixed_scenes
     from ldm.training.scenes import FONT, emoji_sprites
 
-    asked = ldm.Request("", **given(args, EVALUATE_OPTIONS))
-    placement = read_placement(given(args, PLACEMENT_OPTIONS))
+    asked = ldm.Request("", **given(args, ldm.Request, ASKED))
+    placement = ldm.Placement.fast(**given(args, ldm.Placement))
     sprites = emoji_sprites(font=args.font or FONT)
-    pipe = ModelChoice(**given(args, MODEL_OPTIONS)).load(placement)
+    pipe = load_models(ModelChoice(**given(args, ModelChoice)), placement).base
     total = sum(map(len, fixed_scenes(tuple(sprites)).values()))
     with tqdm(total=total, unit="picture", disable=None) as progress:
 
