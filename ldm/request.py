@@ -15,6 +15,7 @@ from torch import Tensor
 from ldm.config import ModelConfig, Spacing, check_fields, check_number, option
 from ldm.diffusion.samplers import SAMPLERS, Noise, conventions, options, seeded_noise
 from ldm.diffusion.schedule import NoiseSchedule
+from ldm.images import target_size
 
 LARGEST = 2**16  # pixels of a side
 MOST = 99_999  # pictures of a request
@@ -185,8 +186,6 @@ class Request:
         """Return the width and height of the pictures."""
         factor = config.vae.factor
         if self.source is not None:
-            from ldm.images import target_size
-
             found = target_size(
                 *self.source.open().size, config.image_size, factor, width=self.width, height=self.height
             )

@@ -19,7 +19,7 @@ import ldm
 from ldm.checkpoint import files
 from ldm.cli import main
 from ldm.cli.options import PLACEMENT_OPTIONS, add_options, given, read_placement
-from ldm.images import read_texts, save_png
+from ldm.pictures import read_texts, save_png
 from ldm.placement.packing import can_pack
 from ldm.record import digest
 from ldm.training import evaluate, scenes
