@@ -1,7 +1,8 @@
 """Latent diffusion from scratch in pure PyTorch."""
 
 from ldm.config import ModelConfig
-from ldm.pipeline import Pipeline, load
+from ldm.loading import load
+from ldm.pipeline import Pipeline
 from ldm.placement.memory import Placement
 from ldm.presets import PRESETS, SD15, SD21, SD21_BASE, SD_TURBO, SDXL_BASE, SDXL_REFINER, SDXL_TURBO, TINY
 from ldm.refiner import refine

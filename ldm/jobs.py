@@ -13,8 +13,9 @@ from PIL import Image
 
 from ldm.diffusion.samplers import Step
 from ldm.images import grid
+from ldm.loading import load
 from ldm.outputs import Outputs
-from ldm.pipeline import Pipeline, load
+from ldm.pipeline import Pipeline
 from ldm.placement.memory import Placement
 from ldm.record import ModelChoice, Record, digest, remember
 from ldm.refiner import plan_both, stream_both

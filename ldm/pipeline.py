@@ -12,19 +12,17 @@ replaced.
 """
 
 import dataclasses
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Literal
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ldm.checkpoint import files
-from ldm.checkpoint.parts import Layout
 from ldm.conditioning import Condition, condition
-from ldm.config import ModelConfig, Prediction
+from ldm.config import ModelConfig
 from ldm.diffusion.denoiser import Bind, Denoiser, classifier_free, consistency, guided, parametrize, within
 from ldm.diffusion.samplers import SAMPLERS, Noise, Sampler, Step, conventions, start
 from ldm.diffusion.schedule import NoiseSchedule
@@ -32,10 +30,8 @@ from ldm.images import fit, to_pil, to_tensor
 from ldm.models.text import TextEncoder
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
-from ldm.placement.memory import Placement, find_device
+from ldm.placement.memory import Placement
 from ldm.request import Plan, Request
-
-BUNDLED = "weights/tiny"
 
 
 class Pipeline:
@@ -207,16 +203,14 @@ class Pipeline:
         self,
         path: str | Path,
         *,
-        layout: Layout = "diffusers",
+        layout: Literal["ldm", "diffusers"] = "diffusers",
         dtype: torch.dtype | None = None,
         overwrite: bool = False,
     ) -> None:
-        """Write the model: layout "ldm" is one official .safetensors file, "diffusers" is a folder.
+        """Write the model; see `ldm.checkpoint.files.save`."""
+        from ldm.checkpoint.files import save  # only saving needs it
 
-        dtype: of all tensors (default: their own). overwrite: replace a model that exists. Raises ValueError as
-        `ldm.checkpoint.files.save` does.
-        """
-        files.save(self, path, layout=layout, dtype=dtype, overwrite=overwrite)
+        save(self, path, layout=layout, dtype=dtype, overwrite=overwrite)
 
     def at_work(self, name: str) -> AbstractContextManager[object]:
         """Return a context manager in which the network `name` is on the device; it may be entered again inside."""
@@ -250,62 +244,3 @@ class Pipeline:
         from ldm.diagnosis import not_finite  # it reads all weights
 
         return not_finite(name, getattr(self, name), self.paths.get(name), causes=causes, where=where)
-
-
-def load(
-    path: str | Path = BUNDLED,
-    placement: Placement | None = None,
-    *,
-    prediction: Prediction | None = None,
-    ema: bool = False,
-    vae: str | Path | None = None,
-    unet: str | Path | None = None,
-    text_encoder: str | Path | None = None,
-) -> Pipeline:
-    """Load a model: a folder of ours or of diffusers, or a single .safetensors file of the official layout.
-
-    path: the default is the small model that ships with the package.
-    placement: device, precision and memory, see `Placement`. `Placement.fast()` is what the command uses.
-    prediction: what the UNet predicts, if the file does not say it or says it wrongly.
-    ema: take the averaged copy of the UNet from a file that holds both.
-    vae, unet, text_encoder: a file or folder to take this part from, instead of from `path`.
-    The weights do not require gradients. Call `pipe.unet.requires_grad_()` to train.
-    Raises ValueError for a model that is absent, damaged or not supported, for parts that do not fit together, and for
-    a placement that this machine cannot follow.
-    """
-    if placement is not None and not isinstance(placement, Placement):
-        raise ValueError(
-            f"the placement must be an ldm.Placement, such as ldm.Placement(device='cuda'), got {placement!r}"
-        )
-    placement = (placement or Placement()).resolve()
-    parts = {"vae": vae, "unet": unet, "text_encoder": text_encoder}
-    paths = {name: locate(path if part is None else part) for name, part in parts.items()}
-    replace = {name: paths[name] for name, part in parts.items() if part is not None}
-    found = files.identify(locate(path), prediction=prediction, ema=ema, replace=replace)
-    placement = placement.resolve(found.config)
-    model = files.read(
-        found,
-        dtype=placement.dtype,
-        vae_dtype=placement.vae_dtype,
-        device="cpu" if placement.offload else find_device(placement.device),
-    )
-    networks = {"unet": model.unet, "vae": model.vae, "text_encoder": model.text_encoder}
-    for network in networks.values():
-        network.requires_grad_(False)
-    placement.apply(networks)
-    return Pipeline(model.config, model.unet, model.vae, model.text_encoder, model.why, placement, paths)
-
-
-def locate(path: str | Path) -> Path:
-    """Return `path`, or the place of the bundled model if `path` is its name and no file here has this name.
-
-    Raises ValueError for a value that is not a path.
-    """
-    if not isinstance(path, str | os.PathLike):
-        raise ValueError(f"a model's path must be a str or a pathlib.Path, got {path!r}")
-    if Path(path) == Path(BUNDLED) and not Path(path).exists():
-        package = Path(__file__).parent
-        for root in (package.parent, package):  # the repository; the installed package
-            if (root / BUNDLED).is_dir():
-                return root / BUNDLED
-    return Path(path)

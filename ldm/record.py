@@ -13,8 +13,8 @@ import torch
 import ldm
 from ldm.config import Prediction, option
 from ldm.diffusion.samplers import conventions
+from ldm.loading import BUNDLED, locate
 from ldm.pictures import a1111_parameters, read_texts
-from ldm.pipeline import BUNDLED, locate
 from ldm.placement.memory import Placement
 from ldm.request import Plan, Request
 from ldm.strict import from_dict

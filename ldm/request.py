@@ -163,14 +163,14 @@ class Request:
             # SDXL base: zeros stand for a negative prompt that is left out. Other models: the empty text does.
             texts.append(self.negative_prompt if config.zero_negative else self.negative_prompt or "")
         sizes = _resolved_sizes(self.sizes, config, width, height)
-        negative = sizes | {"aesthetic_score": sizes.get("negative_aesthetic_score")}
+        negative = sizes | {"aesthetic_score": sizes.get("negative_aesthetic_score", 0)}
         rows = [[row[name] for name in config.micro_conditioning] for row in (sizes, negative)][: len(texts)]
         factor = config.vae.factor
         return Plan(
             request=self,
             texts=tuple(texts),
             sizes=sizes,
-            scalars=tuple(map(tuple, rows)) if config.micro_conditioning else (),
+            scalars=tuple(tuple(row) for row in rows) if config.micro_conditioning else (),
             steps=steps,
             guidance_scale=guidance_scale,
             guidance_interval=self.guidance_interval or (0.0, math.inf),

@@ -28,21 +28,22 @@ PACKAGES = {  # what each part of ldm may import of ldm, beside itself
     "request": {"config", "diffusion", "images", "pictures"},
     "pipeline": {
         *("checkpoint", "conditioning", "config", "diagnosis", "diffusion", "images", "models", "placement"),
-        *("presets", "request"),
+        "request",
     },
+    "loading": {"checkpoint", "config", "pipeline", "placement"},
     "refiner": {"config", "diffusion", "pipeline", "request"},
     "outputs": {"pictures"},
     "pictures": {"atomic"},
-    "record": {"", "config", "diffusion", "pictures", "pipeline", "placement", "request", "strict"},
-    "jobs": {"diffusion", "images", "outputs", "pipeline", "placement", "record", "refiner", "request"},
+    "record": {"", "config", "diffusion", "loading", "pictures", "placement", "request", "strict"},
+    "jobs": {"diffusion", "images", "loading", "outputs", "pipeline", "placement", "record", "refiner", "request"},
     "training": {
         *("atomic", "checkpoint", "conditioning", "config", "diffusion", "images", "models", "presets", "strict")
     },
     "cli": {
-        *("", "checkpoint", "config", "diffusion", "images", "jobs", "outputs", "pictures", "pipeline", "placement"),
+        *("", "checkpoint", "config", "diffusion", "images", "jobs", "loading", "outputs", "pictures", "placement"),
         *("presets", "record", "request", "training"),
     },
-    "": {"config", "pipeline", "presets", "placement", "refiner", "request"},  # ldm/__init__.py
+    "": {"config", "loading", "pipeline", "presets", "placement", "refiner", "request"},  # ldm/__init__.py
 }
 THIRD_PARTY = {"torch", "safetensors", "tokenizers", "einops", "numpy", "PIL", "tqdm"}
 

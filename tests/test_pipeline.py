@@ -16,7 +16,8 @@ from ldm.diagnosis import not_finite
 from ldm.diffusion.denoiser import guided
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.models.attention import math_attention
-from ldm.pipeline import Pipeline, load
+from ldm.loading import load
+from ldm.pipeline import Pipeline
 from ldm.placement.memory import Placement
 from ldm.placement.packing import can_pack
 from ldm.presets import SD15, SD21, SD_TURBO, SDXL_BASE, SDXL_REFINER

@@ -9,7 +9,7 @@ from ldm.checkpoint import files
 from ldm.checkpoint.parts import Layout
 from ldm.cli.inspect import inspect
 from ldm.cli.options import Commands, add_options, given
-from ldm.pipeline import locate
+from ldm.loading import locate
 from ldm.placement.memory import Placement
 from ldm.record import MODEL_AND_PARTS, ModelChoice
 

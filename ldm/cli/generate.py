@@ -14,8 +14,8 @@ import ldm
 from ldm import jobs
 from ldm.cli.options import Commands, add_options, given
 from ldm.diffusion.samplers import Step
+from ldm.loading import BUNDLED
 from ldm.outputs import Outputs
-from ldm.pipeline import BUNDLED
 from ldm.placement.memory import find_device
 from ldm.record import Environment, ModelChoice, environment, recall
 from ldm.request import Request, Sizes, Source

@@ -232,23 +232,6 @@ def start(noise: Tensor, sigma: float | Tensor, *, sampler: str, spacing: str) -
     return to_ve(noise, sigma)
 
 
-def invert(denoise: Denoiser, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
-    """Walk clean latents up to noise with DDIM inversion (Song et al. 2020, section 4.3).
-
-    Sampling with `ddim` from the last x returns to nearly the same latents.
-    x: b c h w, clean latents, taken as being at the level sigmas[0]. sigmas: rising levels above 0, such as the list of
-      a sampler, reversed and without its last level.
-    Raises ValueError, while it runs, for other sigmas.
-    """
-    levels = sigmas.tolist()
-    if len(levels) < 2 or not all(0 < low < high < math.inf for low, high in pairwise(levels)):
-        raise ValueError(f"sigmas must be two or more strictly rising levels above 0, got {levels}")
-    for i, (sigma, target) in enumerate(pairwise(levels)):
-        x0 = denoise(x, sigmas[i])
-        x = x0 + target / sigma * (x - x0)
-        yield Step(i, len(levels) - 1, target, x, x0)
-
-
 def _multistep(denoise: Denoiser, x: Tensor, sigmas: Tensor, *, eta: float, noise: Noise | None) -> Iterator[Step]:
     """Apply `_move` with x0 extrapolated from the last two estimates, linearly in log sigma."""
     previous: tuple[Tensor, float] | None = None

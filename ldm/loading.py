@@ -1,0 +1,70 @@
+"""From a path to a `Pipeline`: identify the model, read it, and place it on the device."""
+
+import os
+from pathlib import Path
+
+from ldm.checkpoint import files
+from ldm.config import Prediction
+from ldm.pipeline import Pipeline
+from ldm.placement.memory import Placement, find_device
+
+BUNDLED = "weights/tiny"
+
+
+def load(
+    path: str | Path = BUNDLED,
+    placement: Placement | None = None,
+    *,
+    prediction: Prediction | None = None,
+    ema: bool = False,
+    vae: str | Path | None = None,
+    unet: str | Path | None = None,
+    text_encoder: str | Path | None = None,
+) -> Pipeline:
+    """Load a model: a folder of ours or of diffusers, or a single .safetensors file of the official layout.
+
+    path: the default is the small model that ships with the package.
+    placement: device, precision and memory, see `Placement`. `Placement.fast()` is what the command uses.
+    prediction: what the UNet predicts, if the file does not say it or says it wrongly.
+    ema: take the averaged copy of the UNet from a file that holds both.
+    vae, unet, text_encoder: a file or folder to take this part from, instead of from `path`.
+    The weights do not require gradients. Call `pipe.unet.requires_grad_()` to train.
+    Raises ValueError for a model that is absent, damaged or not supported, for parts that do not fit together, and for
+    a placement that this machine cannot follow.
+    """
+    if placement is not None and not isinstance(placement, Placement):
+        raise ValueError(
+            f"the placement must be an ldm.Placement, such as ldm.Placement(device='cuda'), got {placement!r}"
+        )
+    placement = (placement or Placement()).resolve()
+    parts = {"vae": vae, "unet": unet, "text_encoder": text_encoder}
+    paths = {name: locate(path if part is None else part) for name, part in parts.items()}
+    replace = {name: paths[name] for name, part in parts.items() if part is not None}
+    found = files.identify(locate(path), prediction=prediction, ema=ema, replace=replace)
+    placement = placement.resolve(found.config)
+    model = files.read(
+        found,
+        dtype=placement.dtype,
+        vae_dtype=placement.vae_dtype,
+        device="cpu" if placement.offload else find_device(placement.device),
+    )
+    networks = {"unet": model.unet, "vae": model.vae, "text_encoder": model.text_encoder}
+    for network in networks.values():
+        network.requires_grad_(False)
+    placement.apply(networks)
+    return Pipeline(model.config, model.unet, model.vae, model.text_encoder, model.why, placement, paths)
+
+
+def locate(path: str | Path) -> Path:
+    """Return `path`, or the place of the bundled model if `path` is its name and no file here has this name.
+
+    Raises ValueError for a value that is not a path.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise ValueError(f"a model's path must be a str or a pathlib.Path, got {path!r}")
+    if Path(path) == Path(BUNDLED) and not Path(path).exists():
+        package = Path(__file__).parent
+        for root in (package.parent, package):  # the repository; the installed package
+            if (root / BUNDLED).is_dir():
+                return root / BUNDLED
+    return Path(path)
