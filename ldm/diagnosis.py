@@ -7,9 +7,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ldm.models.int8 import is_plain
-from ldm.placement.packing import Packed
-
 NAMES = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder"}
 
 
@@ -37,10 +34,10 @@ def not_finite(part: str, network: nn.Module, file: Path | None, *, causes: str,
 
 
 def _weights(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the plain and the packed weights by name, but not those in int8."""
+    """Yield the weights by name, but not those of other tensor classes, such as quantized weights."""
     for prefix, module in network.named_modules():
         for name, weight in module.named_parameters(prefix, recurse=False):
-            if is_plain(weight):
+            if type(weight) is nn.Parameter:
                 yield name, weight
-        if isinstance(module, Packed):
-            yield f"{prefix}.weight", module.dense()
+        if callable(dense := getattr(module, "dense", None)):  # a packed layer, whose weight is no parameter
+            yield f"{prefix}.weight", dense()
