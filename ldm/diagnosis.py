@@ -1,4 +1,4 @@
-"""The reason why a network returned NaN or Inf, as an error message."""
+"""Why a network returned NaN or Inf, as an error message."""
 
 import math
 from collections.abc import Iterator
@@ -7,17 +7,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ldm.models.int8 import is_plain
-from ldm.placement.packing import Packed
-
 NAMES = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder"}
 
 
 def not_finite(part: str, network: nn.Module, file: Path | None, *, causes: str, where: str = "") -> FloatingPointError:
-    """Return the error to raise, which names a damaged weight, the range of float16, or else the usual causes.
+    """Return the error to raise. It names a damaged weight, or else the range of float16, or else the usual causes.
 
-    part: "unet", "vae" or "text_encoder". file: that of its weights, if known. where: a suffix such as " at step 3".
-    causes: the usual causes if the weights are finite and the dtype has the range of float32.
+    part: "unet", "vae" or "text_encoder". file: the file of its weights, if known.
+    where: the place of the first wrong number, such as " at step 3". causes: the usual causes if all weights are finite.
     """
     name, dtype, peak = NAMES[part], next(network.parameters()).dtype, 0.0
     for key, weight in _weights(network):
@@ -37,10 +34,10 @@ def not_finite(part: str, network: nn.Module, file: Path | None, *, causes: str,
 
 
 def _weights(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the plain and the packed weights by name, but not those in int8."""
+    """Yield the weights by name, except those of other tensor classes, such as quantized weights."""
     for prefix, module in network.named_modules():
         for name, weight in module.named_parameters(prefix, recurse=False):
-            if is_plain(weight):
+            if type(weight) is nn.Parameter:
                 yield name, weight
-        if isinstance(module, Packed):
-            yield f"{prefix}.weight", module.dense()
+        if callable(dense := getattr(module, "dense", None)):  # a packed layer, whose weight is no parameter
+            yield f"{prefix}.weight", dense()

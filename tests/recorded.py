@@ -18,7 +18,7 @@ class RecordedGraph(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.operations, self.shared = [], None
+        self.operations = []
         RecordedGraph.made += 1
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -42,14 +42,10 @@ class RecordedGraph(TorchDispatchMode):
                 if any(old is t for t in fresh):
                     old.copy_(new)
 
-    def pool(self):
-        return self.shared
-
 
 @contextmanager
-def record(graph, pool=None, stream=None, capture_error_mode="global"):
+def record(graph, stream=None, capture_error_mode="global"):
     """Stands for `torch.cuda.graph`."""
-    graph.shared = pool or object()
     with graph:
         yield
     for *_, fresh in graph.written():

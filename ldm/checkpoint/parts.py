@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from ldm.checkpoint.keymap import Rule, Stored, inverse, key_map
 from ldm.checkpoint.tensors import DTYPES, FLOATS, Tensors, some
 from ldm.config import ModelConfig
-from ldm.models.int8 import is_plain
 from ldm.models.text import TextEncoder
 from ldm.models.tokens import Tokenizer
 from ldm.models.unet import UNet
@@ -181,16 +180,8 @@ def fill(module: nn.Module, part: Part, *, dtype: torch.dtype | None, device: to
 def collect(
     module: nn.Module, rules: tuple[Rule, ...], prefix: str = "", dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """Return the module's tensors under their stored names and in their stored forms, in `dtype` if given.
-
-    Raises ValueError for weights in int8, which cannot be saved.
-    """
+    """Return the module's tensors under their stored names and in their stored forms, in `dtype` if given."""
     state = module.state_dict()
-    for name, value in state.items():
-        if not is_plain(value):
-            raise ValueError(
-                f"{name} is held as {type(value).__name__}, which no file can: load the model without int8 to save it"
-            )
     stored = key_map(state, rules, prefix)
 
     def held(key: str) -> Tensor:

@@ -1,104 +1,87 @@
-"""A UNet's calls as CUDA graphs.
+"""Calls of a network as CUDA graphs.
 
-A call launches 700 (SD 1.5) to 1900 kernels (SDXL), and at one picture a fast GPU is done with them before Python has
-launched the next. A graph is the list of these launches, recorded once and started as a whole. It replays the same
-kernels on the same addresses: so a recording has inputs and outputs of its own, and all that Python decided is fixed.
+A call launches 700 (SD 1.5) to 1900 kernels (SDXL). For one picture, a fast GPU computes them faster than Python
+launches them. A CUDA graph is a recorded list of launches that starts as a whole. It replays the same kernels on the
+same memory, so each recording has its own input and output tensors.
 """
 
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ldm.models.transformer import Context
-from ldm.models.unet import UNet
-
-SHAPES = 8  # recordings that are kept; more than one size and batch in turns are rare
+from ldm.conditioning import Condition
 
 
-class Graphs:
-    """Call `unet` with its own arguments and numbers, without gradients; replay calls whose shapes were seen before.
+class Binds(Protocol):
+    """A network with conditions, such as `ldm.models.unet.UNet`."""
 
-    The first call of a shape runs as it is: libraries initialise themselves in it, which they must not while a graph is
-    recorded. The second one is recorded. Where that fails, a warning says why, and the UNet is called as it is.
+    def bind(self, condition: Condition) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return the function (z, timesteps) -> prediction of a condition."""
 
-    Give it contexts made by `prepare`. That is also where recordings are forgotten if the weights have moved or the
-    attention is another; a UNet with hooks, which a replay would pass over, is called as it is until they are gone.
+
+class Recorded:
+    """A network whose calls on a CUDA device are recorded and replayed, with the same numbers.
+
+    Weights, attention and hooks must stay as they are while a bound function is in use. Its memory is that of the
+    activations of one call, and is freed with the function.
     """
 
-    def __init__(self, unet: UNet) -> None:
-        self.unet = unet
-        self._fixed: list[Any] = []
-        self._calls: dict[Any, Callable[..., Tensor] | None] = {}  # by shapes; None: seen once
+    def __init__(self, network: Binds) -> None:
+        self.network = network
 
-    def prepare(self, context: Tensor, vector: Tensor | None = None) -> tuple[Context, Tensor | None]:
-        """Do what `UNet.prepare` does, and make sure that no recording is out of date."""
-        fixed = list(_fixed(self.unet))
-        if fixed != self._fixed:
-            self._calls.clear()
-            self._fixed = fixed
-        return self.unet.prepare(context, vector)
+    def bind(self, condition: Condition) -> "Replayed":
+        """Return the function (z, timesteps) -> prediction of a condition."""
+        return Replayed(self.network.bind(condition))
 
-    @torch.no_grad()
-    def __call__(self, *inputs: Any) -> Tensor:
-        """Predict, with the arguments of `UNet.forward` in order."""
-        shapes = tuple((tensor.shape, tensor.dtype) for tensor in _tensors(inputs))
-        if None in self._fixed or shapes not in self._calls:
-            while len(self._calls) >= SHAPES:
-                del self._calls[next(iter(self._calls))]  # the oldest
-            self._calls[shapes] = None
-            out: Tensor = self.unet(*inputs)
-            return out
-        call = self._calls[shapes]
-        if call is None:
-            call = self._calls[shapes] = self._record(inputs)
-        return call(*inputs)
 
-    def _record(self, inputs: tuple[Any, ...]) -> Callable[..., Tensor]:
-        others = [call.graph for call in self._calls.values() if isinstance(call, Recording)]
-        try:
-            # One after the other, recordings may use the same memory: each reads only what it has written.
-            return Recording(self.unet, inputs, pool=others[0].pool() if others else None)
-        except RuntimeError as error:
-            warnings.warn(f"the UNet runs without a CUDA graph: {error}", stacklevel=2)
-            return self.unet
+class Replayed:
+    """The function (z, timesteps) -> prediction that `predict` is, recorded and replayed.
+
+    The first call runs as it is, because libraries initialize themselves in it, which a recording forbids. The second
+    call is recorded, and all later ones replay it. Another shape or dtype starts again. If recording fails, a warning
+    says why, and all calls run as they are. So do calls whose z requires gradients, which a replay does not compute.
+    """
+
+    def __init__(self, predict: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self.predict = predict
+        self.kind: object = None  # the shape and dtype of the last call
+        self.replay: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    def __call__(self, z: Tensor, timesteps: Tensor) -> Tensor:
+        """Predict, from z: b c h w and timesteps: b."""
+        if z.requires_grad and torch.is_grad_enabled():
+            return self.predict(z, timesteps)
+        if self.kind != (z.shape, z.dtype):
+            self.kind, self.replay = (z.shape, z.dtype), None
+            return self.predict(z, timesteps)
+        if self.replay is None:
+            try:
+                self.replay = Recording(self.predict, z, timesteps)
+            except RuntimeError as error:
+                warnings.warn(f"the network runs without a CUDA graph: {error}", stacklevel=2)
+                self.replay = self.predict
+        return self.replay(z, timesteps)
 
 
 class Recording:
-    """One call of a UNet on tensors of its own, to be replayed with other numbers in them."""
+    """One call of `predict` on tensors of its own, to be replayed with other numbers in them."""
 
-    def __init__(self, unet: UNet, inputs: tuple[Any, ...], *, pool: Any) -> None:
-        inputs = tree_map_only(Tensor, torch.clone, inputs)
-        self.tensors = _tensors(inputs)
+    @torch.no_grad()
+    def __init__(self, predict: Callable[[Tensor, Tensor], Tensor], z: Tensor, timesteps: Tensor) -> None:
+        self.z, self.timesteps = z.clone(), timesteps.clone()
         self.graph = torch.cuda.CUDAGraph()
-        device = self.tensors[0].device
-        with torch.cuda.device(device):
-            stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                self.out: Tensor = unet(*inputs)
+        with torch.cuda.device(z.device):
+            stream = torch.cuda.Stream(z.device)  # type: ignore[no-untyped-call]
+            with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
+                self.out = predict(self.z, self.timesteps)
 
-    def __call__(self, *inputs: Any) -> Tensor:
-        """Copy the inputs in, replay, and copy the output out, before the next replay overwrites it."""
-        (own_x, own_timesteps, *own), (x, timesteps, *others) = self.tensors, _tensors(inputs)
-        own_x.copy_(x)
-        own_timesteps.copy_(timesteps)
-        torch._foreach_copy_(own, others)  # keys and values of one dtype, in a few kernels
+    @torch.no_grad()
+    def __call__(self, z: Tensor, timesteps: Tensor) -> Tensor:
+        """Copy the inputs in, replay, and copy the output out before the next replay overwrites it."""
+        self.z.copy_(z)
+        self.timesteps.copy_(timesteps)
         self.graph.replay()
         return self.out.clone()
-
-
-def _fixed(unet: UNet) -> Iterator[Any]:
-    """What a recording fixes: where the weights are and which function attends; None stands for a hook."""
-    for module in unet.modules():
-        yield from (parameter.data_ptr() for parameter in module.parameters(recurse=False))
-        yield getattr(module, "attend", 0)
-        if module._forward_pre_hooks or module._forward_hooks:
-            yield None
-
-
-def _tensors(inputs: tuple[Any, ...]) -> list[Tensor]:
-    """All tensors of a nest, in order."""
-    return [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]

@@ -1,273 +1,204 @@
-"""Where a model lives and how it computes, as one value that is applied once."""
+"""`Placement`: the device, precision and memory of a model as one value.
+
+Each optional mode has its own module in this folder, which is imported when the mode is chosen.
+"""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.backends.cuda import SDPAParams, can_use_efficient_attention, can_use_flash_attention
 
-from ldm.config import ModelConfig, VAEConfig
-from ldm.models.attention import Attend, math_attention, sdpa, set_attention, sliced_attention
-from ldm.models.int8 import can_quantize, quantize
-from ldm.models.layers import ResBlock
-from ldm.models.transformer import TransformerBlock
-from ldm.models.unet import UNet
-from ldm.models.vae import VAE
-from ldm.placement.offload import Moved, Streamed, pin, tensors_of
-from ldm.placement.packing import can_pack, pack
-from ldm.placement.slabs import decode_slabs
-from ldm.placement.tiles import decode_tiles
+from ldm.config import ModelConfig, check_fields, option
+from ldm.models.attention import math_attention, sdpa, set_attention, sliced_attention
+from ldm.models.vae import VAE, Gaussian
 
-ATTENTION: dict[str, Attend] = {"sdpa": sdpa, "sliced": sliced_attention, "math": math_attention}
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-DECODE: dict[str, Callable[[VAE, Tensor], Tensor]] = {
-    "whole": lambda vae, latents: vae.decode(latents),
-    "slabs": lambda vae, latents: decode_slabs(vae, latents, budget=slab_budget(vae, latents)),
-    "tiles": decode_tiles,
-}
-GUIDANCE = ("batched", "sequential")
-OFFLOAD = ("model", "blocks")
+ATTENTION = {"sdpa": sdpa, "sliced": sliced_attention, "math": math_attention}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Device, precision and memory of a model. Samplers and schedules stay in fp32 and fp64 whatever is chosen.
+    """The device, precision and memory of the networks. Samplers and schedules always compute in fp32 and fp64.
 
-    Where a choice changes numbers, this says so; the others change time and memory only.
-
-    device: such as "cpu" or "cuda:1"; None takes the GPU if there is one.
-    dtype: of the UNet and the text encoder; None takes fp16 on CUDA and fp32 elsewhere.
-    vae_dtype: of the VAE; None takes `dtype`. But SDXL's VAE overflows in fp16: it takes bf16 then (a quarter of one of
-      256 brightness levels on average, measured on the bundled VAE), and fp32 on a GPU without bf16.
-    attention: "sdpa" (PyTorch's fused kernels), "sliced" (a part of the scores at a time, little memory) or "math" (the
-      formula), equal but for rounding. None takes sdpa where its kernels never hold all scores, which is on any CPU
-      and, for the dtypes that a GPU knows, on any GPU of this decade; elsewhere sliced.
-    guidance: "batched" (one call of the UNet for both conditions) or "sequential" (two calls, slower, half of the
-      activations), equal but for rounding.
-    vae_memory: how a picture is decoded: "whole", in "slabs" of rows (exact but for rounding, in the memory that
-      `slab_budget` gives, up to four times slower), or in "tiles" (0.4 GiB in fp16, little slower, approximate).
-    offload: where weights wait while another network works. None: all stay on the device. "model": in host memory, a
-      whole network at a time is on the device. "blocks": so, and of the UNet two stages at a time.
-    cuda_graph: on CUDA and without offload, record the UNet's calls and replay them. It holds the activations of one
-      call for as long as the pipeline lives.
-    compile: compile the blocks of UNet and VAE at their first call (minutes). Rounds otherwise.
-    packed: on a CPU, hold the weights of UNet and VAE in the order that oneDNN computes in, for inference: they are no
-      parameters then, see `ldm.placement.packing`. 1.2 to 1.4 times as fast at 256 pixels. Rounds otherwise.
-    int8: hold the weights of the UNet's linear layers in eight bits, which are most of SDXL's; approximate. It needs
-      torchao, and such weights stay where they are: without offload.
+    A field that is None is chosen by `choose`. The dtypes may be given by name; the fields hold torch dtypes.
+    All fields change time and memory. Some change the numbers too: the dtypes and tiles visibly; attention, guidance,
+    slabs, compile and packed in the last bits, because they sum in another order; offload and cuda_graph not at all.
     """
 
-    device: str | torch.device | None = None
-    dtype: torch.dtype | None = None
-    vae_dtype: torch.dtype | None = None
-    attention: str | None = None
-    guidance: str = "batched"
-    vae_memory: str = "whole"
-    offload: str | None = None
-    cuda_graph: bool = False
-    compile: bool = False
-    packed: bool = False
-    int8: bool = False
+    device: str | torch.device | None = option(None, "cpu, cuda, cuda:N or mps (default: the GPU if there is one)")
+    dtype: torch.dtype | None = option(
+        None, f"of the UNet and text encoder: {', '.join(DTYPES)} (default: float16 on CUDA, else float32)"
+    )
+    vae_dtype: torch.dtype | None = option(
+        None, "of the VAE (default: as --dtype; bfloat16 or float32 for SDXL, whose VAE overflows in float16)"
+    )
+    attention: Literal["sdpa", "sliced", "math"] | None = option(
+        None, "sdpa (fused kernels), sliced (little memory) or math (the formula) (default: sdpa where it is fused)"
+    )
+    guidance: Literal["batched", "sequential"] = option(
+        "batched",
+        "batched: one call of the UNet with and without the prompt; sequential: two calls, half of the memory",
+        "--guidance-passes",
+    )
+    vae_memory: Literal["whole", "slabs", "tiles"] = option(
+        "whole", "how to decode: whole, slabs (exact, a quarter of the memory, slower) or tiles (approximate, 0.4 GiB)"
+    )
+    offload: Literal["model", "blocks"] | None = option(
+        None, "model: only the network that works is on the GPU; blocks: of the UNet only two stages (default: off)"
+    )
+    cuda_graph: bool = option(False, "record the calls of the UNet on CUDA and replay them")
+    compile: bool = option(False, "compile the blocks of UNet and VAE at their first call, which takes minutes")
+    packed: bool = option(False, "keep weights in the order that a CPU computes in, which is faster (default on a CPU)")
+
+    def __post_init__(self) -> None:
+        """Turn the names of dtypes into dtypes, and check the words."""
+        for name in ("dtype", "vae_dtype"):
+            given = getattr(self, name)
+            word = str(given).removeprefix("torch.")
+            if given is not None and word not in DTYPES:
+                raise ValueError(f"{name} must be one of {', '.join(DTYPES)}, got {word!r}")
+            object.__setattr__(self, name, DTYPES.get(word))
+        check_fields(self)
 
     def resolve(self, config: ModelConfig | None = None) -> "Placement":
-        """Fill in what is None, as far as it does not depend on the model or `config` is given, and check it.
+        """Choose what is None, see `choose`, and check that this machine and these choices go together.
 
-        Raises ValueError for a device that is unknown or absent, a dtype that is no fp32, fp16 or bf16, fp16 on a CPU,
-        a word that is none of those above, offload without CUDA, packed weights off a CPU or in compiled blocks, and
-        weights in int8 without torchao, or offloaded, or packed.
+        Raises ValueError for an unknown or absent device, fp16 on a CPU, and for modes that exclude each other.
         """
-        _check("attention", self.attention or "sdpa", tuple(ATTENTION))
-        _check("guidance", self.guidance, GUIDANCE)
-        _check("vae_memory", self.vae_memory, tuple(DECODE))
-        _check("offload", self.offload or "model", OFFLOAD)
+        placed = dataclasses.replace(self, **choose(self, config))
         device = find_device(self.device)
-        dtype = self.dtype or (torch.float16 if device.type == "cuda" else torch.float32)
-        vae_dtype, attention = self.vae_dtype, self.attention
-        if config is not None:
-            vae_dtype = vae_dtype or _vae_dtype(config.vae, dtype, device)
-            attention = attention or _attention(config, dtype, vae_dtype, device)
-        for name, choice in (("dtype", dtype), ("vae_dtype", vae_dtype or dtype)):
-            if choice not in DTYPES:
-                allowed = ", ".join(map(str, DTYPES))
-                raise ValueError(f"{name} must be one of {allowed}, got {choice!r}")
-            if choice == torch.float16 and device.type == "cpu":
-                raise ValueError(
-                    f"{name} float16 is up to 200 times slower than float32 on a CPU; use float32 or bfloat16"
-                )
-        if self.offload is not None and device.type != "cuda":
-            raise ValueError(
-                f"offload {self.offload!r} keeps weights out of a CUDA device's memory, and the device is {device}; "
-                "leave it out"
-            )
-        if self.int8 and not can_quantize():
-            raise ValueError("weights in int8 need torchao: pip install torchao, or leave it out")
-        if self.int8 and (self.offload or self.packed):
-            other = f"offload {self.offload!r}" if self.offload else "packed weights"
-            raise ValueError(f"weights in int8 go with no {other}: leave one of them out")
-        if self.packed and not self.packable:
+        for name, dtype in (("dtype", placed.dtype), ("vae_dtype", placed.vae_dtype)):
+            if dtype == torch.float16 and device.type == "cpu":
+                raise ValueError(f"{name} float16 is up to 200 times slower than float32 on a CPU; use another dtype")
+        for name in ("offload", "cuda_graph"):
+            if getattr(self, name) and device.type != "cuda":
+                raise ValueError(f"{name} needs a CUDA device, and the device is {device}: leave out {name}")
+        if self.offload and self.cuda_graph:
+            raise ValueError("a CUDA graph needs weights that stay where they are: leave out offload or cuda_graph")
+        if self.packed and not _packable(placed):
             raise ValueError(
                 "packed weights need a CPU, a PyTorch with oneDNN, for bfloat16 a processor that oneDNN supports, and "
-                f"blocks that are not compiled; the device is {device}: leave it out"
+                f"blocks that are not compiled; the device is {device}: leave out packed"
             )
-        return dataclasses.replace(self, device=device, dtype=dtype, vae_dtype=vae_dtype, attention=attention)
+        return placed
 
     @classmethod
     def fast(cls, **chosen: Any) -> "Placement":
-        """Return the placement that the `ldm` command takes: the fastest one with the `chosen` fields.
+        """Return the placement of the `ldm` command: the `chosen` fields, and the fast ones of `choose`."""
+        return cls(**(choose(cls(**chosen), fast=True) | chosen)).resolve()
 
-        On a CPU it is 1.3 to 1.6 times as fast as the default: weights are packed, and in bf16 attention is sliced.
-        Only the last bits of the numbers change, and in bf16 scores of attention are rounded to bf16. Packed weights
-        are no parameters: before training, merging or quantizing, plain layers must come back by
-        `ldm.placement.packing.unpack(pipe.unet)`. On other devices, and for a CPU without oneDNN, it is the default.
-        Raises what `resolve` raises, and TypeError for an unknown field.
+    def apply(self, networks: Mapping[str, nn.Module]) -> None:
+        """Set up the networks of a model as this resolved placement says, on the device where they are, once.
+
+        networks: by name, "unet", "vae", "text_encoder" and others such as a ControlNet; a text encoder is only pinned.
+        The order is fixed: LoRA weights are merged before this call; then attention and memory format, compile, pack,
+        pin for offload. CUDA graphs are recorded last, while sampling.
         """
-        placement = cls(**chosen)
-        resolved = placement.resolve()
-        cpu = find_device(placement.device).type == "cpu"
-        slices = cpu and resolved.dtype == torch.bfloat16 and can_pack(torch.bfloat16)
-        return dataclasses.replace(
-            placement,
-            attention=placement.attention or ("sliced" if slices else None),
-            packed=chosen.get("packed", placement.packable),
-        )
-
-    @property
-    def packable(self) -> bool:
-        """Whether weights can be packed where all else is as it is here."""
-        cpu = find_device(self.device).type == "cpu"
-        known = can_pack(self.dtype) and can_pack(self.vae_dtype)
-        return cpu and known and not self.compile and not self.int8
-
-    def encoder(self) -> Any:
-        from ldm.placement.slabs import encode_slabs
-        from ldm.placement.tiles import encode_tiles
-
-        return {
-            "whole": lambda vae, images: vae.encode(images),
-            "slabs": lambda vae, images: encode_slabs(vae, images, budget=2**29),
-            "tiles": encode_tiles,
-        }[self.vae_memory]
-
-    def decoder(self) -> Any:
-        return DECODE[self.vae_memory]
-
-    def apply(self, networks: Any) -> None:
-        """Set up three networks as this resolved placement says, where they are; once."""
-        assert self.attention is not None
-        unet, vae, text_encoder = networks["unet"], networks["vae"], networks["text_encoder"]
         cuda = find_device(self.device).type == "cuda"
-        vae.to(dtype=self.vae_dtype)
-        for network in (unet, vae):
-            set_attention(network, ATTENTION[self.attention])
+        if "vae" in networks:
+            networks["vae"].to(dtype=self.vae_dtype)
+        for network in (network for name, network in networks.items() if name != "text_encoder"):
+            if self.attention is not None:
+                set_attention(network, ATTENTION[self.attention])
             if cuda and next(network.parameters()).dtype != torch.float32:
-                # Tensor cores want the channels last; elsewhere cuDNN reorders around each convolution.
+                # Tensor cores compute in channels last. From other formats cuDNN reorders for each convolution.
                 network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            if self.int8 and network is unet:
-                quantize(unet)
             if self.compile:
+                from ldm.placement.compiled import compile_blocks
+
                 compile_blocks(network)
             if self.packed:
+                from ldm.placement.packing import pack
+
                 pack(network)
         if self.offload is not None and cuda:
-            for network in (unet, vae, text_encoder):
+            from ldm.placement.offload import pin
+
+            for network in networks.values():
                 pin(network)
 
     def at_work(self, network: nn.Module) -> AbstractContextManager[object]:
-        """Return a context manager inside which `network` is on the device."""
+        """Return a context manager that keeps `network` on the device, with all weights that it has on entering.
+
+        Several users may be inside at a time and leave in any order. The network leaves with the last one.
+        """
         if self.offload is None:
             return nullcontext()
-        device = find_device(self.device)
-        if self.offload == "blocks" and isinstance(network, UNet):
-            return Streamed(network, device)
-        return Moved(tensors_of(network), device)
+        from ldm.placement.offload import Moved, Streamed
+
+        by_stages = self.offload == "blocks" and hasattr(network, "stages")  # a UNet or a ControlNet
+        return (Streamed if by_stages else Moved)(network, find_device(self.device))
+
+    def decoder(self) -> Callable[[VAE, Tensor], Tensor]:
+        """Return the function that `vae_memory` names: (vae, latents: b c h w) -> images: b 3 h*f w*f."""
+        if self.vae_memory == "whole":
+            return VAE.decode
+        from ldm.placement import slabs, tiles
+
+        return slabs.decode_slabs if self.vae_memory == "slabs" else tiles.decode_tiles
+
+    def encoder(self) -> Callable[[VAE, Tensor], Gaussian]:
+        """Return the function that `vae_memory` names: (vae, images: b 3 h w) -> distribution of b c h/f w/f."""
+        if self.vae_memory == "whole":
+            return VAE.encode
+        from ldm.placement import slabs, tiles
+
+        return slabs.encode_slabs if self.vae_memory == "slabs" else tiles.encode_tiles
 
 
-def compile_blocks(network: nn.Module, *, backend: str = "inductor") -> None:
-    """Have the blocks of a network compiled, each kind and size of them once, when it is first called.
+def choose(asked: Placement, config: ModelConfig | None = None, *, fast: bool = False) -> dict[str, Any]:
+    """Choose the fields of `asked` that are None; without `config`, vae_dtype and attention may stay None.
 
-    That is nearly all of its work, at a part of the time that compiling all of it would take. Other prompts, seeds,
-    steps and guidance need nothing new; other picture sizes do, twice at most.
+    `ldm.load` takes the first GPU, else the CPU; fp16 on CUDA, else fp32; for the VAE the same dtype, but bf16 or fp32
+    where fp16 overflows; sdpa on a CPU and on a GPU whose fused kernels fit the model, else sliced attention.
+    The `ldm` command takes `fast`, which differs on a CPU if oneDNN supports the dtypes: weights are packed unless
+    blocks are compiled, and in bf16 attention is sliced, so that scores are rounded to bf16.
     """
-    import torch._dynamo  # seconds to import
+    device = find_device(asked.device)
+    dtype = asked.dtype or (torch.float16 if device.type == "cuda" else torch.float32)
+    chosen = dataclasses.replace(asked, device=device, dtype=dtype)
+    vae_dtype, packed = asked.vae_dtype, asked.packed
+    attention: str | None = asked.attention
+    if fast and (packed := _packable(chosen)) and dtype == torch.bfloat16:
+        attention = attention or "sliced"
+    if config is not None and device.type == "cpu":
+        vae_dtype, attention = vae_dtype or dtype, attention or "sdpa"
+    elif config is not None:
+        from ldm.placement import gpu
 
-    # It counts all sizes of a class together, up to a limit for the process: 12 of SD 1.5's ResBlocks are too many.
-    torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
-    for part in network.modules():
-        if isinstance(part, ResBlock | TransformerBlock):
-            part.compile(fullgraph=True, backend=backend)
+        vae_dtype = vae_dtype or gpu.vae_dtype(config, dtype, device)
+        attention = attention or gpu.attention(config, dtype, vae_dtype, device)
+    return {"device": device, "dtype": dtype, "vae_dtype": vae_dtype, "attention": attention, "packed": packed}
 
 
-def slab_budget(vae: VAE, latents: Tensor) -> int:
-    """Bytes for a picture in slabs: a quarter of what the whole takes, but 384 MiB if that is less, and 1 GiB at most.
+def _packable(placement: Placement) -> bool:
+    """Whether weights can be packed on this device, in these dtypes, with blocks compiled or not."""
+    if placement.compile or find_device(placement.device).type != "cpu":
+        return False
+    from ldm.placement.packing import can_pack
 
-    latents: b c h w, of which one picture is meant.
-    """
-    pixels = latents[0, 0].numel() * vae.config.factor**2
-    whole = 768 * latents.element_size() * pixels  # SD's decoder: 256 channels of full size three times
-    return min(max(whole // 4, 384 * 2**20), 2**30)
+    return can_pack(placement.dtype) and can_pack(placement.vae_dtype)
 
 
 def find_device(wanted: str | torch.device | None) -> torch.device:
-    """Return the torch device of that name, or the best there is for None.
+    """Return the torch device of that name, or for None the first GPU, else the CPU.
 
-    Raises ValueError if there is none of that name.
+    Raises ValueError for a name that is unknown, and for a device that is absent.
     """
+    cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    counts = {"cuda": cuda, "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     if wanted is None:
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.device(next(kind for kind, count in counts.items() if count))
     try:
         device = torch.device(wanted)
-    except RuntimeError as error:
+        count = counts[device.type]
+    except (RuntimeError, TypeError, KeyError) as error:
         raise ValueError(f"device must be cpu, cuda, cuda:N or mps, got {wanted!r}") from error
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
-            raise ValueError(
-                f"device {device} is not available: PyTorch {torch.__version__} sees {count} CUDA devices; use cpu"
-            )
-    elif device.type == "mps":
-        if not torch.backends.mps.is_available():
-            raise ValueError(f"device mps is not available to PyTorch {torch.__version__} here; use cpu")
-    elif device.type != "cpu":
-        raise ValueError(f"device must be cpu, cuda, cuda:N or mps, got {wanted!r}")
+    if (device.index or 0) >= count:
+        version = torch.__version__
+        raise ValueError(f"device {device} is not available: PyTorch {version} sees {count} of this kind; use cpu")
     return device
-
-
-def _vae_dtype(config: VAEConfig, dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """What the VAE computes in beside a UNet in `dtype`."""
-    if dtype != torch.float16 or not config.overflows_fp16:
-        return dtype
-    bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if bf16 else torch.float32
-
-
-def _attention(config: ModelConfig, dtype: torch.dtype, vae_dtype: torch.dtype, device: torch.device) -> str:
-    """The attention that holds no full matrix of scores on this device."""
-    unet, vae = config.unet, config.vae
-    upcast = unet.upcast_attention and dtype == torch.float16
-    down, up = unet.depths()
-    attends = [any(level + above) for level, above in zip(down, reversed(up), strict=True)]
-    attends[-1] |= unet.mid == "full"
-    widths = {c // h for c, h, some in zip(unet.channels, unet.heads, attends, strict=True) if some}
-    heads = [(width, torch.float32 if upcast else dtype) for width in widths]
-    heads.append((vae.channels[-1], vae_dtype))
-    return "sdpa" if all(_is_fused(width, dtype, device) for width, dtype in heads) else "sliced"
-
-
-def _is_fused(width: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether SDPA has a kernel for heads of that width, instead of the formula."""
-    if device.type != "cuda":
-        return device.type == "cpu"
-    q = torch.empty(1, 1, 64, width, dtype=dtype, device=device)
-    params = SDPAParams(q, q, q, None, 0.0, False, False)
-    return can_use_flash_attention(params) or can_use_efficient_attention(params)
-
-
-def _check(name: str, word: str, allowed: tuple[str, ...]) -> None:
-    if word not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {word!r}")

@@ -1,9 +1,12 @@
 """Convolutions and linear layers on a CPU with their weights in oneDNN's memory format.
 
-PyTorch reorders the weight of a convolution at each call, which is most of the work if there are few pixels. A packed
-layer reorders it once. The format depends on the sizes of the input and the number of threads: a layer is packed at the
-first call, and again when a call needs another format. fp32 linear layers run in oneDNN too, instead of MKL. The
-outputs equal those of the plain layers up to the order of summation.
+PyTorch reorders the weight of a convolution at each call, which is most of the work for a small picture. A packed layer
+reorders the weight once. The format depends on the size of the input and the number of threads, so a layer is packed
+at its first call, and again if a later call needs another format. Packed linear layers in fp32 run in oneDNN instead
+of MKL. The outputs equal those of plain layers, apart from the order of summation.
+
+Packed weights are for inference: they are no parameters. Before you train a network, merge LoRA weights into it or
+quantize it, call `unpack(network)`. `load_state_dict` works on packed layers.
 """
 
 from collections.abc import Mapping
@@ -25,9 +28,9 @@ PLAIN = b""  # the format of a weight that is not packed
 
 
 class Packed(nn.Module):
-    """A layer for inference. Its weight is not a parameter; state dict, copies and pickles have it in plain format.
+    """A layer whose weight is not a parameter. State dicts, copies and pickles hold the weight in plain format.
 
-    If the input needs a gradient, the plain layer is computed.
+    If the input requires a gradient, the layer computes with the plain weight.
     """
 
     held: tuple[Tensor, bytes]  # the weight and its format, in one value for threads that share the layer
@@ -37,12 +40,35 @@ class Packed(nn.Module):
         return self.held[0].to_dense()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state for copies and pickles, with a plain weight, because a packed one cannot be copied."""
+        """Return the state for copies and pickles, with a plain weight, because a packed weight cannot be copied."""
         return self.__dict__ | {"held": (self.dense(), PLAIN)}
 
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[f"{prefix}weight"] = self.dense()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Tensor],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Load the weight here, and leave the bias to PyTorch. The next call packs the new weight."""
+        name, old = f"{prefix}weight", self.held[0]
+        others = {key: value for key, value in state_dict.items() if key != name}
+        super()._load_from_state_dict(others, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        new = state_dict.get(name)
+        if new is None:
+            missing_keys.append(name)
+        elif new.shape != old.shape:
+            error_msgs.append(f"size mismatch for {name}: the layer has {old.shape}, the state dict {new.shape}")
+        else:
+            assign = local_metadata.get("assign_to_params_buffers", False)
+            self.held = new.detach().to(new.dtype if assign else old.dtype, copy=True), PLAIN
 
 
 class PackedLinear(Packed, nn.Linear):
@@ -93,12 +119,12 @@ def can_pack(dtype: torch.dtype | None = None) -> bool:
 
 
 def pack(network: nn.Module) -> None:
-    """Replace the convolutions and linear layers inside `network`, on the CPU in fp32 or bf16, by packed ones."""
+    """Replace the convolutions and linear layers inside `network`, on the CPU in fp32 or bf16, by packed layers."""
     _replace(network, {nn.Linear: PackedLinear, nn.Conv2d: PackedConv2d})
 
 
 def unpack(network: nn.Module) -> None:
-    """Undo `pack`: plain layers with the same weights, which do not require gradients."""
+    """Undo `pack`: plain layers with the same weights as parameters, which do not require gradients."""
     _replace(network, {PackedLinear: nn.Linear, PackedConv2d: nn.Conv2d})
 
 

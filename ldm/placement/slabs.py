@@ -30,7 +30,7 @@ from ldm.placement.stages import DOUBLE, SILU, Attention, Conv, Fork, Halve, Joi
 
 
 @torch.no_grad()
-def decode_slabs(vae: VAE, latents: Tensor, *, budget: int) -> Tensor:
+def decode_slabs(vae: VAE, latents: Tensor, *, budget: int | None = None) -> Tensor:
     """Do what `vae.decode` does, a picture at a time, in at most `budget` bytes beside weights, latents and images.
 
     latents: b c h w, scaled. Returns images: b 3 h*f w*f, without gradients. They differ from those of `vae.decode` by
@@ -38,13 +38,14 @@ def decode_slabs(vae: VAE, latents: Tensor, *, budget: int) -> Tensor:
     attention needs, about six times its input, less budget saves no memory. Raises ValueError for a budget below 1.
     """
     pixels = latents[0, 0].numel() * vae.config.factor**2
+    budget = slab_budget(pixels, latents.dtype) if budget is None else budget
     latents = vae.post_quant_conv(latents / vae.config.scaling_factor)
     segments = partial(_decoder, vae.decoder, vae.config.factor, budget)
     return torch.cat([_run([*segments()], latent, pixels, budget) for latent in latents[:, None]])
 
 
 @torch.no_grad()
-def encode_slabs(vae: VAE, images: Tensor, *, budget: int) -> Gaussian:
+def encode_slabs(vae: VAE, images: Tensor, *, budget: int | None = None) -> Gaussian:
     """Do what `vae.encode` does, a picture at a time, in at most `budget` bytes beside weights, images and latents.
 
     images: b 3 h w in [-1, 1]. Returns the distribution of scaled latents: b c h/f w/f; exactness, limits and errors as
@@ -52,9 +53,19 @@ def encode_slabs(vae: VAE, images: Tensor, *, budget: int) -> Gaussian:
     """
     vae.check_size(images)
     pixels = images[0, 0].numel()
+    budget = slab_budget(pixels, images.dtype) if budget is None else budget
     segments = partial(_encoder, vae.encoder, vae.config.factor, budget)
     moments = [_run([*segments()], image, pixels, budget) for image in images[:, None]]
     return vae.gaussian(torch.cat(moments))
+
+
+def slab_budget(pixels: int, dtype: torch.dtype) -> int:
+    """Return the default budget for an image of `pixels`, in bytes.
+
+    It is a quarter of what the whole image takes, but at least 384 MiB and at most 1 GiB.
+    """
+    whole = 768 * dtype.itemsize * pixels  # SD's decoder holds 256 channels of full size three times
+    return min(max(whole // 4, 384 * 2**20), 2**30)
 
 
 class Segment(NamedTuple):

@@ -197,3 +197,44 @@ def test_gradients_to_the_input_are_those_of_the_plain_convolution():
         vae.decode(latents)
     (found,) = torch.autograd.grad(vae.decode(latents).square().sum(), latents)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)  # summed in another order
+
+
+@pytest.mark.parametrize("used", [False, True])
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_packed_network_loads_a_state_dict_and_computes_with_the_new_weights(unet, used, assign):
+    torch.manual_seed(5)
+    other = UNet(CONFIG).eval().requires_grad_(False)
+    state = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    pack(unet)
+    if used:
+        call(unet)
+    assert str(unet.load_state_dict(state, assign=assign)) == "<All keys matched successfully>"
+    for tensor in state.values():
+        tensor.fill_(torch.nan)  # the weights are copies: a packed weight must not change with the state dict
+    pack(other)
+    if not assign:
+        assert torch.equal(call(unet), call(other))
+    unpack(unet)
+    assert torch.equal(unet.conv_out.weight, other.conv_out.dense())
+
+
+def test_a_packed_layer_keeps_its_dtype_unless_weights_are_assigned():
+    state = nn.Linear(3, 4).bfloat16().state_dict()
+    for assign, dtype in ((False, torch.float32), (True, torch.bfloat16)):
+        linear = packed(nn.Linear(3, 4).requires_grad_(False))
+        linear.load_state_dict(state, assign=assign)
+        assert linear.dense().dtype == linear.bias.dtype == dtype
+        assert torch.equal(linear.dense().float(), state["weight"].float())
+
+
+def test_a_state_dict_that_does_not_fit_a_packed_layer_is_an_error():
+    linear = packed(nn.Linear(3, 4).requires_grad_(False))
+    weight, bias = torch.zeros(4, 3), torch.zeros(4)
+    for state, message in (
+        ({"bias": bias}, r"Missing key\(s\) in state_dict: \"weight\""),
+        ({"weight": weight.T, "bias": bias}, "size mismatch for weight"),
+        ({"weight": weight, "bias": bias, "scale": bias}, r"Unexpected key\(s\) in state_dict: \"scale\""),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            linear.load_state_dict(state)
+    assert linear.load_state_dict({"bias": bias}, strict=False).missing_keys == ["weight"]
