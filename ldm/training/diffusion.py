@@ -11,7 +11,7 @@ from ldm.conditioning import Condition, condition
 from ldm.config import ModelConfig
 from ldm.diffusion.denoiser import classifier_free, guided, parametrize
 from ldm.diffusion.samplers import ddim
-from ldm.diffusion.schedule import NoiseSchedule, to_ve, to_vp
+from ldm.diffusion.schedule import NoiseSchedule, to_ve
 from ldm.models.text import TextEncoder
 from ldm.models.transformer import SpatialTransformer
 from ldm.models.unet import Stage, UNet
@@ -132,12 +132,10 @@ class DiffusionObjective(Objective):
         sigmas = self.schedule.steps(25, "trailing")
         size = batch[0].shape[-2:]
         conditions = [self._condition(trained.text_encoder, t, size) for t in (prompts, [None] * len(prompts))]
-        predict = guided(trained.unet.bind, conditions, classifier_free(self.config.guidance_scale))
-        denoise = parametrize(predict, self.schedule, self.prediction)
-        x = to_ve(noise, sigmas[0])
-        for step in ddim(denoise, x, sigmas):
-            x = step.x
-        return self.vae.decode(to_vp(x, sigmas[-1]))
+        network = guided(trained.unet.bind, conditions, classifier_free(self.config.guidance_scale))
+        denoise = parametrize(network, self.schedule, self.prediction)
+        *_, last = ddim(denoise, to_ve(noise, sigmas[0]), sigmas)
+        return self.vae.decode(last.latents)
 
 
 def loss_weights(snr: Tensor, prediction: str, gamma: float) -> Tensor:
