@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -16,7 +16,7 @@ from ldm.diffusion.samplers import conventions
 from ldm.loading import BUNDLED, locate
 from ldm.pictures import a1111_parameters, read_texts
 from ldm.placement.memory import Placement
-from ldm.request import Plan, Request
+from ldm.request import Plan, Request, Sizes
 from ldm.strict import from_dict
 
 KEY = "ldm"  # of the PNG's text chunk
@@ -69,7 +69,7 @@ class Record:
     picture: the index of the picture, or None for a grid of all.
     """
 
-    task: str
+    task: Literal["txt2img", "img2img"]
     request: Request
     model: ModelChoice
     sha256: Mapping[str, str]
@@ -166,9 +166,10 @@ def recall(path: str | Path) -> Record:
     if not isinstance(table, dict):
         raise ValueError(f"{path}: its {KEY!r} chunk is not a JSON object")
     try:
+        table = _upgraded(table) if "command" in table else table
         record = from_dict(table, Record, where=f"the record in {path}")
         Placement(**record.placement)
-    except (TypeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
             f"{error}; ldm {ldm.__version__} cannot follow this record: give the prompt and options yourself"
         ) from error
@@ -177,6 +178,24 @@ def recall(path: str | Path) -> Record:
             f"{path}: picture must be one of the {record.request.images} of its request, got {record.picture}"
         )
     return record
+
+
+def _upgraded(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Convert a record of the first version, which held the model's choices as if they had been asked."""
+    used, request = dict(table["model"]), dict(table["request"])
+    sizes = {f.name: request.pop(f.name) for f in dataclasses.fields(Sizes) if f.name in request}
+    parts = {name: used[name] for name in ("vae", "unet", "text_encoder") if name in used}
+    choice = {"model": used["path"], **{name: used[name] for name in ("prediction", "ema") if name in used}}
+    return {
+        "task": table["command"],
+        "request": request | {"sizes": sizes},
+        "model": choice | {name: part["path"] for name, part in parts.items()},
+        "sha256": {"model": used["sha256"]} | {name: part["sha256"] for name, part in parts.items()},
+        "placement": {name: value for name, value in table["placement"].items() if name != "int8"},
+        "environment": {name: value for name, value in table["environment"].items() if name != "transformers"},
+        **{name: used[name] for name in ("name", "why") if name in used},
+        **{name: table[name] for name in ("picture",) if name in table},
+    }
 
 
 def digest(path: str | Path) -> str:

@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ldm.cli.outputs import Outputs
 from PIL import Image, PngImagePlugin
 
 import ldm
 from ldm.checkpoint import files
 from ldm.cli import main
-from ldm.cli.options import PLACEMENT_OPTIONS, add_options, given, read_placement
+from ldm.cli.options import add_options, given
+from ldm.outputs import Outputs
 from ldm.pictures import read_texts, save_png
 from ldm.placement.packing import can_pack
 from ldm.record import digest
@@ -112,7 +112,15 @@ def test_every_option_reaches_the_request_and_is_reported(txt2img):
         "vae_memory": "whole",
         "compile": False,
         "packed": can_pack(),
-        "int8": False,
+    }
+    assert settings["resolved"] == {
+        "steps": 3,
+        "steps_run": 3,
+        "guidance_scale": 2.0,
+        "sampler": "euler_ancestral",
+        "spacing": "karras",
+        "width": 36,
+        "height": 20,
     }
     assert settings["environment"]["torch"] == torch.__version__
     assert pixels("frog-00002.png").shape == (20, 36, 3)
@@ -122,9 +130,9 @@ def test_every_option_reaches_the_request_and_is_reported(txt2img):
 @pytest.mark.parametrize(("words", "packed"), [([], True), (["--no-packed"], False), (["--compile"], False)])
 def test_the_command_packs_weights_on_a_cpu_unless_told_otherwise(words, packed):
     command = argparse.ArgumentParser()
-    add_options(command, ldm.Placement, PLACEMENT_OPTIONS)
-    words = given(command.parse_args([*words, "--device", "cpu"]), PLACEMENT_OPTIONS)
-    assert read_placement(words).packed is packed
+    add_options(command, ldm.Placement)
+    words = given(command.parse_args([*words, "--device", "cpu"]), ldm.Placement)
+    assert ldm.Placement.fast(**words).packed is packed
 
 
 def test_a_guidance_interval_is_two_numbers_and_remembered(txt2img):
@@ -211,7 +219,7 @@ def test_help_says_what_holds_where_an_option_is_not_given(capsys):
         main(["txt2img", "--help"])
     out = " ".join(capsys.readouterr().out.split())
     assert "denoising steps, 1 to 1000 (default: the model's)" in out
-    assert "how many pictures (default: 1)" in out
+    assert "number of pictures (default: 1)" in out
 
 
 def test_metadata_can_be_left_out(txt2img):
@@ -248,22 +256,11 @@ def test_options_beside_from_change_that_picture(txt2img):
     assert (settings["request"]["prompt"], settings["placement"]["dtype"]) == ("a cat", "bfloat16")
 
 
-@pytest.mark.parametrize(
-    ("names", "attention"),
-    [
-        ({"dtype": "bfloat16"}, "sliced"),
-        ({"dtype": "bfloat16", "attention": "sdpa"}, "sdpa"),
-        ({"dtype": "float32"}, None),
-    ],
-)
-def test_in_bf16_the_command_attends_in_slices_on_a_cpu_which_is_faster_there(names, attention):
-    assert read_placement({"device": "cpu"} | names).attention == attention
-
-
 def test_weights_that_were_packed_on_a_cpu_are_not_on_another_device(txt2img, monkeypatch):
     txt2img("a frog", "--out", "a.png")
     seen = []
-    monkeypatch.setattr("ldm.cli.txt2img.read_placement", lambda names: seen.append(names) or ldm.Placement("cpu"))
+    fast = ldm.Placement.fast
+    monkeypatch.setattr(ldm.Placement, "fast", lambda **names: seen.append(names) or fast(device="cpu"))
     for words in (["--device", "cuda"], ["--device", "cpu"], []):
         txt2img("--from", "a.png", "--overwrite", *words, model=False)
     assert ["packed" in names for names in seen] == [False, True, True]
@@ -273,14 +270,17 @@ def test_weights_that_were_packed_on_a_cpu_are_not_on_another_device(txt2img, mo
 def sdxl(monkeypatch):
     """Make `ldm txt2img` work with a tiny SDXL, whatever model it is told."""
     pipe = ldm.Pipeline(TINY_SDXL, *random_networks(TINY_SDXL))
-    monkeypatch.setattr(ldm, "load", lambda *_, **__: pipe)
+    monkeypatch.setattr("ldm.jobs.load", lambda *_, **__: pipe)
 
 
 def test_sdxls_conditioning_is_remembered_and_follows_another_size(sdxl, txt2img):
     words = ["--original-width", "99", "--crop-top", "5", "--crop-left", "6"]
     _, out, _ = txt2img("a frog", *words, "--target-height", "7", "--out", "a.png", "--json")
-    request = json.loads(out)["settings"]["request"]
-    assert "negative_prompt" not in request  # zeros
+    settings = json.loads(out)["settings"]
+    assert "negative_prompt" not in settings["request"]  # zeros
+    asked = {"original_width": 99, "crop_top": 5, "crop_left": 6, "target_height": 7}
+    assert settings["request"]["sizes"] == asked
+    resolved = settings["resolved"]
     conditioning = {
         "original_width": 99,
         "original_height": 32,
@@ -289,14 +289,14 @@ def test_sdxls_conditioning_is_remembered_and_follows_another_size(sdxl, txt2img
         "target_width": 32,
         "target_height": 7,
     }
-    assert {name: request[name] for name in conditioning} == conditioning
-    assert "aesthetic_score" not in request
+    assert {name: resolved[name] for name in conditioning} == conditioning
+    assert "aesthetic_score" not in resolved
     txt2img("--from", "a.png", "--out", "b.png", model=False)
     assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
     _, out, _ = txt2img("--from", "a.png", "--width", "40", "--height", "16", "--json", model=False)
-    request = json.loads(out)["settings"]["request"]
-    conditioning |= {"original_height": 16, "target_width": 40}  # what was not given follows
-    assert {name: request[name] for name in conditioning} == conditioning
+    resolved = json.loads(out)["settings"]["resolved"]
+    conditioning |= {"original_height": 16, "target_width": 40}  # sizes that were not asked follow
+    assert {name: resolved[name] for name in conditioning} == conditioning
 
 
 def test_a_default_conditioning_is_no_obstacle_for_a_model_without_one(sdxl, txt2img, monkeypatch, here):
@@ -305,16 +305,16 @@ def test_a_default_conditioning_is_no_obstacle_for_a_model_without_one(sdxl, txt
     monkeypatch.chdir(here)
     code, out, _ = txt2img("--from", "a.png", "--out", "b.png", "--json")
     assert code == 0
-    assert "crop_top" not in json.loads(out)["settings"]["request"]
+    assert "crop_top" not in json.loads(out)["settings"]["resolved"]
 
 
 def test_repeating_with_other_files_under_the_models_name_is_refused(txt2img, model_folder):
     txt2img("a frog", "--out", "a.png")
     record = json.loads(read_texts("a.png")["ldm"])
-    edit_record("a.png", "b.png", model=record["model"] | {"sha256": "0" * 64})
+    edit_record("a.png", "b.png", sha256=record["sha256"] | {"model": "0" * 64})
     code, _, err = txt2img("--from", "b.png", model=False)
     assert code == 2
-    assert f"{model_folder} is not the model that made b.png" in err
+    assert f"{model_folder} is not the model that made the picture" in err
     assert txt2img("--from", "b.png")[0] == 0  # --model given
 
 
@@ -330,10 +330,11 @@ def other_vae(model_folder, here) -> str:
 def test_how_a_model_was_read_is_remembered_and_repeated(txt2img, other_vae):
     txt2img("a frog", "--out", "plain.png")
     words = ["--vae", other_vae, "--prediction", "v", "--out", "a.png", "--json"]
-    used = json.loads(txt2img("a frog", *words)[1])["settings"]["model"]
-    assert (used["prediction"], used["ema"], used["vae"]["path"]) == ("v", False, "vae")
-    assert used["vae"]["sha256"] == digest(other_vae)
-    assert "you asked for v" in used["why"]
+    settings = json.loads(txt2img("a frog", *words)[1])["settings"]
+    used = settings["model"]
+    assert (used["prediction"], used["ema"], used["vae"]) == ("v", False, "vae")
+    assert settings["sha256"]["vae"] == digest(other_vae)
+    assert "you asked for v" in settings["why"]
     assert not np.array_equal(pixels("a.png"), pixels("plain.png"))
     text = read_texts("a.png")["parameters"]
     assert f"Model: random, VAE hash: {digest(other_vae)[:10]}, VAE: vae, RNG" in text
@@ -352,7 +353,7 @@ def test_repeating_with_another_file_in_place_of_a_part_is_refused(txt2img, othe
     files.save_vae(vae, other_vae, image_size=32)
     code, _, err = txt2img("--from", "a.png", model=False)
     assert code == 2
-    assert err == ("ldm: error: vae is not the vae that made a.png; to use it all the same, name it with --vae\n")
+    assert err == ("ldm: error: vae is not the vae that made the picture; to use it all the same, name it with --vae\n")
     assert txt2img("--from", "a.png", "--vae", other_vae, model=False)[0] == 0
 
 
@@ -361,10 +362,10 @@ def test_every_word_about_the_model_reaches_load(monkeypatch, capsys, command):
     asked = {}
 
     def load(*args, **options):
-        asked.update(options, path=args[0], device=args[1].device)
+        asked.update(options, path=args[0], device=str(args[1].device))
         raise ValueError("enough")
 
-    monkeypatch.setattr(ldm, "load", load)
+    monkeypatch.setattr("ldm.jobs.load", load)
     monkeypatch.setattr(scenes, "emoji_sprites", lambda font: {})
     words = ["--model", "m", "--vae", "v", "--unet", "u", "--text-encoder", "t", "--ema"]
     prompt = ["a frog"] if command == "txt2img" else []
@@ -392,13 +393,28 @@ def test_repeating_on_other_versions_or_hardware_says_what_differs(txt2img):
     )
 
 
-def test_a_record_that_names_transformers_as_the_first_ones_did_is_followed(txt2img):
-    txt2img("a frog", "--out", "a.png")
-    then = json.loads(read_texts("a.png")["ldm"])["environment"]
-    edit_record("a.png", "b.png", environment=then | {"transformers": "5.0.0"})
+def test_a_record_of_the_first_version_is_followed(txt2img, sdxl, other_vae):
+    words = ["--vae", other_vae, "--guidance", "2", "--images", "2", "--out", "a.png"]
+    txt2img("a frog", *words, "--original-width", "99")
+    new = json.loads(read_texts("a-00002.png")["ldm"])
+    sizes = {name: value for name, value in new["resolved"].items() if "_" in name and name not in new["request"]}
+    sizes.pop("steps_run")
+    record = {
+        "command": "txt2img",
+        "request": {**new["request"], **sizes, "steps": 2, "sampler": "dpmpp_2m"},
+        "model": {
+            "path": new["model"]["model"], "name": "random", "sha256": new["sha256"]["model"], "ema": False,
+            "vae": {"path": "vae", "sha256": new["sha256"]["vae"]},
+        },
+        "placement": new["placement"] | {"int8": False},
+        "environment": new["environment"] | {"transformers": "5.0.0"},
+        "picture": 1,
+    }  # fmt: skip
+    record["request"].pop("sizes")
+    save_png(Image.open("a-00002.png"), "b.png", {"ldm": json.dumps(record)})
     code, _, err = txt2img("--from", "b.png", "--out", "c.png", model=False)
     assert (code, err) == (0, "")
-    assert Path("a.png").read_bytes() == Path("c.png").read_bytes()
+    assert np.array_equal(pixels("a-00002.png"), pixels("c.png"))
 
 
 @pytest.mark.parametrize(
@@ -407,9 +423,10 @@ def test_a_record_that_names_transformers_as_the_first_ones_did_is_followed(txt2
         ({"request": {"prompt": "a", "wings": 2}}, "b.png: request: unknown 'wings'"),
         ({"request": {"steps": 2}}, "b.png: request lacks prompt; .* give the prompt and options yourself"),
         ({"request": {"prompt": "a", "steps": 0}}, "steps must be a whole number"),
-        ({"command": "rm"}, "b.png: command must be one of 'txt2img', got 'rm'"),
+        ({"task": "rm"}, "b.png: task must be one of 'txt2img', 'img2img', got 'rm'"),
         ({"picture": 1}, "b.png: picture must be one of the 1 of its request, got 1"),
-        ({"placement": {"device": "cpu"}}, "the record in b.png: placement lacks dtype, vae_dtype; .* give the prompt"),
+        ({"placement": {"devise": "cpu"}}, "unexpected keyword argument 'devise'; .* give the prompt"),
+        ({"command": "txt2img", "model": 3}, "'int' object is not iterable; .* give the prompt"),
     ],
 )
 def test_a_record_that_cannot_be_followed_is_refused(txt2img, changes, message):
@@ -491,7 +508,7 @@ def test_a_folder_that_cannot_be_written_is_noticed_before_the_work(txt2img, mon
         raise PermissionError(13, "Permission denied", str(self))
 
     monkeypatch.setattr(Path, "touch", refuse)
-    monkeypatch.setattr(ldm, "load", None)  # must not get that far
+    monkeypatch.setattr("ldm.jobs.load", None)  # must not get that far
     code, _, err = txt2img("a frog")
     assert (code, err) == (2, "ldm: error: cannot write into .: Permission denied\n")
 
@@ -518,7 +535,7 @@ def test_what_goes_wrong_later_is_a_sentence_too(txt2img, here, monkeypatch, err
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(ldm, "load", fail)
+    monkeypatch.setattr("ldm.jobs.load", fail)
     exit_code, _, err = txt2img("a frog")
     assert exit_code == code
     assert err.startswith(f"ldm: error: {message}")
@@ -529,7 +546,7 @@ def test_a_defect_of_the_program_keeps_its_traceback(txt2img, monkeypatch):
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr(ldm, "load", fail)
+    monkeypatch.setattr("ldm.jobs.load", fail)
     with pytest.raises(RuntimeError, match="shapes"):
         txt2img("a frog")
 
@@ -559,7 +576,7 @@ def test_the_command_runs_as_a_process_of_its_own():
 
 def test_a_picture_too_large_to_be_a_picture_is_refused_as_a_source(txt2img, monkeypatch):
     save_png(Image.new("RGB", (100, 100)), "x.png")
-    monkeypatch.setattr("ldm.images.MAX_PIXELS", 9999)
+    monkeypatch.setattr("ldm.pictures.MAX_PIXELS", 9999)
     err = txt2img("--from", "x.png", model=False)[2]
     assert "x.png cannot be read: it has 100 x 100 pixels, of at most 9,999 in all" in err
     assert PngImagePlugin.MAX_TEXT_CHUNK == 2**20  # what bounds a record
@@ -576,7 +593,7 @@ def meanwhile(monkeypatch):
                 Path(name).write_bytes(b"precious")
             return load(*args, **options)
 
-        monkeypatch.setattr(ldm, "load", loading)
+        monkeypatch.setattr("ldm.jobs.load", loading)
 
     return write
 
@@ -648,7 +665,11 @@ def test_what_cannot_be_a_source_is_said(txt2img, here):
     for name, reason in (
         ("pipe.png", "it is not a regular file"),
         ("folder.png", "it is a folder"),
-        ("empty.png", "it is none of PNG, JPEG, WEBP, BMP, TIFF, GIF, or damaged"),
+        (
+            "empty.png",
+            "it must be one of PNG, JPEG, WEBP, BMP, TIFF, GIF; the file has another format, "
+            "is a rare variant, or is damaged",
+        ),
         ("x" * 300, "File name too long"),
         ("", "it is a folder"),
     ):
@@ -673,16 +694,16 @@ def test_a_picture_of_another_program_is_called_that(txt2img, texts, message):
 
 
 def test_a_record_of_the_first_words_only_is_refused_in_plain_words(txt2img):
-    save_png(Image.new("RGB", (1, 1)), "x.png", {"ldm": '{"command": "txt2img"}'})
+    save_png(Image.new("RGB", (1, 1)), "x.png", {"ldm": '{"task": "txt2img"}'})
     assert txt2img("--from", "x.png", model=False)[2] == (
-        "ldm: error: the record in x.png lacks request, model, placement, environment; "
+        "ldm: error: the record in x.png lacks request, model, sha256, environment, placement; "
         f"ldm {ldm.__version__} cannot follow this record: give the prompt and options yourself\n"
     )
 
 
 def test_what_a_file_says_cannot_command_the_terminal(txt2img):
     txt2img("a frog", "--out", "a.png")
-    edit_record("a.png", "b.png", command="\x1b[31mrm\x07")
+    edit_record("a.png", "b.png", task="\x1b[31mrm\x07")
     err = txt2img("--from", "b.png", model=False)[2]
     assert "\\x1b[31mrm\\x07" in err
     assert all(c.isprintable() for c in err.removesuffix("\n"))

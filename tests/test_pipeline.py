@@ -15,8 +15,8 @@ from ldm.checkpoint import files
 from ldm.diagnosis import not_finite
 from ldm.diffusion.denoiser import guided
 from ldm.diffusion.samplers import SAMPLERS
-from ldm.models.attention import math_attention
 from ldm.loading import load
+from ldm.models.attention import math_attention
 from ldm.pipeline import Pipeline
 from ldm.placement.memory import Placement
 from ldm.placement.packing import can_pack
