@@ -11,7 +11,7 @@ import torch
 
 import ldm
 from ldm.config import Prediction, from_dict
-from ldm.images import A1111_SAMPLERS, a1111_parameters, read_texts
+from ldm.pictures import A1111_SAMPLERS, a1111_parameters, read_texts
 from ldm.pipeline import Pipeline
 from ldm.request import Request
 

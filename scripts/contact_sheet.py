@@ -10,7 +10,8 @@ from PIL import Image
 from tqdm import tqdm
 
 import ldm
-from ldm.images import grid, save_png
+from ldm.images import grid
+from ldm.pictures import save_png
 
 parser = argparse.ArgumentParser(description="Make a sheet of pictures from a file of prompts.")
 parser.add_argument("prompts", type=Path, help="a text file with one prompt a line")

@@ -18,9 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import ldm
-from ldm.images import save_png
 from ldm.models.int8 import quantize
 from ldm.models.shortcuts import DeepCache, merged_tokens
+from ldm.pictures import save_png
 from ldm.training.checker import Checker
 from ldm.training.evaluate import MEASURES, fixed_scenes, judge
 from ldm.training.scenes import emoji_sprites

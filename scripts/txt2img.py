@@ -16,7 +16,8 @@ from ldm.conditioning import timestep_embedding
 from ldm.diffusion.denoiser import guided, parametrise
 from ldm.diffusion.samplers import dpmpp_2m, seeded_noise
 from ldm.diffusion.schedule import NoiseSchedule, to_ve
-from ldm.images import save_png, to_pil
+from ldm.images import to_pil
+from ldm.pictures import save_png
 from ldm.request import Request
 
 parser = argparse.ArgumentParser(description="Make a picture from a prompt.")

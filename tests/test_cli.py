@@ -19,7 +19,7 @@ from ldm.checkpoint import files
 from ldm.cli import main
 from ldm.cli.options import PLACEMENT_OPTIONS, add_options, given, read_placement
 from ldm.cli.outputs import Outputs
-from ldm.images import read_texts, save_png
+from ldm.pictures import read_texts, save_png
 from ldm.placement.packing import can_pack
 from ldm.record import digest
 from ldm.training import evaluate, scenes
@@ -559,7 +559,7 @@ def test_the_command_runs_as_a_process_of_its_own():
 
 def test_a_picture_too_large_to_be_a_picture_is_refused_as_a_source(txt2img, monkeypatch):
     save_png(Image.new("RGB", (100, 100)), "x.png")
-    monkeypatch.setattr("ldm.images.MAX_PIXELS", 9999)
+    monkeypatch.setattr("ldm.pictures.MAX_PIXELS", 9999)
     err = txt2img("--from", "x.png", model=False)[2]
     assert "x.png cannot be read: it has 100 x 100 pixels, of at most 9,999 in all" in err
     assert PngImagePlugin.MAX_TEXT_CHUNK == 2**20  # what bounds a record
@@ -645,10 +645,11 @@ def test_what_cannot_be_a_source_is_said(txt2img, here):
     os.mkfifo("pipe.png")
     (here / "folder.png").mkdir()
     (here / "empty.png").touch()
+    formats = "it must be one of PNG, JPEG, WEBP, BMP, TIFF, GIF"
     for name, reason in (
         ("pipe.png", "it is not a regular file"),
         ("folder.png", "it is a folder"),
-        ("empty.png", "it is none of PNG, JPEG, WEBP, BMP, TIFF, GIF, or damaged"),
+        ("empty.png", f"{formats}; the file has another format, is a rare variant, or is damaged"),
         ("x" * 300, "File name too long"),
         ("", "it is a folder"),
     ):

@@ -18,6 +18,7 @@ PACKAGES = {  # what each part of ldm may import of ldm, beside itself
     "config": set(),
     "diffusion": set(),
     "images": set(),
+    "pictures": set(),
     "presets": {"config"},
     "conditioning": set(),
     "models": {"conditioning", "config"},
@@ -29,11 +30,11 @@ PACKAGES = {  # what each part of ldm may import of ldm, beside itself
         *("checkpoint", "conditioning", "config", "diagnosis", "diffusion", "images", "models", "placement"),
         *("presets", "request"),
     },
-    "training": {"conditioning", "config", "models", "diffusion", "checkpoint", "images", "presets"},
-    "record": {"", "config", "images", "pipeline", "placement", "request"},
+    "training": {"conditioning", "config", "models", "diffusion", "checkpoint", "images", "pictures", "presets"},
+    "record": {"", "config", "pictures", "pipeline", "placement", "request"},
     "cli": {
-        *("", "checkpoint", "config", "diffusion", "images", "pipeline", "placement", "presets", "record"),
-        *("request", "training"),
+        *("", "checkpoint", "config", "diffusion", "images", "pictures", "pipeline", "placement", "presets"),
+        *("record", "request", "training"),
     },
     "": {"config", "pipeline", "presets", "placement", "request"},  # ldm/__init__.py
 }

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ldm.images import clear_temporary, save_png
+from ldm.pictures import clear_temporary, save_png
 
 DEFAULT = Path("out.png")
 

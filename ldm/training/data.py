@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ldm.images import open_picture
+from ldm.pictures import open_picture
 from ldm.training.loop import Dataset
 from ldm.training.scenes import FONT, Scenes, emoji_sprites
 

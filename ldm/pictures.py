@@ -1,0 +1,201 @@
+"""Picture files: reading any of the usual kinds as 8-bit RGB, and PNG files with text chunks about their making."""
+
+import io
+import json
+import os
+import re
+import secrets
+import time
+import unicodedata
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image, ImageChops, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # the only formats that are read
+MAX_PIXELS = 2**27  # the most that a picture may have: 134 million, which take 400 MB as RGB
+
+A1111_SAMPLERS = {
+    "ddpm": "DDPM",
+    "ddim": "DDIM",
+    "euler": "Euler",
+    "euler_ancestral": "Euler a",
+    "heun": "Heun",
+    "dpmpp_2m": "DPM++ 2M",
+    "dpmpp_2m_sde": "DPM++ 2M SDE",
+    "lcm": "LCM",
+}
+
+
+def save_png(
+    picture: Image.Image, path: str | Path, texts: Mapping[str, str] | None = None, *, overwrite: bool = False
+) -> None:
+    """Write `picture` with the text chunks `texts` to `path`, completely or not at all.
+
+    Raises FileExistsError if the file exists and `overwrite` is false. If several processes or threads write to one
+    path without `overwrite`, one of them succeeds.
+    """
+    path = Path(path)
+    chunks = PngImagePlugin.PngInfo()
+    for key, text in (texts or {}).items():
+        chunks.add_text(key, text)
+    encoded = io.BytesIO()
+    picture.save(encoded, format="PNG", pnginfo=chunks)
+    temporary = path.with_name(f".ldm-{secrets.token_hex(8)}")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(encoded.getbuffer())
+        if not overwrite:  # claim the name with an empty file: a hard link does it in one step, but not everywhere
+            path.touch(exist_ok=False)
+        os.replace(temporary, path)
+    except FileExistsError:
+        raise FileExistsError(f"{path} exists; nothing was overwritten") from None
+    except OSError as error:  # its message may name the temporary file
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def clear_temporary(folder: Path) -> None:
+    """Remove the temporary files, an hour old or older, that a killed `save_png` left in `folder`."""
+    for file in folder.glob(".ldm-*"):
+        if re.fullmatch(r"\.ldm-[0-9a-f]{16}(\.png)?", file.name):
+            with suppress(OSError):  # another user's file, or a file that is gone by now
+                if file.lstat().st_mtime < time.time() - 3600:
+                    file.unlink()
+
+
+@contextmanager
+def open_picture(path: str | Path) -> Iterator[Image.Image]:
+    """Open the picture file at `path` for a block of code that decodes it.
+
+    Only FORMATS are read, whatever the file's name says. Without this limit Pillow starts Ghostscript for EPS files.
+    Raises ValueError for a file that is absent, not a regular file, of another format, damaged, or of more than
+    MAX_PIXELS. An error of the decoder inside the block becomes such a ValueError, too.
+    """
+    path = Path(path)
+    try:
+        if path.stat() and not path.is_file():  # opening a named pipe would wait for a writer
+            raise ValueError("it is a folder" if path.is_dir() else "it is not a regular file")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS decides
+            picture = Image.open(path, formats=FORMATS)
+        with picture:
+            if picture.width * picture.height > MAX_PIXELS:
+                size = f"{picture.width} x {picture.height}"
+                raise ValueError(f"it has {size} pixels, of at most {MAX_PIXELS:,} in all; make it smaller")
+            yield picture
+    except (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        if isinstance(error, UnidentifiedImageError):
+            known = ", ".join(FORMATS)
+            reason = f"it must be one of {known}; the file has another format, is a rare variant, or is damaged"
+        raise ValueError(f"the picture {path} cannot be read: {reason}") from error
+
+
+def read_picture(path: str | Path) -> Image.Image:
+    """Read the picture file at `path` as 8-bit RGB, as `to_rgb` does. Raises ValueError as `open_picture` does."""
+    with open_picture(path) as picture:
+        return to_rgb(picture)
+
+
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """Turn a picture of any kind into 8-bit RGB, without metadata.
+
+    - The rotation in the EXIF data is applied.
+    - Gray levels of 12 or 16 bits are scaled to 8 bits.
+    - A color profile is applied, so that the colors become those of sRGB. A damaged profile, and one for other
+      channels than the picture has, is ignored. So is every profile where Pillow was built without LittleCMS.
+    - Transparent pixels are laid over white.
+    - Of an animation or of several pages, the first is taken.
+
+    Raises ValueError for pixels of 32 bits, and for signed ones: the levels of black and white are unknown.
+    """
+    picture = ImageOps.exif_transpose(_eight_bits(picture))
+    transparent = picture.convert("RGBA") if picture.has_transparency_data else None
+    channels = {"1": "L", "L": "L", "LA": "L", "CMYK": "CMYK"}.get(picture.mode, "RGB")
+    rgb = _to_srgb((transparent or picture).convert(channels), picture.info.get("icc_profile"))
+    if transparent:
+        rgb = Image.composite(rgb, Image.new("RGB", rgb.size, "white"), transparent.getchannel("A"))
+    rgb.info = {}  # a profile in it is no longer that of the pixels
+    return rgb
+
+
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    """Scale gray levels of 12 or 16 bits to 8, where Pillow would clip them. Return other pictures as they are."""
+    if picture.mode in ("I", "F"):
+        raise ValueError(
+            f"its pixels are signed or have 32 bits (mode {picture.mode}), so the levels of black and white are "
+            "unknown; save it with 8 or 16 unsigned bits per channel"
+        )
+    if not picture.mode.startswith("I;16"):
+        return picture
+    tags = getattr(picture, "tag_v2", {})  # of a TIFF
+    white = 2 ** tags.get(ExifTags.Base.BitsPerSample, (16,))[0] - 1
+    levels = (np.asarray(picture).astype(np.uint32) * 255 + white // 2) // white
+    if tags.get(ExifTags.Base.PhotometricInterpretation) == 0:  # white is 0; Pillow inverts only 8 bits
+        levels = 255 - levels
+    gray = Image.fromarray(levels.astype(np.uint8))
+    gray.info = {key: value for key, value in picture.info.items() if key != "transparency"}
+    return gray
+
+
+def _to_srgb(picture: Image.Image, profile: bytes | None) -> Image.Image:
+    """Turn a picture of mode L, RGB or CMYK into sRGB. `profile` is its ICC color profile.
+
+    If the profile changes no level by more than 2, the picture is returned as it is: then the profile is one of the
+    many that describe sRGB itself.
+    """
+    rgb = picture.convert("RGB")
+    if not profile:
+        return rgb
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if source.profile.xcolor_space.strip() != ("GRAY" if picture.mode == "L" else picture.mode):
+            return rgb
+        target = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+        srgb = ImageCms.ImageCmsTransform(source, target, picture.mode, "RGB").apply(picture)
+    except (ImportError, OSError, ValueError):
+        return rgb
+    return srgb if np.asarray(ImageChops.difference(rgb, srgb)).max() > 2 else rgb
+
+
+def read_texts(path: str | Path) -> dict[str, str]:
+    """Return the text chunks of the picture at `path`, empty if it has none.
+
+    JPEG and WebP have no text chunks. A1111 writes its parameters into the EXIF UserComment of such a file, which is
+    returned under the key "parameters".
+    Raises ValueError as `open_picture` does.
+    """
+    with open_picture(path) as picture:
+        picture.load()  # chunks may follow the pixels
+        info = {**picture.info, **getattr(picture, "text", {})}
+        comment = picture.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
+    texts = {key: str(text) for key, text in info.items() if isinstance(text, str)}
+    if isinstance(comment, bytes) and comment.startswith(b"UNICODE\0"):
+        texts.setdefault("parameters", comment[8:].decode("utf-16-be", "replace"))
+    return texts
+
+
+def a1111_parameters(prompt: str, negative_prompt: str, settings: Mapping[str, object]) -> str:
+    """Return the text that A1111, image viewers and sharing sites read from the PNG key "parameters".
+
+    settings: the entries of the last line, "Name: value", in this order.
+    """
+    lines = [_printable(prompt)]
+    if negative_prompt:
+        lines.append(f"Negative prompt: {_printable(negative_prompt)}")
+    lines.append(", ".join(f"{name}: {_quoted(str(value))}" for name, value in settings.items()))
+    return "\n".join(lines)
+
+
+def _quoted(value: str) -> str:
+    return json.dumps(value, ensure_ascii=False) if re.search(r'[,:\n"]', value) else value
+
+
+def _printable(text: str) -> str:
+    """`text` without the control characters that a PNG text chunk must not hold."""
+    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
