@@ -1,12 +1,9 @@
-"""Tensors to 8-bit pictures and back, and the geometry of pictures: sizes, cropping, grids."""
-
-import math
-from collections.abc import Sequence
+"""Tensors to 8-bit pictures and back."""
 
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 
@@ -29,56 +26,3 @@ def to_tensor(picture: Image.Image) -> Tensor:
         raise ValueError(f"the picture must have the mode RGB, got {picture.mode}: convert it with ldm.pictures.to_rgb")
     levels = rearrange(torch.from_numpy(np.array(picture)), "h w c -> 1 c h w").float().contiguous()
     return levels / 255 * 2 - 1  # in these steps, as diffusers: `levels / 127.5 - 1` differs in the last bit
-
-
-def target_size(
-    picture_width: int,
-    picture_height: int,
-    area_side: int,
-    factor: int,
-    *,
-    width: int | None = None,
-    height: int | None = None,
-) -> tuple[int, int]:
-    """Return the width and height of the image to make from a picture, where `width` or `height` may be given.
-
-    The two have the picture's aspect ratio and, if none is given, the area of a square of `area_side` pixels. A side
-    that is not given is then rounded to the nearest multiple of `factor`, at least `factor` and at most
-    area_side^2 / factor, so that a strip does not become larger than the square.
-    """
-    if not picture_width or not picture_height:
-        raise ValueError(f"the picture has no pixels: its size is {picture_width} x {picture_height}")
-    if width:
-        scale = width / picture_width
-    elif height:
-        scale = height / picture_height
-    else:
-        scale = area_side / math.sqrt(picture_width * picture_height)
-    longest = area_side**2 // factor**2
-    across, down = (max(1, min(round(side * scale / factor), longest)) for side in (picture_width, picture_height))
-    return width or factor * across, height or factor * down
-
-
-def fit(picture: Image.Image, width: int, height: int, resize: str = "crop") -> Image.Image:
-    """Give an RGB picture another size, by Lanczos resampling. A picture of this size already is returned unchanged.
-
-    resize: "crop" keeps the aspect ratio: it scales the picture until both sides cover the new size, and keeps the
-    middle. "stretch" scales each side by itself, so that the aspect ratio changes.
-    """
-    if 0 in picture.size:
-        raise ValueError(f"the picture has no pixels: its size is {picture.width} x {picture.height}")
-    if resize == "crop":
-        return ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
-    if resize == "stretch":
-        return picture.resize((width, height), Image.Resampling.LANCZOS)
-    raise ValueError(f'resize must be "crop" or "stretch", got {resize!r}')
-
-
-def grid(pictures: Sequence[Image.Image]) -> Image.Image:
-    """Paste equally large `pictures` row by row into one that is as square as their number allows."""
-    columns = math.ceil(math.sqrt(len(pictures)))
-    width, height = pictures[0].size
-    sheet = Image.new("RGB", (columns * width, math.ceil(len(pictures) / columns) * height))
-    for i, picture in enumerate(pictures):
-        sheet.paste(picture, (i % columns * width, i // columns * height))
-    return sheet

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from ldm.diffusion.samplers import Step
-from ldm.images import grid
+from ldm.geometry import grid
 from ldm.loading import load
 from ldm.outputs import Outputs
 from ldm.pipeline import Pipeline

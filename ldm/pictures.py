@@ -105,8 +105,8 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     """
     picture = ImageOps.exif_transpose(_eight_bits(picture))
     transparent = picture.convert("RGBA") if picture.has_transparency_data else None
-    opaque = (transparent or picture).convert("CMYK" if picture.mode == "CMYK" else Image.getmodebase(picture.mode))
-    rgb = _to_srgb(opaque, picture.info.get("icc_profile"))
+    channels = {"1": "L", "L": "L", "LA": "L", "CMYK": "CMYK"}.get(picture.mode, "RGB")
+    rgb = _to_srgb((transparent or picture).convert(channels), picture.info.get("icc_profile"))
     if transparent:
         rgb = Image.composite(rgb, Image.new("RGB", rgb.size, "white"), transparent.getchannel("A"))
     rgb.info = {}  # a profile in it is no longer that of the pixels

@@ -26,7 +26,7 @@ from ldm.config import ModelConfig
 from ldm.diffusion.denoiser import Bind, Denoiser, classifier_free, consistency, guided, parametrize, within
 from ldm.diffusion.samplers import SAMPLERS, Noise, Sampler, Step, conventions, start
 from ldm.diffusion.schedule import NoiseSchedule
-from ldm.images import fit, to_pil, to_tensor
+from ldm.images import to_pil, to_tensor
 from ldm.models.text import TextEncoder
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
@@ -142,8 +142,9 @@ class Pipeline:
         noise, source = plan.initial_noise(), plan.request.source
         if source is None:
             return start(noise(), plan.sigmas[0], sampler=plan.sampler, spacing=plan.spacing)
-        picture = fit(source.open(), plan.width, plan.height, source.resize)
-        latents = self.encode_image(picture, noise())  # the VAE's noise is drawn first, as in diffusers
+        latents = self.encode_image(
+            source.fitted(plan.width, plan.height), noise()
+        )  # the VAE's noise is drawn first, as in diffusers
         return latents + float(plan.sigmas[0]) * noise().to(latents)
 
     def denoiser(self, plan: Plan, conditions: Sequence[Condition]) -> Denoiser:

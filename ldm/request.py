@@ -15,7 +15,6 @@ from torch import Tensor
 from ldm.config import ModelConfig, Spacing, check_fields, check_number, option
 from ldm.diffusion.samplers import SAMPLERS, Noise, conventions, options, seeded_noise
 from ldm.diffusion.schedule import NoiseSchedule
-from ldm.images import target_size
 
 LARGEST = 2**16  # pixels of a side
 MOST = 99_999  # pictures of a request
@@ -64,9 +63,21 @@ class Source:
 
     def open(self) -> Image.Image:
         """Read the picture as 8-bit RGB. Raises ValueError if that is not possible."""
-        from ldm.pictures import read_picture, to_rgb  # only image to image needs it
+        from ldm.pictures import read_picture, to_rgb  # as `ldm.geometry`: only image to image needs it
 
         return to_rgb(self.image) if isinstance(self.image, Image.Image) else read_picture(self.image)
+
+    def size(self, config: ModelConfig, width: int | None, height: int | None) -> tuple[int, int]:
+        """Return the width and height to make from the picture, see `ldm.geometry.target_size`."""
+        from ldm.geometry import target_size
+
+        return target_size(*self.open().size, config.image_size, config.vae.factor, width=width, height=height)
+
+    def fitted(self, width: int, height: int) -> Image.Image:
+        """Read the picture, and give it this size."""
+        from ldm.geometry import fit
+
+        return fit(self.open(), width, height, self.resize)
 
 
 @dataclass(frozen=True)
@@ -185,12 +196,9 @@ class Request:
     def _size(self, config: ModelConfig) -> tuple[int, int]:
         """Return the width and height of the pictures."""
         factor = config.vae.factor
+        found = self.width or config.image_size, self.height or config.image_size
         if self.source is not None:
-            found = target_size(
-                *self.source.open().size, config.image_size, factor, width=self.width, height=self.height
-            )
-        else:
-            found = (self.width or config.image_size, self.height or config.image_size)
+            found = self.source.size(config, self.width, self.height)
         for name, size in zip(("width", "height"), found, strict=True):
             if size % factor:
                 near = [n for n in (size // factor * factor, -(-size // factor) * factor) if n]

@@ -10,7 +10,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import ldm
-from ldm.images import grid
+from ldm.geometry import grid
 from ldm.pictures import save_png
 
 parser = argparse.ArgumentParser(description="Make a sheet of pictures from a file of prompts.")

@@ -13,14 +13,14 @@ from time import perf_counter
 
 import numpy as np
 import torch
+from ldm.models.int8 import quantize
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import ldm
-from ldm.images import save_png
-from ldm.models.int8 import quantize
 from ldm.models.shortcuts import DeepCache, merged_tokens
+from ldm.pictures import save_png
 from ldm.training.checker import Checker
 from ldm.training.evaluate import MEASURES, fixed_scenes, judge
 from ldm.training.scenes import emoji_sprites

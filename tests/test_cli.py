@@ -662,14 +662,11 @@ def test_what_cannot_be_a_source_is_said(txt2img, here):
     os.mkfifo("pipe.png")
     (here / "folder.png").mkdir()
     (here / "empty.png").touch()
+    formats = "it must be one of PNG, JPEG, WEBP, BMP, TIFF, GIF"
     for name, reason in (
         ("pipe.png", "it is not a regular file"),
         ("folder.png", "it is a folder"),
-        (
-            "empty.png",
-            "it must be one of PNG, JPEG, WEBP, BMP, TIFF, GIF; the file has another format, "
-            "is a rare variant, or is damaged",
-        ),
+        ("empty.png", f"{formats}; the file has another format, is a rare variant, or is damaged"),
         ("x" * 300, "File name too long"),
         ("", "it is a folder"),
     ):

@@ -1,28 +1,17 @@
-"""Tensors to pictures, and PNG files that are written whole and remember how they were made."""
-
-import os
-import warnings
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+"""Tensors to 8-bit pictures and back, and the sizes and shapes of pictures."""
 
 import numpy as np
 import pytest
 import torch
 from diffusers.image_processor import VaeImageProcessor
-from PIL import EpsImagePlugin, Image, PngImagePlugin
+from PIL import Image
 
-from ldm.images import (
-    A1111_SAMPLERS,
-    FORMATS,
-    MAX_PIXELS,
-    a1111_parameters,
-    grid,
-    open_picture,
-    read_texts,
-    save_png,
-    to_pil,
-)
-from ldm.training.data import Folder
+from ldm.geometry import fit, grid, target_size
+from ldm.images import to_pil, to_tensor
+
+
+def noise(width, height):
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 def test_pictures_equal_those_of_diffusers_to_the_last_level():
@@ -47,138 +36,122 @@ def test_a_grid_is_nearly_square_and_filled_row_by_row(count, size):
     assert not any(levels[count:])
 
 
-def test_a_saved_picture_comes_back_with_its_texts(tmp_path):
-    picture = Image.effect_noise((8, 8), 50).convert("RGB")
-    texts = {"parameters": "a frog 🐸\nSteps: 1", "ldm": '{"a": 1}'}
-    save_png(picture, tmp_path / "a.png", texts)
-    assert read_texts(tmp_path / "a.png") == texts
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), np.asarray(picture))
-    assert os.listdir(tmp_path) == ["a.png"]
+def test_every_level_becomes_a_tensor_and_the_same_level_again():
+    picture = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2))
+    tensor = to_tensor(picture)
+    assert (tensor.min(), tensor.max(), tensor.dtype) == (-1, 1, torch.float32)
+    assert np.array_equal(to_pil(tensor)[0], picture)
 
 
-def test_an_existing_file_is_only_replaced_when_that_is_asked_for(tmp_path):
-    path = tmp_path / "a.png"
-    path.write_bytes(b"precious")
-    with pytest.raises(FileExistsError, match="nothing was overwritten"):
-        save_png(Image.new("RGB", (1, 1)), path)
-    assert path.read_bytes() == b"precious"
-    save_png(Image.new("RGB", (1, 1)), path, overwrite=True)
-    assert read_texts(path) == {}
-    assert os.listdir(tmp_path) == ["a.png"]
+def test_a_tensor_of_a_picture_equals_that_of_diffusers_bit_for_bit():
+    picture = noise(24, 16)
+    tensor = to_tensor(picture)
+    assert tensor.shape == (1, 3, 16, 24)
+    assert tensor.is_contiguous()
+    assert torch.equal(tensor, VaeImageProcessor().preprocess(picture))
+    assert np.array_equal(to_pil(tensor)[0], picture)
 
 
-def test_a_picture_that_fails_while_it_is_written_leaves_nothing_behind(tmp_path, monkeypatch):
-    def fail(self, file, **_):
-        file.write(b"half")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(Image.Image, "save", fail)
-    with pytest.raises(OSError, match="disk full"):
-        save_png(Image.new("RGB", (1, 1)), tmp_path / "a.png")
-    assert os.listdir(tmp_path) == []
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
+def test_a_picture_that_is_not_rgb_does_not_become_a_tensor(mode):
+    with pytest.raises(ValueError, match=f"must have the mode RGB, got {mode}: convert it with ldm.pictures.to_rgb"):
+        to_tensor(Image.new(mode, (8, 8)))
 
 
-def test_of_those_who_save_at_one_path_at_one_time_one_succeeds(tmp_path):
-    path = tmp_path / "a.png"
-
-    def save(level):
-        try:
-            save_png(Image.new("L", (99, 99), level), path)
-        except FileExistsError:
-            return None
-        return level
-
-    with ThreadPoolExecutor(8) as pool:
-        (winner,) = (level for level in pool.map(save, range(16)) if level is not None)
-    assert np.asarray(Image.open(path)).max() == winner
-    assert os.listdir(tmp_path) == ["a.png"]
+@pytest.mark.parametrize("size", [(64, 64), (16, 40), (40, 16), (8, 8), (128, 96)])
+def test_stretch_equals_the_resizing_of_diffusers_bit_for_bit(size):
+    picture = noise(61, 37)
+    width, height = size
+    reference = VaeImageProcessor(resample="lanczos").preprocess(picture, height, width)
+    assert torch.equal(to_tensor(fit(picture, width, height, resize="stretch")), reference)
 
 
-def test_a_failure_to_write_names_the_picture_and_not_the_temporary_file(tmp_path, monkeypatch):
-    def fail(source, target):
-        raise PermissionError(13, "Permission denied", source)
-
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(PermissionError) as caught:
-        save_png(Image.new("RGB", (1, 1)), tmp_path / "a.png", overwrite=True)
-    assert caught.value.filename == str(tmp_path / "a.png")
-    assert os.listdir(tmp_path) == []
-
-
-@pytest.mark.parametrize("kind", [*FORMATS, "MPO"])
-def test_the_usual_formats_are_read_whatever_the_name_is(tmp_path, kind):
-    Image.new("RGB", (8, 6), "red").save(tmp_path / "a.xyz", format=kind)
-    with open_picture(tmp_path / "a.xyz") as picture:
-        assert picture.convert("RGB").size == (8, 6)
-    assert read_texts(tmp_path / "a.xyz").get("ldm") is None
+@pytest.mark.parametrize(
+    ("size", "scaled", "middle"),
+    [((60, 30), (64, 32), (16, 0, 48, 32)), ((30, 90), (32, 96), (0, 32, 32, 64)), ((8, 4), (64, 32), (16, 0, 48, 32))],
+)
+def test_crop_scales_until_both_sides_cover_and_keeps_the_middle(size, scaled, middle):
+    picture = noise(*size).point(lambda level: 100 + level // 5)  # no level is clamped between the two passes
+    expected = picture.resize(scaled, Image.Resampling.LANCZOS).crop(middle)
+    ours = fit(picture, 32, 32)
+    assert ours.size == (32, 32)
+    assert np.abs(np.asarray(ours, int) - np.asarray(expected, int)).max() <= 2  # levels are rounded after each pass
 
 
-@pytest.mark.parametrize("kind", ["PPM", "ICO", "TGA", "PCX"])
-def test_other_formats_are_refused_whatever_the_name_is(tmp_path, kind):
-    Image.new("RGB", (16, 16)).save(tmp_path / "a.png", format=kind)
-    with pytest.raises(ValueError, match=r"cannot be read: it is none of PNG, JPEG, .* or damaged"):
-        read_texts(tmp_path / "a.png")
+def test_crop_cuts_as_much_from_one_side_as_from_the_other():
+    picture = Image.new("RGB", (90, 30), "green")
+    picture.paste("red", (0, 0, 30, 30))
+    picture.paste("blue", (60, 0, 90, 30))
+    levels = np.asarray(fit(picture, 16, 16))
+    assert (levels[:, 4:-4] == [0, 128, 0]).all()
+    assert np.array_equal(levels, levels[:, ::-1, ::-1])
 
 
-@pytest.mark.skipif(os.name == "nt", reason="the stand-in is a shell script")
-def test_a_picture_starts_no_other_program(tmp_path, monkeypatch):
-    started = tmp_path / "started"
-    gs = tmp_path / "bin" / "gs"
-    gs.parent.mkdir()
-    gs.write_text(f"#!/bin/sh\necho >> {started}\n")
-    gs.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{gs.parent}:{os.environ['PATH']}")
-    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # what it found before
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png", format="EPS")
-    (tmp_path / "a.txt").write_text("a frog")
-    for read in (read_texts, lambda path: Folder(path.parent)):
-        with pytest.raises(ValueError, match=r"a\.png cannot be read: it is none of PNG"):
-            read(tmp_path / "a.png")
-    assert not started.exists()
-    with suppress(OSError), Image.open(tmp_path / "a.png") as picture:  # it paints nothing
-        picture.load()
-    assert started.exists()
+@pytest.mark.parametrize("resize", ["crop", "stretch"])
+def test_a_picture_that_has_the_size_is_unchanged(resize):
+    assert np.array_equal(fit(noise(24, 16), 24, 16, resize=resize), noise(24, 16))
 
 
-def test_a_picture_of_too_many_pixels_is_refused_before_they_are_decoded(tmp_path):
-    Image.new("1", (2**14, 2**13)).save(tmp_path / "a.png")
-    with warnings.catch_warnings(), open_picture(tmp_path / "a.png") as picture:
-        warnings.simplefilter("error")
-        assert picture.width * picture.height == MAX_PIXELS
-    Image.new("1", (2**14, 2**13 + 1)).save(tmp_path / "a.png")
-    with pytest.raises(ValueError, match="it has 16384 x 8193 pixels, of at most 134,217,728"):
-        read_texts(tmp_path / "a.png")
+@pytest.mark.parametrize("resize", ["crop", "stretch"])
+@pytest.mark.parametrize("size", [(1, 1), (1, 20000), (20000, 1), (3, 997)])
+def test_pictures_of_every_shape_are_resized(size, resize):
+    assert fit(Image.new("RGB", size, "red"), 24, 16, resize=resize).getcolors() == [(24 * 16, (255, 0, 0))]
 
 
-def test_a_jpegs_parameters_are_read_from_where_a1111_writes_them(tmp_path):
-    exif = Image.Exif()
-    exif.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + "a frog 🐸".encode("utf-16-be")
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg", exif=exif)
-    assert read_texts(tmp_path / "a.jpg")["parameters"] == "a frog 🐸"
+def test_an_unknown_way_to_resize_is_refused():
+    with pytest.raises(ValueError, match='resize must be "crop" or "stretch", got \'fill\''):
+        fit(noise(8, 8), 8, 8, resize="fill")
 
 
-@pytest.mark.parametrize("content", [b"", b"no picture", b"\x89PNG\r\n\x1a\n" + bytes(30)])
-def test_reading_the_texts_of_no_picture_is_an_error(tmp_path, content):
-    (tmp_path / "a.png").write_bytes(content)
-    with pytest.raises(ValueError, match="cannot be read"):
-        read_texts(tmp_path / "a.png")
+@pytest.mark.parametrize("size", [(0, 8), (8, 0), (0, 0)])
+def test_a_picture_without_pixels_is_refused(size):
+    with pytest.raises(ValueError, match=f"has no pixels: its size is {size[0]} x {size[1]}"):
+        target_size(*size, 64, 8)
+    for resize in ("crop", "stretch"):
+        with pytest.raises(ValueError, match=f"has no pixels: its size is {size[0]} x {size[1]}"):
+            fit(Image.new("RGB", size), 8, 8, resize=resize)
 
 
-def test_texts_beyond_pillows_limit_are_an_error_and_not_read(tmp_path):
-    chunks = PngImagePlugin.PngInfo()
-    chunks.add_text("ldm", "x" * (PngImagePlugin.MAX_TEXT_CHUNK + 1), zip=True)
-    Image.new("RGB", (1, 1)).save(tmp_path / "a.png", pnginfo=chunks)
-    with pytest.raises(ValueError, match="cannot be read"):
-        read_texts(tmp_path / "a.png")
+@pytest.mark.parametrize(
+    ("picture", "expected"),
+    [
+        ((512, 512), (512, 512)),
+        ((10, 10), (512, 512)),
+        ((1024, 512), (728, 360)),  # 724.1 x 362.0
+        ((3000, 4000), (440, 592)),  # 443.4 x 591.2
+        ((1920, 1080), (680, 384)),  # 682.7 x 384
+    ],
+)
+def test_a_picture_gives_its_aspect_ratio_to_the_area_of_the_square(picture, expected):
+    assert target_size(*picture, 512, 8) == expected
+    assert target_size(*picture[::-1], 512, 8) == expected[::-1]
 
 
-def test_parameters_read_as_a1111_writes_them():
-    text = a1111_parameters("a frog,\non grass", "blurry", {"Steps": 20, "Model": "a, b: c"})
-    assert text == 'a frog,\non grass\nNegative prompt: blurry\nSteps: 20, Model: "a, b: c"'
-    assert a1111_parameters("a\x00 frog\x1b 👩‍🌾", "", {"Steps": 1}) == "a frog 👩‍🌾\nSteps: 1"
+@pytest.mark.parametrize(("area_side", "factor"), [(512, 8), (512, 64), (64, 4), (1024, 8)])
+@pytest.mark.parametrize("ratio", [1, 1.5, 7, 33, 64, 65, 127, 1000, 10**6])
+def test_the_area_stays_near_that_of_the_square_however_long_the_picture_is(ratio, area_side, factor):
+    width, height = target_size(round(ratio * 100), 100, area_side, factor)
+    assert width % factor == height % factor == 0
+    assert min(width, height) >= factor
+    assert 0.6 < width * height / area_side**2 < 1.4  # a short side of 1.5 factors is rounded by a third
+    if height > 4 * factor:
+        assert width / height == pytest.approx(ratio, rel=0.2)
 
 
-def test_every_sampler_has_a_name_in_parameters():
-    from ldm.diffusion.samplers import SAMPLERS
+def test_a_network_whose_square_is_smaller_than_the_factor_gets_one_factor():
+    assert target_size(100, 100, 4, 8) == (8, 8)
 
-    assert set(A1111_SAMPLERS) == set(SAMPLERS)
+
+@pytest.mark.parametrize(
+    ("picture", "given", "expected"),
+    [
+        ((1920, 1080), {"width": 640}, (640, 360)),
+        ((1920, 1080), {"height": 640}, (1136, 640)),  # 1137.8
+        ((1080, 1920), {"width": 640}, (640, 1136)),
+        ((1000, 1), {"width": 640}, (640, 8)),
+        ((10**6, 1), {"height": 64}, (512 * 512 // 8, 64)),
+        ((1920, 1080), {"width": 640, "height": 72}, (640, 72)),
+    ],
+)
+def test_a_given_side_is_kept_and_the_other_follows_from_the_aspect_ratio(picture, given, expected):
+    assert target_size(*picture, 512, 8, **given) == expected

@@ -17,6 +17,7 @@ PACKAGES = {  # what each part of ldm may import of ldm, beside itself
     "atomic": set(),
     "config": set(),
     "diffusion": {"conditioning"},
+    "geometry": set(),
     "images": set(),
     "strict": set(),
     "presets": {"config"},
@@ -25,7 +26,7 @@ PACKAGES = {  # what each part of ldm may import of ldm, beside itself
     "checkpoint": {"atomic", "config", "models", "presets", "strict"},
     "placement": {"conditioning", "config", "models"},
     "diagnosis": {"models", "placement"},
-    "request": {"config", "diffusion", "images", "pictures"},
+    "request": {"config", "diffusion", "geometry", "pictures"},
     "pipeline": {
         *("checkpoint", "conditioning", "config", "diagnosis", "diffusion", "images", "models", "placement"),
         "request",
@@ -35,10 +36,10 @@ PACKAGES = {  # what each part of ldm may import of ldm, beside itself
     "outputs": {"pictures"},
     "pictures": {"atomic"},
     "record": {"", "config", "diffusion", "loading", "pictures", "placement", "request", "strict"},
-    "jobs": {"diffusion", "images", "loading", "outputs", "pipeline", "placement", "record", "refiner", "request"},
+    "jobs": {"diffusion", "geometry", "loading", "outputs", "pipeline", "placement", "record", "refiner", "request"},
     "training": {
-        *("atomic", "checkpoint", "conditioning", "config", "diffusion", "images", "models", "pictures", "presets"),
-        "strict",
+        *("atomic", "checkpoint", "conditioning", "config", "diffusion", "geometry", "images", "models", "pictures"),
+        *("presets", "strict"),
     },
     "cli": {
         *("", "checkpoint", "config", "diffusion", "images", "jobs", "loading", "outputs", "pictures", "placement"),

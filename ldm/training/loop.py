@@ -25,7 +25,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ldm.atomic import beside
-from ldm.images import grid, to_pil
+from ldm.geometry import grid
+from ldm.images import to_pil
 from ldm.pictures import save_png
 
 Batch = tuple[Tensor, list[str]]  # images: b 3 h w in [-1, 1], and their captions

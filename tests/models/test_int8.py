@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from ldm.models.int8 import can_quantize, is_plain, quantize
 from torch import nn
 
 import ldm
 from ldm.checkpoint import files
-from ldm.models.int8 import can_quantize, is_plain, quantize
 from ldm.placement.memory import Placement
 from tests.tiny import TINY_RANDOM, random_networks
 
