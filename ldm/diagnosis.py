@@ -14,7 +14,7 @@ def not_finite(part: str, network: nn.Module, file: Path | None, *, causes: str,
     """Return the error to raise. It names a damaged weight, or else the range of float16, or else the usual causes.
 
     part: "unet", "vae" or "text_encoder". file: the file of its weights, if known.
-    where: the place of the first wrong number, such as " at step 3". causes: the usual causes if all weights are finite.
+    where: the place of the first wrong number, such as " at step 3". causes: the usual ones if all weights are finite.
     """
     name, dtype, peak = NAMES[part], next(network.parameters()).dtype, 0.0
     for key, weight in _weights(network):

@@ -10,10 +10,9 @@ from ldm.models.text import TextEncoder
 from ldm.models.tokens import Tokenizer
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
-from ldm.placement.memory import DECODE, slab_budget
 from ldm.placement.offload import Streamed
-from ldm.placement.slabs import encode_slabs
-from ldm.placement.tiles import encode_tiles
+from ldm.placement.slabs import decode_slabs, encode_slabs
+from ldm.placement.tiles import decode_tiles, encode_tiles
 from tests.benchmarks.cases import CASES
 from tests.live_bytes import LiveBytes
 
@@ -51,10 +50,10 @@ def calls(case):
         "step sequential": (unet, lambda: unet(latents[:1], empty(1), context[:1], vector[:1])),
         "step streamed": (unet, streamed),
         "decode": (vae.decoder, lambda: vae.decode(latents[:1])),
-        "decode slabs": (vae.decoder, lambda: DECODE["slabs"](vae, latents[:1])),
-        "decode tiles": (vae.decoder, lambda: DECODE["tiles"](vae, latents[:1])),
+        "decode slabs": (vae.decoder, lambda: decode_slabs(vae, latents[:1])),
+        "decode tiles": (vae.decoder, lambda: decode_tiles(vae, latents[:1])),
         "encode": (vae.encoder, lambda: vae.encode(image)),
-        "encode slabs": (vae.encoder, lambda: encode_slabs(vae, image, budget=slab_budget(vae, latents))),
+        "encode slabs": (vae.encoder, lambda: encode_slabs(vae, image)),
         "encode tiles": (vae.encoder, lambda: encode_tiles(vae, image)),
     }
 

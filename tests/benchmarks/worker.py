@@ -34,7 +34,6 @@ def ours():
     """Use this package as the `ldm` command or a program does, but with the VAE in the dtype of the other networks."""
     import ldm
     from ldm.placement.allocator import keep_freed_memory
-    from ldm.placement.memory import DECODE
 
     if TASK["command"]:
         keep_freed_memory()
@@ -58,7 +57,7 @@ def ours():
     return open, {
         "text": lambda pipe: pipe.text_encoder.encode([*PROMPTS.values()]).context,
         "step": steps,
-        "decode": lambda pipe: DECODE[pipe.placement.vae_memory](pipe.vae, LATENTS),
+        "decode": lambda pipe: pipe.placement.decoder()(pipe.vae, LATENTS),
         "encode": lambda pipe: pipe.vae.encode(IMAGE).mean,
         "txt2img": lambda pipe: np.asarray(pipe.generate(request)[0]),
     }

@@ -1,9 +1,8 @@
-"""What shortcuts gain and cost on the bundled model: `python scripts/shortcuts.py` renews docs/shortcuts.md and .png.
+"""Measure the shortcuts on the bundled model: `python -m tests.benchmarks.shortcuts` renews docs/shortcuts.md and .png.
 
-Every picture is made with all shortcuts in turn, so that whatever else the machine does meets each of them.
+Each picture is made with all shortcuts in turn, so that other work on the machine slows all of them alike.
 """
 
-import copy
 import re
 from contextlib import contextmanager
 from datetime import date
@@ -13,57 +12,50 @@ from time import perf_counter
 
 import numpy as np
 import torch
-from ldm.models.int8 import quantize
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import ldm
-from ldm.models.shortcuts import DeepCache, merged_tokens
 from ldm.pictures import save_png
 from ldm.training.checker import Checker
 from ldm.training.evaluate import MEASURES, fixed_scenes, judge
 from ldm.training.scenes import emoji_sprites
+from scripts.recipes.deepcache import DeepCache
 
-SHORTCUTS = {  # fields of the Request; how the UNet is changed, see `shortened`
-    "none": ({}, {}),
-    "15 steps": ({"steps": 15}, {}),
-    "10 steps": ({"steps": 10}, {}),
-    "5 steps": ({"steps": 5}, {}),
-    "lcm, 8 steps": ({"steps": 8, "sampler": "lcm"}, {}),
-    "lcm, 4 steps": ({"steps": 4, "sampler": "lcm"}, {}),
-    "guidance in (0.5, 20]": ({"guidance_interval": (0.5, 20)}, {}),
-    "guidance in (2, 20]": ({"guidance_interval": (2, 20)}, {}),
-    "guidance in (0.5, 5]": ({"guidance_interval": (0.5, 5)}, {}),
-    "DeepCache, every 2, depth 1": ({}, {"cache": {"every": 2, "depth": 1}}),
-    "DeepCache, every 3, depth 1": ({}, {"cache": {"every": 3, "depth": 1}}),
-    "DeepCache, every 3, depth 3": ({}, {"cache": {"every": 3, "depth": 3}}),
-    "DeepCache, every 5, depth 1": ({}, {"cache": {"every": 5, "depth": 1}}),
-    "half of the tokens merged": ({}, {"merged": 0.5}),
-    "10 steps, guidance in (0.5, 20]": ({"steps": 10, "guidance_interval": (0.5, 20)}, {}),
-    "weights in int8": ({}, {"int8": True}),
+SHORTCUTS = {  # fields of the Request; arguments of DeepCache, or None
+    "none": ({}, None),
+    "15 steps": ({"steps": 15}, None),
+    "10 steps": ({"steps": 10}, None),
+    "5 steps": ({"steps": 5}, None),
+    "lcm, 8 steps": ({"steps": 8, "sampler": "lcm"}, None),
+    "lcm, 4 steps": ({"steps": 4, "sampler": "lcm"}, None),
+    "guidance in (0.5, 20]": ({"guidance_interval": (0.5, 20)}, None),
+    "guidance in (2, 20]": ({"guidance_interval": (2, 20)}, None),
+    "guidance in (0.5, 5]": ({"guidance_interval": (0.5, 5)}, None),
+    "DeepCache, every 2, depth 1": ({}, {"every": 2, "depth": 1}),
+    "DeepCache, every 3, depth 1": ({}, {"every": 3, "depth": 1}),
+    "DeepCache, every 3, depth 3": ({}, {"every": 3, "depth": 3}),
+    "DeepCache, every 5, depth 1": ({}, {"every": 5, "depth": 1}),
+    "10 steps, guidance in (0.5, 20]": ({"steps": 10, "guidance_interval": (0.5, 20)}, None),
 }
-DOCS = Path(__file__).resolve().parents[1] / "docs"
-NTH = 4  # of `ldm evaluate`'s prompts every fourth
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+NTH = 4  # take every fourth prompt of `ldm evaluate`
 
 
 @contextmanager
-def shortened(pipe, cache=None, merged=0, int8=False):
-    """Within `with`, the pipeline's UNet is in a `DeepCache`, merges tokens, or has its weights in eight bits."""
+def cached(pipe, cache):
+    """Inside `with`, the pipeline's UNet is in a `DeepCache` with these arguments, unless they are None."""
     unet = pipe.unet
-    if int8:
-        pipe.unet = copy.deepcopy(unet)
-        quantize(pipe.unet)
-    elif cache:
+    if cache is not None:
         pipe.unet = DeepCache(unet, **cache)
-    with merged_tokens(unet, merged):
-        yield
+    yield
     pipe.unet = unet
 
 
-def count(pipe, fields, short):
-    """Floating-point operations of a picture's UNet calls; attention is counted by its formula."""
-    with shortened(pipe, **short):
+def count(pipe, fields, cache):
+    """Count the floating-point operations of the UNet for one picture; attention is counted by its formula."""
+    with cached(pipe, cache):
         steps = pipe.stream(ldm.Request("a frog", **fields))
         with FlopCounterMode(display=False) as counter:
             list(steps)
@@ -77,12 +69,12 @@ def main():
     made, seconds, right, likeness = ({name: [] for name in SHORTCUTS} for _ in range(4))
     checker = Checker(sprites)
     for seed, (kind, scene) in enumerate(tqdm(asked, unit="prompt", disable=None)):
-        for name, (fields, short) in SHORTCUTS.items():
-            with shortened(pipe, **short):
+        for name, (fields, cache) in SHORTCUTS.items():
+            with cached(pipe, cache):
                 start = perf_counter()
                 *_, last = pipe.stream(ldm.Request(scene.caption, seed=seed, **fields))
                 seconds[name].append(perf_counter() - start)
-            made[name] += pipe.decode(last.x)
+            made[name] += pipe.decode(last.latents)
             seen = checker.look(made[name][-1], len(scene.objects))
             likeness[name] += [found.likeness for found in seen.objects]
             right[name] += [judge(scene, seen)[measure] for measure in MEASURES[kind]]
