@@ -230,8 +230,11 @@ class NoiseSchedule:
             t = torch.linspace(total - 1, 0, n, dtype=torch.float64)
         if start is None:
             return self.sigma(t)
-        levels = self.sigma(t * (self.timestep(start) / t[0]))
-        levels[0] = start  # `sigma` and `timestep` interpolate in different ways
+        # The inverse of `sigma`. `timestep` interpolates in another way, and its level could lie above `start`.
+        above = int(torch.searchsorted(self.sigmas, start).clamp(min=1))
+        low, high = self.sigmas[above - 1 : above + 1].tolist()
+        levels = self.sigma(t / t[0] * (above - (high - start) / (high - low)))
+        levels[0] = start  # without rounding
         return levels
 
     def _signal_and_std(self, t: Tensor, *, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,8 @@ from diffusers import LCMScheduler
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from torch import nn
 
-from ldm.diffusion.denoiser import consistency, guided, parametrize, to_x0, within
+from ldm.conditioning import Condition
+from ldm.diffusion.denoiser import classifier_free, consistency, guided, parametrize, to_x0, within
 from ldm.diffusion.schedule import NoiseSchedule, to_ve, to_vp
 
 SCHEDULE = NoiseSchedule()
@@ -19,19 +20,35 @@ def draw(*shape, seed=0, dtype=torch.float32):
 
 
 class Convolution(nn.Module):
-    """A network with a context and a vector, whose calls can be looked at afterwards."""
+    """A network with a context and a vector, which lists its bound conditions and its calls."""
 
     def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(draw(4, 4, 3, 3) / 6)
-        self.calls = []
+        self.bound, self.calls = [], []
 
-    def forward(self, z, timesteps, context, vector=None):
-        self.calls.append((z, timesteps, context, vector))
-        shift = context.mean((1, 2)) if vector is None else context.mean((1, 2)) + vector.mean(1)
-        shift = shift + timesteps / 1000
-        weight = self.weight.to(z.dtype)
-        return nn.functional.conv2d(z, weight, padding=1) + shift[:, None, None, None].to(z.dtype)
+    def bind(self, condition):
+        self.bound.append(condition)
+        shift = condition.context.mean((1, 2))
+        if condition.vector is not None:
+            shift = shift + condition.vector.mean(1)
+
+        def network(z, timesteps):
+            self.calls.append((z, timesteps, condition))
+            moved = (shift + timesteps / 1000)[:, None, None, None]
+            return nn.functional.conv2d(z, self.weight.to(z.dtype), padding=1) + moved.to(z.dtype)
+
+        return network
+
+
+def conditions(n=2, images=2):
+    """Conditions of different texts: context b 5 3, vector b 6."""
+    return [Condition(draw(images, 5, 3, seed=i + 1), draw(images, 6, seed=i + 9)) for i in range(n)]
+
+
+def separately(network, given, z, timesteps):
+    """The prediction of each condition in a call of its own."""
+    return [network.bind(condition)(z, timesteps) for condition in given]
 
 
 @pytest.mark.parametrize("kind", ["eps", "v", "x0"])
@@ -74,25 +91,50 @@ def test_the_network_sees_unit_variance_and_the_right_timestep():
 
 def test_a_bf16_network_is_cast_to_once_and_back_once():
     network = Convolution()
-    predict = guided(network, (draw(2, 5, 3),), None, 1.0)
-    denoise = parametrize(predict, SCHEDULE, "v", dtype=torch.bfloat16)
+    denoise = parametrize(network.bind(*conditions(1)), SCHEDULE, "v", dtype=torch.bfloat16)
     x0 = denoise(draw(2, 4, 8, 8), SCHEDULE.sigmas[999])
-    z, timesteps, _, _ = network.calls[0]
+    z, timesteps, _ = network.calls[0]
     assert x0.dtype == torch.float32
     assert z.dtype == torch.bfloat16
     assert timesteps.dtype == torch.float32
     assert timesteps.tolist() == [999, 999]  # bf16 would round it to 1000
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["eps", "v", "x0"])
+def test_one_sigma_per_image_equals_each_image_alone(kind, dtype):
+    x, prediction = draw(2, 4, 4, 8, 8, dtype=dtype).unbind(0)
+    sigmas = SCHEDULE.sigmas[[0, 123, 700, 999]]
+
+    def network(z, timesteps):
+        return torch.tanh(z) * (timesteps / 1000 - 0.3).reshape(-1, 1, 1, 1)
+
+    denoise = parametrize(network, SCHEDULE, kind)
+    for function in (
+        lambda rows, sigma: to_x0(prediction[rows], x[rows], sigma, kind),
+        lambda rows, sigma: denoise(x[rows], sigma),
+        lambda rows, sigma: consistency(denoise, SCHEDULE)(x[rows], sigma),
+        lambda rows, sigma: to_vp(x[rows], sigma),
+        lambda rows, sigma: to_ve(x[rows], sigma),
+    ):
+        together = function(slice(None), sigmas)
+        assert together.dtype == dtype
+        for i, sigma in enumerate(sigmas):
+            alone = function(slice(i, i + 1), sigma)
+            # One rounding: the factors of one level are combined as Python floats, those of several in the dtype of x.
+            tolerance = torch.finfo(dtype).eps * (1 + float(sigma)) * x.abs().max()
+            assert (together[i : i + 1] - alone).abs().max() <= tolerance
+
+
 @pytest.mark.parametrize("rescale", [0.0, 0.7, 1.0])
 @pytest.mark.parametrize("batched", [True, False])
 def test_guidance_equals_diffusers(rescale, batched):
     network, z, timesteps = Convolution(), draw(2, 4, 8, 8), torch.tensor([3.0, 900.0])
-    cond, uncond = (draw(2, 5, 3, seed=1), draw(2, 6)), (draw(2, 5, 3, seed=2), draw(2, 6, seed=3))
-    ours = guided(network, cond, uncond, 7.5, rescale=rescale, batched=batched)(z, timesteps)
+    given = conditions()
+    ours = guided(network.bind, given, classifier_free(7.5, rescale), batched=batched)(z, timesteps)
     calls = len(network.calls)
 
-    with_text, without = network(z, timesteps, *cond), network(z, timesteps, *uncond)
+    with_text, without = separately(network, given, z, timesteps)
     theirs = without + 7.5 * (with_text - without)
     if rescale:
         theirs = rescale_noise_cfg(theirs, with_text, guidance_rescale=rescale)
@@ -104,58 +146,80 @@ def test_guidance_equals_diffusers(rescale, batched):
 
 def test_one_batched_call_holds_uncond_first():
     network, z, timesteps = Convolution(), draw(2, 4, 8, 8), torch.tensor([3.0, 900.0])
-    cond, uncond = (draw(2, 5, 3, seed=1), None), (draw(2, 5, 3, seed=2), None)
-    guided(network, cond, uncond, 2.0)(z, timesteps)
-    seen_z, seen_t, context, vector = network.calls[0]
+    cond, uncond = Condition(draw(2, 5, 3, seed=1)), Condition(draw(2, 5, 3, seed=2))
+    guided(network.bind, [cond, uncond], classifier_free(2.0))(z, timesteps)
+    seen_z, seen_t, condition = network.calls[0]
     assert torch.equal(seen_z, torch.cat([z, z]))
     assert seen_t.tolist() == [3, 900, 3, 900]
-    assert torch.equal(context, torch.cat([uncond[0], cond[0]]))
-    assert vector is None
+    assert torch.equal(condition.context, torch.cat([uncond.context, cond.context]))
+    assert condition.vector is condition.guidance is None
 
 
-@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0])
-def test_without_guidance_there_is_one_call_with_the_condition_alone(scale):
+@pytest.mark.parametrize("batched", [True, False])
+def test_three_conditions_follow_the_rule_of_instruct_pix2pix(batched):
     network, z, timesteps = Convolution(), draw(2, 4, 8, 8), torch.tensor([3.0, 900.0])
-    cond = (draw(2, 5, 3),)
-    prediction = guided(network, cond, None, scale)(z, timesteps)
-    assert torch.equal(prediction, network(z, timesteps, *cond))
-    assert len(network.calls) == 2  # one of them is this test's own
+    given = conditions(3)
+
+    def rule(predictions):  # Brooks et al. 2023, eq. 3
+        full, image, uncond = predictions
+        return uncond + 1.5 * (image - uncond) + 7.5 * (full - image)
+
+    ours = guided(network.bind, given, rule, batched=batched)(z, timesteps)
+    assert len(network.calls) == (1 if batched else 3)
+    full, image, uncond = separately(network, given, z, timesteps)
+    expected = uncond + 1.5 * (image - uncond) + 7.5 * (full - image)
+    # fp32; a convolution may sum a batch of six in another order
+    assert (ours - expected).abs().max() < 2e-6 * expected.abs().max()
+    for swapped in (given[::-1], [given[1], given[0], given[2]]):  # so that a wrong order would be seen
+        other = guided(network.bind, swapped, rule, batched=batched)(z, timesteps)
+        assert (other - expected).abs().max() > 0.1
 
 
-def test_contexts_of_unlike_length_work_in_two_calls():
+@pytest.mark.parametrize("batched", [True, False])
+def test_one_condition_is_one_call_without_the_rule(batched):
+    def rule(predictions):
+        raise AssertionError("called")
+
     network, z, timesteps = Convolution(), draw(2, 4, 8, 8), torch.tensor([3.0, 900.0])
-    cond, uncond = (draw(2, 10, 3, seed=1),), (draw(2, 5, 3, seed=2),)
-    assert guided(network, cond, uncond, 2.0, batched=False)(z, timesteps).shape == z.shape
-    with pytest.raises(ValueError, match=r"\(2, 10, 3\) and \(2, 5, 3\).*batched=False"):
-        guided(network, cond, uncond, 2.0)
+    (only,) = conditions(1)
+    prediction = guided(network.bind, [only], rule, batched=batched)(z, timesteps)
+    assert len(network.calls) == 1
+    assert torch.equal(prediction, network.bind(only)(z, timesteps))
 
 
-@pytest.mark.parametrize(("scale", "batched", "calls"), [(1.0, True, 1), (2.0, True, 1), (2.0, False, 2)])
-def test_what_is_made_of_a_condition_once_is_given_to_every_call(scale, batched, calls):
+def test_guidance_of_no_condition_is_refused():
+    with pytest.raises(ValueError, match="one condition or more, got none"):
+        guided(Convolution().bind, [], classifier_free(2.0))
+
+
+def test_contexts_of_different_lengths_work_in_two_calls():
     network, z, timesteps = Convolution(), draw(2, 4, 8, 8), torch.tensor([3.0, 900.0])
-    cond, uncond = (draw(2, 5, 3, seed=1), draw(2, 6)), (draw(2, 5, 3, seed=2), draw(2, 6, seed=3))
-    plain = guided(network, cond, uncond, scale, batched=batched)(z, timesteps)
-    made = []
-
-    def prepare(context, vector):
-        made.append((2 * context, vector))
-        return made[-1]
-
-    def halved(z, timesteps, context, vector):
-        assert any(context is known for known, _ in made)
-        return network(z, timesteps, context / 2, vector)
-
-    predict = guided(halved, cond, uncond, scale, batched=batched, prepare=prepare)
-    for _ in range(3):
-        assert torch.equal(predict(z, timesteps), plain)
-    assert len(made) == calls
+    cond, uncond = Condition(draw(2, 10, 3, seed=1)), Condition(draw(2, 5, 3, seed=2))
+    rule = classifier_free(2.0)
+    assert guided(network.bind, [cond, uncond], rule, batched=False)(z, timesteps).shape == z.shape
+    with pytest.raises(ValueError, match=r"a context of one shape, got \[\(5, 3\), \(10, 3\)\]; use batched=False"):
+        guided(network.bind, [cond, uncond], rule)
+    pooled = Condition(uncond.context, draw(2, 6))
+    with pytest.raises(ValueError, match=r"a vector of one shape, got \[\(6,\), None\]; use batched=False"):
+        guided(network.bind, [uncond, pooled], rule)
 
 
-def test_guidance_of_a_half_precision_network_is_summed_in_fp32():
+@pytest.mark.parametrize(("n", "batched", "bound"), [(1, True, 1), (2, True, 1), (2, False, 2)])
+def test_each_condition_is_bound_once_for_all_calls(n, batched, bound):
+    network, z, timesteps = Convolution(), draw(2, 4, 8, 8), torch.tensor([3.0, 900.0])
+    predict = guided(network.bind, conditions(n), classifier_free(2.0), batched=batched)
+    first, *others = [predict(z, timesteps) for _ in range(3)]
+    assert all(torch.equal(first, other) for other in others)
+    assert len(network.bound) == bound
+    assert len(network.calls) == 3 * bound
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_guidance_of_a_half_precision_network_is_summed_in_fp32(batched):
     network, z, timesteps = Convolution(), draw(1, 4, 8, 8), torch.tensor([500.0])
-    cond, uncond = (draw(1, 5, 3, seed=1),), (draw(1, 5, 3, seed=2),)
-    half = guided(network, cond, uncond, 12.0)(z.bfloat16(), timesteps)
-    with_text, without = (network(z.bfloat16(), timesteps, *c).float() for c in (cond, uncond))
+    given = conditions(images=1)
+    half = guided(network.bind, given, classifier_free(12.0), batched=batched)(z.bfloat16(), timesteps)
+    with_text, without = (p.float() for p in separately(network, given, z.bfloat16(), timesteps))
     assert half.dtype == torch.float32
     assert torch.allclose(half, without + 12 * (with_text - without), atol=1e-5)
 
@@ -198,15 +262,13 @@ def test_a_prediction_that_cannot_be_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("uncond", "scale", "rescale", "message"),
+    ("scale", "rescale", "message"),
     [
-        ((draw(1, 5, 3),), -1.0, 0.0, "scale must be 0 or more, got -1.0"),
-        ((draw(1, 5, 3),), math.nan, 0.0, "scale must be 0 or more, got nan"),
-        ((draw(1, 5, 3),), 2.0, 1.5, r"rescale must lie in 0 \.\. 1, got 1.5"),
-        (None, 2.0, 0.0, "scale of 2.0 needs an unconditional condition, got None"),
-        ((None,), 2.0, 0.0, r"equal shape, got \(1, 5, 3\) and None"),
+        (-1.0, 0.0, "scale must be 0 or more, got -1.0"),
+        (math.nan, 0.0, "scale must be 0 or more, got nan"),
+        (2.0, 1.5, r"rescale must lie in 0 \.\. 1, got 1.5"),
     ],
 )
-def test_guidance_that_cannot_be_is_refused(uncond, scale, rescale, message):
+def test_guidance_that_cannot_be_is_refused(scale, rescale, message):
     with pytest.raises(ValueError, match=message):
-        guided(Convolution(), (draw(1, 5, 3),), uncond, scale, rescale=rescale)
+        classifier_free(scale, rescale)

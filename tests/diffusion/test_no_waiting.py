@@ -8,7 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ldm.diffusion.denoiser import consistency, guided, parametrize, within
+from ldm.conditioning import Condition
+from ldm.diffusion.denoiser import classifier_free, consistency, guided, parametrize, within
 from ldm.diffusion.samplers import SAMPLERS, seeded_noise
 from ldm.diffusion.schedule import NoiseSchedule
 
@@ -36,8 +37,9 @@ class Crossings(TorchDispatchMode):
 @pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_step_moves_nothing_but_fresh_noise_and_reads_nothing(name, prediction, rescale):
-    cond, uncond = (torch.empty(2, 7, 3, device="meta"),), (torch.empty(2, 7, 3, device="meta"),)
-    predict = guided(lambda z, t, context: z + t[:, None, None, None], cond, uncond, 5.0, rescale=rescale)  # fmt: skip
+    conditions = [Condition(torch.empty(2, 7, 3, device="meta")) for _ in range(2)]
+    bind = lambda condition: lambda z, t: z + t[:, None, None, None]  # noqa: E731
+    predict = guided(bind, conditions, classifier_free(5.0, rescale))
     denoise = parametrize(predict, SCHEDULE, prediction, dtype=torch.bfloat16)
     denoise = consistency(within((0.1, 10.0), denoise, denoise), SCHEDULE)
     draws = []

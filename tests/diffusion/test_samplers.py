@@ -9,7 +9,9 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 from ldm.diffusion.denoiser import consistency, parametrize
-from ldm.diffusion.samplers import SAMPLERS, ddim, ddpm, seeded_noise, start
+from ldm.diffusion.samplers import (
+    CONVENTIONS, SAMPLERS, Conventions, conventions, ddim, ddpm, invert, options, seeded_noise, start,
+)  # fmt: skip
 from ldm.diffusion.schedule import NoiseSchedule, to_ve, to_vp
 from tests.reference import diffusion_papers as papers
 
@@ -156,6 +158,9 @@ def test_heun_equals_edm_algorithm_1(spacing, n, final):
 
 def test_a_sampler_under_two_names_is_the_same_sampler():
     sigmas = SCHEDULE.steps(12)
+    for eta in (0.0, 0.4):
+        same = (walk(name, sigmas, eta=eta)[-1].x for name in ("ddim", "euler_ancestral"))
+        assert torch.equal(*same)
     full = walk("ddim", sigmas, eta=1.0)[-1].x
     assert torch.equal(walk("ddpm", sigmas)[-1].x, full)
     assert torch.equal(walk("euler_ancestral", sigmas)[-1].x, full)
@@ -246,6 +251,54 @@ def test_sde_samplers_fill_both_modes_of_a_mixture_as_they_should(name):
     print(f"\n  {name}: largest difference of the distribution function {difference:.1e}")
     # four standard deviations of the count are 0.014; the discretisation of 100 steps takes the rest
     assert difference < 0.02
+
+
+# ------------------------------------------------------------------ inversion
+
+
+def gaussian(std):
+    """The exact denoiser of data N(0, std^2)."""
+    return lambda x, sigma: x * std**2 / (std**2 + float(sigma) ** 2)
+
+
+def test_inversion_follows_the_exact_path_and_ddim_returns_to_the_start():
+    std, low, high = 0.7, 0.05, 15.0
+    x = draw = noise64()()
+    exact = draw * math.sqrt((std**2 + high**2) / (std**2 + low**2))  # the ODE's path keeps x in proportion
+    off, back = [], []
+    for n in (50, 100, 200):
+        sigmas = torch.linspace(low ** (1 / 7), high ** (1 / 7), n + 1, dtype=torch.float64) ** 7
+        steps = list(invert(gaussian(std), x, sigmas))
+        assert [step.sigma for step in steps] == sigmas[1:].tolist()
+        assert [(step.index, step.total) for step in steps] == [(i, n) for i in range(n)]
+        assert torch.equal(x, draw)
+        noisy = steps[-1].x
+        off.append(((noisy - exact).abs().max() / exact.abs().max()).item())
+        *_, last = ddim(gaussian(std), noisy, sigmas.flip(0))
+        back.append(((last.x - x).abs().max() / x.abs().max()).item())
+    print(f"\n  inversion off the exact path: {off}, back at the start: {back}")
+    for errors in (off, back):
+        assert errors[-1] < 0.05
+        # halved by twice the steps: both are Euler's method, of first order
+        assert all(0.4 < b / a < 0.6 for a, b in pairwise(errors))
+
+
+def test_inversion_of_a_network_returns_to_the_start():
+    denoise = parametrize(network, SCHEDULE, "eps")
+    x, back = noise64()(), []
+    for n in (100, 200):
+        sigmas = SCHEDULE.steps(n, "trailing")[:-1]
+        *_, up = invert(denoise, x, sigmas.flip(0))
+        *_, last = ddim(denoise, up.x, sigmas)
+        back.append((last.x - x).abs().max().item())
+    print(f"\n  inverted and sampled: {back}")
+    assert 0 < back[1] < 0.6 * back[0]  # of first order
+
+
+@pytest.mark.parametrize("sigmas", [[], [1.0], [2.0, 1.0], [1.0, 1.0], [0.0, 1.0], [1.0, math.inf], [1.0, math.nan]])
+def test_levels_that_do_not_rise_are_refused_by_inversion(sigmas):
+    with pytest.raises(ValueError, match="two or more strictly rising levels above 0, got"):
+        next(invert(lambda x, sigma: x, torch.ones(1), torch.tensor(sigmas)))
 
 
 # ------------------------------------------------------------------ diffusers' scheduler classes
@@ -442,6 +495,29 @@ def test_seeds_that_cannot_be_are_refused():
             seeded_noise([seed], SHAPE)
 
 
+# ------------------------------------------------------------------ what a name implies
+
+
+def test_every_sampler_has_its_conventions_and_its_own_name_in_a1111():
+    assert CONVENTIONS.keys() == SAMPLERS.keys()
+    names = [conventions(name).a1111 for name in SAMPLERS]
+    assert None not in names
+    assert len(set(names)) == len(names)
+    assert [name for name in SAMPLERS if conventions(name).final == "first"] == ["ddim"]
+    assert [name for name in SAMPLERS if conventions(name).consistency] == ["lcm"]
+    assert conventions("of my own") == Conventions()
+
+
+def test_the_options_of_a_sampler_are_its_keywords_beside_noise():
+    own = {name: options(sampler) for name, sampler in SAMPLERS.items() if options(sampler)}
+    assert own == {"ddim": ["eta"], "euler_ancestral": ["eta"]}
+
+    def mine(denoise, x, sigmas, *, noise=None, strength=1.0, order=2):
+        yield
+
+    assert options(mine) == ["strength", "order"]
+
+
 # ------------------------------------------------------------------ behaviour
 
 
@@ -463,6 +539,30 @@ def test_steps_say_where_they_are(name):
     assert [step.index for step in steps] == [0, 1, 2, 3, 4]
     assert {step.total for step in steps} == {5}
     assert [step.sigma for step in steps] == sigmas[1:].tolist()
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_x_is_x0_and_noise_of_its_level_at_every_step_and_latents_are_x_at_unit_variance(name):
+    x0, eps = noise64(1)(), noise64()()
+    sigmas = SCHEDULE.steps(6, final="first")
+    draws = []
+
+    def noise():
+        draws.append(noise64(len(draws) + 2)())
+        return draws[-1]
+
+    previous, level = x0 + sigmas[0] * eps, float(sigmas[0])
+    for step in SAMPLERS[name](lambda x, sigma: x0, previous, sigmas, noise=noise):
+        # x0 is known, so the rest is noise: what is left of the last step's, and a new draw, with squares that add up
+        rest = step.x - x0
+        kept = (previous - x0) / level
+        new = draws[-1] if draws else torch.zeros_like(kept)
+        basis = torch.stack([kept.flatten(), new.flatten()], dim=1)
+        parts = torch.linalg.lstsq(basis, rest.flatten()[:, None]).solution if draws else rest.norm() / kept.norm()
+        assert parts.square().sum().sqrt() == pytest.approx(step.sigma, rel=1e-6)
+        assert torch.equal(step.latents, step.x / math.sqrt(1 + step.sigma**2))
+        previous, level = step.x, step.sigma
+    assert step.sigma == float(SCHEDULE.sigmas[0])
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

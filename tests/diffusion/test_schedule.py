@@ -1,10 +1,13 @@
 """The noise schedule against the papers, diffusers and published step lists."""
 
+from typing import get_args
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, LCMScheduler
 
-from ldm.diffusion.schedule import NoiseSchedule, to_ve, to_vp
+from ldm.config import DiffusionConfig
+from ldm.diffusion.schedule import NoiseSchedule, Spacing, to_ve, to_vp
 from tests.reference import diffusion_papers as papers
 
 STABLE_DIFFUSION = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -41,6 +44,46 @@ def test_alphas_cumprod_equal_diffusers():
     reference = DDPMScheduler(**STABLE_DIFFUSION).alphas_cumprod
     # 1e-5: diffusers multiplies a thousand factors in fp32
     assert largest("fp32 table", NoiseSchedule().alphas_cumprod, reference) < 1e-5
+
+
+def test_cosine_equals_diffusers_and_the_paper():
+    reference = DDPMScheduler(beta_schedule="squaredcos_cap_v2").alphas_cumprod
+    ours = NoiseSchedule("cosine").alphas_cumprod
+    # 1e-4: diffusers multiplies a thousand factors in fp32, and the last ones are differences of nearly equal numbers
+    assert largest("diffusers", ours, reference) < 1e-4
+    # Nichol & Dhariwal 2021, eq. 17; without the last timestep, whose beta is cut off at 0.999
+    f = torch.cos((torch.arange(1000, dtype=torch.float64) / 1000 + 0.008) / 1.008 * torch.pi / 2) ** 2
+    assert largest("paper", ours[:-1], f[1:] / f[0]) < 1e-10  # fp64, a thousand factors
+
+
+@pytest.mark.parametrize("name", ["linear", "scaled_linear", "cosine"])
+@pytest.mark.parametrize("zero_terminal_snr", [False, True])
+def test_a_tensor_of_betas_gives_the_schedule_of_its_name(name, zero_terminal_snr):
+    named = NoiseSchedule(name, zero_terminal_snr=zero_terminal_snr)
+    kinds = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
+    betas = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule=kinds[name]).betas
+    given = NoiseSchedule(betas, zero_terminal_snr=zero_terminal_snr)
+    # betas in fp32, of which a thousand are multiplied
+    assert (given.alphas_cumprod - named.alphas_cumprod).abs().max() < 1e-6
+    assert given.sigmas.dtype == torch.float64
+    assert len(NoiseSchedule(betas[:10])) == 10
+
+
+def test_the_tables_cannot_be_assigned():
+    schedule = NoiseSchedule()
+    with pytest.raises(AttributeError):
+        schedule.alphas_cumprod = schedule.alphas_cumprod.sqrt()
+    with pytest.raises(AttributeError):
+        schedule.sigmas = schedule.sigmas * 2
+
+
+def test_a_schedule_follows_every_entry_of_its_configuration():
+    config = DiffusionConfig(betas="linear", beta_start=0.001, beta_end=0.01, timesteps=500, zero_terminal_snr=True)
+    expected = NoiseSchedule("linear", beta_start=0.001, beta_end=0.01, timesteps=500, zero_terminal_snr=True)
+    made = NoiseSchedule.from_config(config)
+    assert torch.equal(made.sigmas, expected.sigmas)
+    assert made.zero_terminal_snr
+    assert torch.equal(NoiseSchedule.from_config(DiffusionConfig()).sigmas, NoiseSchedule().sigmas)
 
 
 def test_zero_terminal_snr_equals_algorithm_1_and_keeps_sigma_finite():
@@ -141,6 +184,52 @@ def test_ten_steps_are_the_published_ones(spacing, offset, sigmas, timesteps):
     assert schedule.timestep(ours[:-1]).tolist() == pytest.approx(list(timesteps), abs=2e-3)
 
 
+@pytest.mark.parametrize("spacing", get_args(Spacing))
+@pytest.mark.parametrize("zero_terminal_snr", [False, True])
+def test_steps_from_a_given_level_fall_strictly_from_exactly_this_level(spacing, zero_terminal_snr):
+    schedule = NoiseSchedule(zero_terminal_snr=zero_terminal_snr)
+    between = [0.05, 0.5, 3.3, 14.0] + [1000.0] * zero_terminal_snr
+    starts = [*schedule.sigmas[[1, 2, 500, 998, 999]].tolist(), *between]
+    for n in (1, 2, 3, 10, 50, 100, 1000):
+        if spacing == "lcm" and n > 50:
+            continue
+        for level in starts:
+            for final in ("zero", "first"):
+                sigmas = schedule.steps(n, spacing, start=level, final=final)
+                assert len(sigmas) == n + 1
+                assert sigmas[0] == level
+                assert (sigmas.diff() < 0).all(), (n, level)
+                lowest = schedule.sigmas[0]
+                assert sigmas[-1] == (lowest if final == "first" and sigmas[-2] > lowest else 0)
+
+
+@pytest.mark.parametrize("spacing", get_args(Spacing))
+def test_steps_from_the_level_of_the_ordinary_list_are_the_ordinary_list(spacing):
+    schedule = NoiseSchedule()
+    for n in (1, 2, 10, 48):
+        for final in ("zero", "first"):
+            ordinary = schedule.steps(n, spacing, final=final)
+            again = schedule.steps(n, spacing, final=final, start=float(ordinary[0]))
+            torch.testing.assert_close(again, ordinary, rtol=1e-12, atol=0)  # fp64
+
+
+def test_steps_from_a_given_level_visit_the_timesteps_scaled_to_it():
+    schedule = NoiseSchedule()
+    half = schedule.steps(10, "linspace", start=float(schedule.sigmas[499]))
+    expected = torch.linspace(499, 0, 10, dtype=torch.float64)
+    torch.testing.assert_close(half[:-1], schedule.sigma(expected), rtol=1e-12, atol=0)  # fp64
+    # Karras et al. 2022, eq. 5, between the given level and the lowest one
+    karras = schedule.steps(10, "karras", start=2.5)
+    ramp = torch.linspace(2.5 ** (1 / 7), float(schedule.sigmas[0]) ** (1 / 7), 10, dtype=torch.float64) ** 7
+    torch.testing.assert_close(karras[:-1], ramp, rtol=1e-12, atol=0)
+
+
+def test_a_start_outside_the_levels_is_refused():
+    for level in (0.0, -1.0, 0.03, 14.7, float("nan")):
+        with pytest.raises(ValueError, match=r"start level must lie in 0\.0413 \.\. 14\.6146, got"):
+            NoiseSchedule().steps(5, start=level)
+
+
 def test_four_turbo_and_zero_terminal_snr_steps_are_the_published_ones():
     # from the same print-out: SDXL-Turbo's four trailing steps, and with rescale_betas_zero_snr
     turbo, zero = NoiseSchedule(), NoiseSchedule(zero_terminal_snr=True)
@@ -213,7 +302,14 @@ def test_short_tables_work():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"betas": "cosine"}, r"one of \('scaled_linear', 'linear'\), got 'cosine'"),
+        ({"betas": "sigmoid"}, r"a tensor or one of \('scaled_linear', 'linear', 'cosine'\), got 'sigmoid'"),
+        ({"betas": [0.1, 0.2]}, r"a tensor or one of .*, got \[0.1, 0.2\]"),
+        ({"betas": torch.tensor([[0.1, 0.2]])}, "tensor of betas must hold two or more numbers between 0 and 1"),
+        ({"betas": torch.tensor([0.1])}, "two or more numbers between 0 and 1"),
+        ({"betas": torch.tensor([0.0, 0.2])}, "two or more numbers between 0 and 1"),
+        ({"betas": torch.tensor([0.1, 1.0])}, "two or more numbers between 0 and 1"),
+        ({"betas": torch.tensor([0.1, torch.nan])}, "two or more numbers between 0 and 1"),
+        ({"betas": torch.full((1000,), 0.5)}, "leave no signal before the last of 1000 timesteps"),
         ({"beta_start": 0.0}, "0 < beta_start <= beta_end < 1, got 0.0, 0.012"),
         ({"beta_end": 1.0}, "0 < beta_start <= beta_end < 1"),
         ({"beta_start": 0.1}, "0 < beta_start <= beta_end < 1, got 0.1"),

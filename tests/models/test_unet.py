@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import LatentConsistencyModelPipeline
 
-from ldm.conditioning import guidance_embedding, timestep_embedding
+from ldm.conditioning import Condition, guidance_embedding, timestep_embedding
 from ldm.config import UNetConfig
 from ldm.models.unet import UNet
 from ldm.presets import PRESETS, RELATIVES
@@ -157,19 +157,43 @@ def test_one_level_and_unlike_depths_build_and_run():
 
 
 @pytest.mark.parametrize("vector_dim", [None, 6])
-def test_a_prepared_context_gives_the_same_numbers_with_its_projections_made_once(vector_dim):
-    config = dataclasses.replace(SMALL, vector_dim=vector_dim, depth=(2, 1), mid_depth=3)
+def test_a_bound_condition_gives_the_same_numbers_with_its_projections_made_once(vector_dim):
+    config = dataclasses.replace(SMALL, vector_dim=vector_dim, guidance_dim=16, depth=(2, 1), mid_depth=3)
     torch.manual_seed(0)
     unet = UNet(config)
     x, t, context = inputs(config)
     vector = None if vector_dim is None else torch.randn(2, vector_dim)
-    prepared = unet.prepare(context, vector)
+    guidance = torch.tensor([0.5, 7.0])
     projections = [m.to_k for m in unet.modules() if getattr(m, "to_k", None) is not None]
     calls = []
     for layer in projections:
-        layer.register_forward_hook(lambda layer, args, out: calls.append(len(args[0][0])))
-    assert torch.equal(unet(x, t, *prepared), unet(x, t, context, vector))
+        layer.register_forward_hook(lambda layer, args, out: calls.append(args[0].shape[1]))
+    network = unet.bind(Condition(context, vector, guidance))
     blocks = len(projections) // 2  # each with a self-attention and a cross-attention
-    assert calls.count(context.shape[1]) == blocks  # those of the second call: the first made none
-    middle, _ = unet.encode(x, unet.embed(t, vector, x.dtype), prepared[0])
-    assert torch.equal(middle, unet.encode(x, unet.embed(t, vector, x.dtype), context)[0])
+    assert calls == [context.shape[1]] * blocks
+    calls.clear()
+    predicted = network(x, t)
+    assert len(calls) == blocks
+    assert context.shape[1] not in calls  # self-attention only: pixels of a level are not as many as there are tokens
+    assert torch.equal(predicted, unet(x, t, context, vector, None, guidance))
+    assert torch.equal(network(x, t), predicted)
+    residuals = [torch.randn_like(h) for h in skips_and_middle(unet, x, t, context, vector, guidance)]
+    assert torch.equal(network(x, t, residuals), unet(x, t, context, vector, residuals, guidance))
+    assert not torch.equal(network(x, t, residuals), predicted)
+
+
+def skips_and_middle(unet, x, t, context, vector, guidance):
+    middle, skips = unet.encode(x, unet.embed(t, vector, x.dtype, guidance), context)
+    projected = unet.project(context)[: len(skips) + 1]
+    assert torch.equal(middle, unet.encode(x, unet.embed(t, vector, x.dtype, guidance), projected)[0])
+    return [*skips, middle]
+
+
+def test_a_bound_network_carries_gradients_to_the_weights_and_to_the_condition():
+    torch.manual_seed(0)
+    unet = UNet(SMALL)
+    x, t, context = inputs(SMALL)
+    context.requires_grad_()
+    unet.bind(Condition(context))(x, t).square().mean().backward()
+    assert context.grad.abs().max() > 0
+    assert all(parameter.grad is not None for parameter in unet.parameters())
