@@ -9,8 +9,17 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 from ldm.diffusion.denoiser import consistency, parametrize
+from ldm.diffusion.inversion import invert
 from ldm.diffusion.samplers import (
-    CONVENTIONS, SAMPLERS, Conventions, conventions, ddim, ddpm, invert, options, seeded_noise, start,
+    CONVENTIONS,
+    SAMPLERS,
+    Conventions,
+    conventions,
+    ddim,
+    ddpm,
+    options,
+    seeded_noise,
+    start,
 )  # fmt: skip
 from ldm.diffusion.schedule import NoiseSchedule, to_ve, to_vp
 from tests.reference import diffusion_papers as papers
