@@ -25,4 +25,4 @@ def to_tensor(picture: Image.Image) -> Tensor:
     if picture.mode != "RGB":
         raise ValueError(f"the picture must have the mode RGB, got {picture.mode}: convert it with ldm.pictures.to_rgb")
     levels = rearrange(torch.from_numpy(np.array(picture)), "h w c -> 1 c h w").float().contiguous()
-    return levels / 255 * 2 - 1  # in these steps, as diffusers: `levels / 127.5 - 1` differs in the last bit
+    return levels / 127.5 - 1

@@ -135,19 +135,16 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
 def _to_srgb(picture: Image.Image, profile: bytes | None) -> Image.Image:
     """Turn a picture of mode L, RGB or CMYK into sRGB. `profile` is its ICC color profile.
 
-    If the profile changes no level by more than 2, the picture is returned as it is: then the profile is one of the
-    many that describe sRGB itself.
+    A profile that changes no level by more than 2 is not applied: it is one of the many that describe sRGB itself.
     """
     rgb = picture.convert("RGB")
     if not profile:
         return rgb
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if source.profile.xcolor_space.strip() != ("GRAY" if picture.mode == "L" else picture.mode):
-            return rgb
         target = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
         srgb = ImageCms.ImageCmsTransform(source, target, picture.mode, "RGB").apply(picture)
-    except (ImportError, OSError, ValueError):
+    except (ImportError, OSError, ValueError):  # no LittleCMS; a damaged profile, or one for other channels
         return rgb
     return srgb if np.asarray(ImageChops.difference(rgb, srgb)).max() > 2 else rgb
 

@@ -134,7 +134,7 @@ def test_a_picture_of_too_many_pixels_is_refused_before_they_are_decoded(tmp_pat
 
 def test_a_jpegs_parameters_are_read_from_where_a1111_writes_them(tmp_path):
     exif = Image.Exif()
-    exif.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + "a frog 🐸".encode("utf-16-be")
+    exif[ExifTags.IFD.Exif] = {ExifTags.Base.UserComment: b"UNICODE\0" + "a frog 🐸".encode("utf-16-be")}
     Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg", exif=exif)
     assert read_texts(tmp_path / "a.jpg")["parameters"] == "a frog 🐸"
 
@@ -437,8 +437,8 @@ def test_without_littlecms_profiles_are_ignored(read, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF", "MPO"])
 def test_of_several_frames_or_pages_the_first_is_read(read, kind):
-    frames = [Image.new("RGB", (16, 16), color) for color in ("red", "blue", "lime")]
-    levels = read(frames[0], kind, save_all=True, append_images=frames[1:])
+    first, second = (Image.new("RGB", (16, 16), color) for color in ("red", "blue"))
+    levels = read(first, kind, save_all=True, append_images=[second])
     assert np.abs(levels - [255, 0, 0]).max() <= 3
 
 
@@ -494,11 +494,11 @@ def test_changed_files_are_read_as_rgb_or_refused_with_a_sentence(tmp_path):
     for kind in FORMATS:
         for mode in ("1", "L", "P", "RGB", "RGBA", "LA", "CMYK"):
             file = io.BytesIO()
-            with suppress(OSError):  # a mode that the format does not have
+            with suppress(OSError, ValueError):  # a mode that the format does not have
                 noise.convert(mode).save(file, format=kind, exif=exif, icc_profile=SWAPPED)
                 wholes.append(file.getvalue())
     choose = random.Random(0)
-    for _ in range(5000):
+    for _ in range(2000):
         file = bytearray(choose.choice(wholes))
         for _ in range(choose.choice((1, 3, 20))):
             file[choose.randrange(choose.choice((len(file), min(len(file), 300))))] = choose.randrange(256)
