@@ -19,7 +19,7 @@ REQUEST = ldm.Request("a frog", steps=3)
 def quantized(model_folder) -> ldm.Pipeline:
     """The tiny random model after the lines of the page."""
     (lines,) = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-    assert len(lines.splitlines()) == 2
+    assert len(lines.split("\n\n")) == len(lines.splitlines()) - 1 == 2
     pipe = ldm.load(model_folder, ldm.Placement("cpu"))
     exec(compile(lines, PAGE.name, "exec"), {"pipe": pipe})
     return pipe
