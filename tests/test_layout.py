@@ -97,7 +97,7 @@ def test_diffusion_imports_torch_only():
 
 def test_the_library_needs_only_its_declared_packages():
     roots = {module.split(".")[0] for path in sources() for module in imports(path)}
-    assert roots - set(sys.stdlib_module_names) - {"ldm"} <= THIRD_PARTY | {"torchao"}  # an extra
+    assert roots - set(sys.stdlib_module_names) - {"ldm"} <= THIRD_PARTY
 
 
 def test_importing_ldm_starts_no_thread():

@@ -40,11 +40,7 @@ class DeepCache(nn.Module):
         unet, first = self.unet, len(self.unet.up) - self.depth  # the first of the stages that every call runs
         contexts = unet.project(condition.context)
         ups = contexts[-len(unet.up) :]
-        kept, calls, shape = (
-            torch.empty(0),
-            0,
-            None,
-        )  # the input of stage `first` and the calls since the last full one, its shape
+        kept, calls, shape = torch.empty(0), 0, None  # of the last full call: the input of stage `first`
 
         def network(z: Tensor, timesteps: Tensor) -> Tensor:
             nonlocal kept, calls, shape

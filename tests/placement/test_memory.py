@@ -1,6 +1,8 @@
 """Where a model is placed by default, what is refused, and that each choice changes what it says and nothing else."""
 
 import dataclasses
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -9,20 +11,19 @@ from torch import nn
 
 import ldm
 from ldm.checkpoint import files
-from ldm.diffusion.samplers import SAMPLERS
 from ldm.models.attention import math_attention, sdpa, sliced_attention
 from ldm.models.layers import ResBlock
 from ldm.models.transformer import TransformerBlock
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
 from ldm.pipeline import Pipeline
-from ldm.placement import memory
-from ldm.placement.graphs import Graphs
-from ldm.placement.memory import ATTENTION, DECODE, Placement, compile_blocks, find_device, slab_budget
+from ldm.placement import compiled, gpu, memory, offload, packing, slabs, tiles
+from ldm.placement.compiled import compile_blocks
+from ldm.placement.memory import ATTENTION, Placement, find_device
 from ldm.placement.offload import Moved, Streamed, tensors_of
 from ldm.placement.packing import can_pack, unpack
+from ldm.placement.slabs import slab_budget
 from ldm.presets import SD15, SD21, SDXL_BASE
-from tests.recorded import record_on_the_cpu
 from tests.tiny import TINY_RANDOM, TINY_SDXL, random_networks
 
 CUDA = torch.device("cuda")
@@ -30,12 +31,12 @@ FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 
 @pytest.fixture
-def gpu(monkeypatch):
+def cuda(monkeypatch):
     """A machine that says it has a GPU, which knows bf16 and fused attention."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-    monkeypatch.setattr(memory, "_is_fused", lambda width, dtype, device: True)
+    monkeypatch.setattr(gpu, "is_fused", lambda width, dtype, device: True)
 
 
 # ------------------------------------------------------------------ what is chosen
@@ -54,7 +55,7 @@ def test_what_depends_on_the_model_stays_open_without_one():
 
 
 @pytest.mark.parametrize("device", [None, "cuda", "cuda:0"])
-def test_a_gpu_computes_in_fp16_by_default(gpu, device):
+def test_a_gpu_computes_in_fp16_by_default(cuda, device):
     placed = Placement(device=device).resolve(SD15)
     assert placed.device.type == "cuda"
     assert (placed.dtype, placed.vae_dtype, placed.attention) == (FP16, FP16, "sdpa")
@@ -71,7 +72,7 @@ def test_a_gpu_computes_in_fp16_by_default(gpu, device):
         *((config, FP32, True, FP32) for config in (SD15, SDXL_BASE)),
     ],
 )
-def test_the_vae_computes_like_the_unet_unless_it_would_overflow(gpu, monkeypatch, config, dtype, has_bf16, expected):
+def test_the_vae_computes_like_the_unet_unless_it_would_overflow(cuda, monkeypatch, config, dtype, has_bf16, expected):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
     assert Placement("cuda", dtype).resolve(config).vae_dtype == expected
     assert Placement("cuda", dtype, FP16).resolve(config).vae_dtype == FP16  # if one says so
@@ -83,14 +84,14 @@ def test_bf16_may_be_chosen_on_a_cpu_for_both():
     assert Placement("cpu", BF16, FP32).resolve(SDXL_BASE).vae_dtype == FP32
 
 
-def test_where_sdpa_would_hold_all_scores_attention_is_sliced(gpu, monkeypatch):
+def test_where_sdpa_would_hold_all_scores_attention_is_sliced(cuda, monkeypatch):
     asked = set()
 
     def is_fused(width, dtype, device):
         asked.add((width, dtype))
         return dtype != BF16
 
-    monkeypatch.setattr(memory, "_is_fused", is_fused)
+    monkeypatch.setattr(gpu, "is_fused", is_fused)
     assert Placement("cuda").resolve(SD15).attention == "sdpa"
     assert asked == {(40, FP16), (80, FP16), (160, FP16), (512, FP16)}
     asked.clear()
@@ -106,15 +107,13 @@ def test_where_sdpa_would_hold_all_scores_attention_is_sliced(gpu, monkeypatch):
 
 
 def test_whether_there_is_a_fused_kernel_is_pytorchs_own_answer(monkeypatch):
-    is_fused = memory._is_fused
-    assert is_fused(40, FP32, torch.device("cpu"))
-    assert not is_fused(40, FP32, torch.device("mps"))
+    assert not gpu.is_fused(40, FP32, torch.device("mps"))
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *shape, device, **kw: empty(*shape, **kw))
     for flash, efficient in ((True, False), (False, True), (False, False)):
-        monkeypatch.setattr(memory, "can_use_flash_attention", lambda p, f=flash: f)
-        monkeypatch.setattr(memory, "can_use_efficient_attention", lambda p, e=efficient: e)
-        assert is_fused(40, FP16, CUDA) == (flash or efficient)
+        monkeypatch.setattr(gpu, "can_use_flash_attention", lambda p, f=flash: f)
+        monkeypatch.setattr(gpu, "can_use_efficient_attention", lambda p, e=efficient: e)
+        assert gpu.is_fused(40, FP16, CUDA) == (flash or efficient)
 
 
 @pytest.mark.parametrize(
@@ -122,15 +121,19 @@ def test_whether_there_is_a_fused_kernel_is_pytorchs_own_answer(monkeypatch):
     [
         ({"dtype": torch.float16}, "dtype float16 is up to 200 times slower"),
         ({"vae_dtype": torch.float16}, "vae_dtype float16 is up to 200 times slower"),
-        ({"dtype": torch.float64}, "dtype must be one of torch.float32, .* got torch.float64"),
-        ({"dtype": "float16"}, "dtype must be one of torch.float32, .* got 'float16'"),
+        ({"dtype": "float16"}, "dtype float16 is up to 200 times slower"),
+        ({"dtype": torch.float64}, "dtype must be one of float32, float16, bfloat16, got 'float64'"),
+        ({"vae_dtype": "bf16"}, "vae_dtype must be one of float32, float16, bfloat16, got 'bf16'"),
         ({"attention": "flash"}, "attention must be one of sdpa, sliced, math, got 'flash'"),
         ({"guidance": "twice"}, "guidance must be one of batched, sequential, got 'twice'"),
         ({"vae_memory": "little"}, "vae_memory must be one of whole, slabs, tiles, got 'little'"),
         ({"offload": "disk"}, "offload must be one of model, blocks, got 'disk'"),
-        ({"offload": "model"}, "offload 'model' keeps weights out of a CUDA device's memory, and"),
+        ({"offload": "model"}, "offload needs a CUDA device, and the device is cpu: leave out offload"),
+        ({"cuda_graph": True}, "cuda_graph needs a CUDA device, and the device is cpu: leave out cuda_graph"),
+        ({"cuda_graph": "yes"}, "cuda_graph must be True or False, got 'yes'"),
         ({"device": "toaster"}, "device must be cpu, cuda, cuda:N or mps, got 'toaster'"),
         ({"device": "meta"}, "device must be cpu, cuda, cuda:N or mps, got 'meta'"),
+        ({"device": 1.5}, "device must be cpu, cuda, cuda:N or mps, got 1.5"),
         ({"device": "cuda:99"}, "device cuda:99 is not available"),
     ],
 )
@@ -145,7 +148,38 @@ def test_an_absent_mps_is_refused():
         find_device("mps")
 
 
+def test_a_dtype_may_be_given_by_its_name():
+    assert Placement("cpu", "bfloat16", vae_dtype="float32") == Placement("cpu", BF16, FP32)
+    assert Placement(dtype="bfloat16").dtype is BF16
+
+
+def test_a_recorded_graph_needs_weights_that_stay(cuda):
+    assert Placement(cuda_graph=True).resolve().cuda_graph
+    with pytest.raises(ValueError, match="leave out offload or cuda_graph"):
+        Placement(cuda_graph=True, offload="model").resolve()
+
+
+def test_reading_a_placement_imports_no_mode_that_was_not_chosen(tmp_path):
+    code = """
+import sys, ldm
+ldm.load(placement=ldm.Placement("cpu")).generate(ldm.Request("a frog", steps=1))
+print(*(name for name in sys.modules if name.startswith("ldm.placement.")))"""
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert told.stdout.split() == ["ldm.placement.memory"]
+
+
+def test_every_field_is_an_option_with_a_text():
+    for field in dataclasses.fields(Placement):
+        assert field.metadata["help"], field.name
+    flags = {field.name: field.metadata["flag"] for field in dataclasses.fields(Placement)}
+    assert {name: flag for name, flag in flags.items() if flag} == {"guidance": "--guidance-passes"}
+
+
 # ------------------------------------------------------------------ what is applied
+
+
+def named(networks):
+    return dict(zip(("unet", "vae", "text_encoder"), networks, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -153,7 +187,7 @@ def test_an_absent_mps_is_refused():
 )
 def test_the_attention_reaches_every_layer(attention, attend):
     networks = random_networks()
-    Placement("cpu", FP32, FP32, attention).apply(*networks)
+    Placement("cpu", FP32, FP32, attention).apply(named(networks))
     for network in networks[:2]:
         assert {m.attend for m in network.modules() if hasattr(m, "attend")} == {attend}
     assert set(ATTENTION.values()) == {sdpa, sliced_attention, math_attention}
@@ -163,17 +197,17 @@ def test_the_attention_reaches_every_layer(attention, attend):
     ("device", "dtype", "last"),
     [("cuda", FP16, True), ("cuda", BF16, True), ("cuda", FP32, False), ("cpu", BF16, False)],
 )
-def test_half_precision_on_cuda_puts_the_channels_last(gpu, device, dtype, last):
+def test_half_precision_on_cuda_puts_the_channels_last(cuda, device, dtype, last):
     unet, vae, text_encoder = random_networks()
     unet.to(dtype)
-    Placement(device, dtype, dtype, "sdpa").apply(unet, vae, text_encoder)
+    Placement(device, dtype, dtype, "sdpa").apply(named((unet, vae, text_encoder)))
     weights = [m.weight for n in (unet, vae) for m in n.modules() if isinstance(m, nn.Conv2d)]
     assert {w.dtype for w in weights} == {dtype}
     weights = [w for w in weights if w.shape[1] > 1 and w.shape[2] > 1]  # others are both
     assert all(w.is_contiguous(memory_format=torch.channels_last) == last for w in weights)
 
 
-def test_channels_last_changes_no_more_than_rounding(gpu):
+def test_channels_last_changes_no_more_than_rounding(cuda):
     torch.manual_seed(0)
     unet = random_networks()[0]
     x, context = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 32)
@@ -183,16 +217,36 @@ def test_channels_last_changes_no_more_than_rounding(gpu):
         torch.testing.assert_close(unet(x, torch.full((2,), 500.0), context), plain)
 
 
-@pytest.mark.parametrize("offload", ["model", "blocks"])
-def test_weights_that_wait_are_pinned(gpu, monkeypatch, offload):
+@pytest.mark.parametrize("mode", ["model", "blocks"])
+def test_weights_that_wait_are_pinned(cuda, monkeypatch, mode):
     pinned = []
-    monkeypatch.setattr(memory, "pin", pinned.append)
+    monkeypatch.setattr(offload, "pin", pinned.append)
     networks = random_networks()
-    Placement("cuda", FP32, FP32, "sdpa", offload=offload).apply(*networks)
+    Placement("cuda", FP32, FP32, "sdpa", offload=mode).apply(named(networks))
     assert pinned == list(networks)
 
 
-def test_each_offload_has_its_way_of_bringing_weights(gpu, monkeypatch):
+def test_networks_of_any_name_are_set_up_in_one_order(cuda, monkeypatch):
+    done = []
+    record = {  # what is called last of each kind; packing and offload never go together, except here
+        "attention": (memory, "set_attention"),
+        "compile": (compiled, "compile_blocks"),
+        "pack": (packing, "pack"),
+        "pin": (offload, "pin"),
+    }
+    for name, (module, function) in record.items():
+        monkeypatch.setattr(module, function, lambda network, *rest, name=name: done.append((name, network)))
+    networks = named(random_networks()) | {"control": UNet(TINY_RANDOM.unet).half()}
+    placement = Placement("cuda", FP32, FP16, "sdpa", offload="model", compile=True, packed=True)
+    placement.apply(networks)
+    for name, network in networks.items():
+        steps = ["pin"] if name == "text_encoder" else list(record)
+        assert [step for step, one in done if one is network] == steps
+    assert networks["vae"].decoder.conv_in.weight.dtype == FP16
+    assert networks["control"].down[0].conv.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_each_offload_brings_weights_in_its_way(cuda, monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
     unet, vae, _ = random_networks()
     whole = Placement("cuda", offload="model").at_work(unet)
@@ -215,7 +269,7 @@ def test_load_applies_a_placement_and_the_pipeline_remembers_it(model_folder, mo
     assert pipe.placement == expected
 
 
-def test_with_offload_the_files_are_read_into_host_memory(gpu, model_folder, monkeypatch):
+def test_with_offload_the_files_are_read_into_host_memory(cuda, model_folder, monkeypatch):
     read = {}
 
     def read_nothing(model, **choices):
@@ -223,9 +277,9 @@ def test_with_offload_the_files_are_read_into_host_memory(gpu, model_folder, mon
         raise StopIteration
 
     monkeypatch.setattr(files, "read", read_nothing)
-    for offload, device in ((None, CUDA), ("model", "cpu"), ("blocks", "cpu")):
+    for mode, device in ((None, CUDA), ("model", "cpu"), ("blocks", "cpu")):
         with pytest.raises(StopIteration):
-            ldm.load(model_folder, Placement("cuda", offload=offload))
+            ldm.load(model_folder, Placement("cuda", offload=mode))
         assert read["device"] == device
         assert read["dtype"] == read["vae_dtype"] == FP16
 
@@ -237,11 +291,11 @@ def pictures(placement, config=TINY_SDXL, request=None):
     return np.stack(pipe.generate(request)), pipe
 
 
-@pytest.mark.parametrize("offload", ["model", "blocks"])
+@pytest.mark.parametrize("mode", ["model", "blocks"])
 @pytest.mark.parametrize("config", [TINY_RANDOM, TINY_SDXL], ids=lambda c: c.name)
-def test_offload_makes_the_same_pictures_and_leaves_nothing_behind(config, offload):
+def test_offload_makes_the_same_pictures_and_leaves_nothing_behind(config, mode):
     plain, _ = pictures(None, config)
-    placement = Placement("cpu", FP32, FP32, "sdpa", offload=offload)
+    placement = Placement("cpu", FP32, FP32, "sdpa", offload=mode)
     pipe = Pipeline(config, *random_networks(config), placement=placement)
     networks = pipe.unet, pipe.vae, pipe.text_encoder
     homes = [[t.data_ptr() for t in tensors_of(n)] for n in networks]
@@ -287,15 +341,32 @@ def test_sequential_guidance_makes_nearly_the_same_picture_in_calls_of_half_the_
     assert abs(plain.astype(int) - other).max() <= 1  # a batch of two sums in another order
 
 
-def test_the_vae_decodes_as_it_is_told(monkeypatch):
-    plain, _ = pictures(None)
-    for way in ("slabs", "tiles"):
-        used, decode = [], DECODE[way]
-        monkeypatch.setitem(DECODE, way, lambda *args, d=decode, u=used: u.append(args) or d(*args))
-        other, _ = pictures(Placement("cpu", FP32, FP32, "sdpa", vae_memory=way))
-        assert [len(latents) for _, latents in used] == [1, 1]
+def test_the_vae_encodes_and_decodes_as_it_is_told():
+    vae = random_networks(TINY_SDXL)[1].requires_grad_(False)
+    torch.manual_seed(0)
+    latents, images = torch.randn(2, 4, 8, 8), torch.rand(2, 3, 32, 32) * 2 - 1
+    for way, decode, encode in (
+        ("whole", VAE.decode, VAE.encode),
+        ("slabs", slabs.decode_slabs, slabs.encode_slabs),
+        ("tiles", tiles.decode_tiles, tiles.encode_tiles),
+    ):
+        placement = Placement("cpu", vae_memory=way)
+        assert placement.decoder() is decode
+        assert placement.encoder() is encode
         # at this size one tile is the picture, and a slab may sum in another order
-        assert abs(plain.astype(int) - other).max() <= 1
+        torch.testing.assert_close(decode(vae, latents), vae.decode(latents), rtol=0, atol=1e-5)
+        torch.testing.assert_close(encode(vae, images).mean, vae.encode(images).mean, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", ["slabs", "tiles"])
+def test_a_picture_is_decoded_as_its_placement_says(monkeypatch, way):
+    plain, _ = pictures(None)
+    module, name, used = {"slabs": slabs, "tiles": tiles}[way], f"decode_{way}", []
+    decode = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *args: used.append(args) or decode(*args))
+    other, _ = pictures(Placement("cpu", FP32, FP32, "sdpa", vae_memory=way))
+    assert [len(latents) for _, latents in used] == [1, 1]
+    assert abs(plain.astype(int) - other).max() <= 1
 
 
 @pytest.mark.parametrize(
@@ -303,52 +374,17 @@ def test_the_vae_decodes_as_it_is_told(monkeypatch):
     [(512, FP16, 384), (1024, FP16, 384), (1024, FP32, 768), (2048, FP16, 1024), (4096, FP16, 1024)],
 )
 def test_slabs_take_a_quarter_of_the_whole_within_limits(pixels, dtype, mib):
-    with torch.device("meta"):
-        vae, latents = VAE(SD15.vae).to(dtype), torch.empty(3, 4, *2 * [pixels // 8], dtype=dtype)
-    assert slab_budget(vae, latents) == mib * 2**20
+    assert slab_budget(pixels**2, dtype) == mib * 2**20
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_recorded_calls_make_the_same_pictures(monkeypatch, sampler):
-    request = ldm.Request("a frog", steps=4, sampler=sampler, images=2, guidance_interval=(0.5, 5.0))
-    plain, _ = pictures(None, request=request)
-    recorded = record_on_the_cpu(monkeypatch)
-    monkeypatch.setattr(Pipeline, "_network", lambda self, device: graphs(self))
-    again, pipe = pictures(None, request=request)
-    assert np.array_equal(again, plain)
-    assert recorded.made <= 2  # with guidance and without
-    assert np.array_equal(np.stack(pipe.generate(request)), plain)
-    assert recorded.made == 2
-
-    other = dataclasses.replace(request, prompt="a toad", seed=7)
-    in_turns = zip(pipe.stream(request), pipe.stream(other), strict=True)
-    both = [(a.x, a.x0, b.x, b.x0) for a, b in in_turns]
-    monkeypatch.undo()
-    for latents, one in ((0, request), (2, other)):
-        for mine, step in zip(both, pipe.stream(one), strict=True):
-            assert torch.equal(mine[latents], step.x)
-            assert torch.equal(mine[latents + 1], step.x0)
-    assert recorded.made == 2
-
-
-def graphs(pipe):
-    pipe._graphs = pipe._graphs or Graphs(pipe.unet)
-    return pipe._graphs
-
-
-def test_calls_are_recorded_only_where_the_weights_stay_on_cuda():
-    _, pipe = pictures(None)
-    assert pipe._network(torch.device("cpu")) is pipe.unet
-    first = pipe._network(CUDA)
-    assert isinstance(first, Graphs)
-    assert pipe._network(CUDA) is first
-    pipe.unet = UNet(TINY_SDXL.unet)
-    assert pipe._network(CUDA).unet is pipe.unet
-    pipe.unet = nn.Sequential(pipe.unet)  # such as DeepCache, which does not do the same at each call
-    assert pipe._network(CUDA) is pipe.unet
-    for choice in ({"cuda_graph": False}, {"offload": "model"}):
-        _, pipe = pictures(Placement("cpu", FP32, FP32, "sdpa", **choice))
-        assert pipe._network(CUDA) is pipe.unet
+def test_slabs_take_the_default_budget_of_the_image(monkeypatch):
+    asked, run = [], slabs._run
+    monkeypatch.setattr(slabs, "slab_budget", lambda *args: asked.append(args) or 3000)
+    monkeypatch.setattr(slabs, "_run", lambda *args: asked.append(args[2:]) or run(*args))
+    vae = random_networks()[1]
+    slabs.decode_slabs(vae, torch.zeros(1, 4, 8, 6))
+    slabs.encode_slabs(vae, torch.zeros(1, 3, 32, 24))
+    assert asked == [(32 * 24, FP32), (32 * 24, 3000)] * 2
 
 
 # ------------------------------------------------------------------ compilation
@@ -385,13 +421,13 @@ def test_blocks_are_compiled_whole_and_once():
 
 
 def test_a_placement_compiles_unet_and_vae(monkeypatch):
-    compiled = []
-    monkeypatch.setattr(memory, "compile_blocks", compiled.append)
+    blocks = []
+    monkeypatch.setattr(compiled, "compile_blocks", blocks.append)
     unet, vae, text_encoder = random_networks()
-    Placement("cpu", FP32, FP32, "sdpa").apply(unet, vae, text_encoder)
-    assert not compiled
-    Placement("cpu", FP32, FP32, "sdpa", compile=True).apply(unet, vae, text_encoder)
-    assert compiled == [unet, vae]
+    Placement("cpu", FP32, FP32, "sdpa").apply(named((unet, vae, text_encoder)))
+    assert not blocks
+    Placement("cpu", FP32, FP32, "sdpa", compile=True).apply(named((unet, vae, text_encoder)))
+    assert blocks == [unet, vae]
 
 
 def test_packed_weights_change_a_picture_by_rounding_only(model_folder):
@@ -418,6 +454,7 @@ def test_packed_weights_are_for_plain_blocks():
         ({}, None, True),
         ({"dtype": FP32, "vae_memory": "tiles"}, None, True),
         ({"dtype": BF16}, "sliced", True),
+        ({"dtype": "bfloat16"}, "sliced", True),
         ({"dtype": BF16, "attention": "sdpa"}, "sdpa", True),
         ({"packed": False}, None, False),
         ({"compile": True}, None, False),
@@ -426,21 +463,22 @@ def test_packed_weights_are_for_plain_blocks():
 def test_on_a_cpu_the_fast_placement_packs_and_slices_where_nothing_else_is_chosen(chosen, attention, packed):
     placement = Placement.fast(device="cpu", **chosen)
     expected = Placement("cpu", **(chosen | {"attention": attention, "packed": packed}))
-    assert placement == expected
+    assert placement == expected.resolve()
+    assert placement.resolve(SD15) == expected.resolve(SD15)
 
 
 def test_a_processor_without_bf16_in_onednn_is_given_nothing_that_needs_it(monkeypatch):
-    monkeypatch.setattr(memory, "can_pack", lambda dtype: dtype != BF16)
-    assert Placement.fast(device="cpu", dtype=BF16) == Placement("cpu", BF16)
-    assert Placement.fast(device="cpu", vae_dtype=BF16) == Placement("cpu", vae_dtype=BF16)
+    monkeypatch.setattr(packing, "can_pack", lambda dtype: dtype != BF16)
+    assert Placement.fast(device="cpu", dtype=BF16) == Placement("cpu", BF16).resolve()
+    assert Placement.fast(device="cpu", vae_dtype=BF16) == Placement("cpu", vae_dtype=BF16).resolve()
     assert Placement.fast(device="cpu", dtype=FP32).packed
     with pytest.raises(ValueError, match="for bfloat16 a processor that oneDNN supports"):
         Placement("cpu", BF16, packed=True).resolve()
 
 
-def test_on_a_gpu_the_fast_placement_is_the_default(gpu):
-    assert Placement.fast() == Placement()
-    assert Placement.fast(dtype=BF16) == Placement(dtype=BF16)
+def test_on_a_gpu_the_fast_placement_is_the_default(cuda):
+    assert Placement.fast() == Placement().resolve()
+    assert Placement.fast(dtype=BF16).resolve(SDXL_BASE) == Placement(dtype=BF16).resolve(SDXL_BASE)
 
 
 def test_the_fast_placement_is_checked():

@@ -9,11 +9,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ldm.conditioning import Condition
 from ldm.models.attention import set_attention
-from ldm.models.shortcuts import DeepCache
 from ldm.models.transformer import TransformerBlock
-from ldm.models.unet import UNet
-from ldm.placement.offload import Moved, Streamed, pin, tensors_of
+from ldm.models.unet import Encoder, UNet
+from ldm.placement import offload as module
+from ldm.placement.offload import Moved, Offloaded, Streamed, pin, tensors_of
 from ldm.presets import SD15, SDXL_BASE
 from tests.live_bytes import LiveBytes
 from tests.tiny import TINY_SDXL, random_networks
@@ -37,23 +38,19 @@ def addresses(module):
     return [tensor.data_ptr() for tensor in tensors_of(module)]
 
 
-def moved(unet):
-    return Moved(tensors_of(unet), "cpu")
+both = pytest.mark.parametrize("offload", [Moved, Streamed])
 
 
-def streamed(unet):
-    return Streamed(unet, "cpu")
-
-
-@pytest.mark.parametrize("offload", [moved, streamed])
+@both
 def test_offload_changes_no_bit_and_every_parameter_is_back_where_it_was(unet, offload):
     expected, homes = unet(*inputs(unet)), addresses(unet)
+    weights = offload(unet, "cpu")
     for _ in range(2):  # the same object may be used again
-        with offload(unet):
+        with weights:
             for _ in range(2):
                 assert torch.equal(unet(*inputs(unet)), expected)
             away = sum(a != b for a, b in zip(addresses(unet), homes, strict=True))
-            assert away == len(homes) if offload is moved else 0 < away < len(homes)
+            assert away == len(homes) if offload is Moved else 0 < away < len(homes)
         assert addresses(unet) == homes
     assert not any(m._forward_pre_hooks for m in unet.modules())
     assert torch.equal(unet(*inputs(unet)), expected)
@@ -72,16 +69,16 @@ def test_a_middle_that_lacks_parts_has_its_turn_like_any_other(mid):
     assert addresses(unet) == homes
 
 
-@pytest.mark.parametrize("offload", [moved, streamed])
+@both
 def test_after_an_error_everything_is_back_too(unet, offload):
     homes = addresses(unet)
     unet.up[1].register_forward_hook(lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError), offload(unet):
+    with pytest.raises(ZeroDivisionError), offload(unet, "cpu"):
         unet(*inputs(unet))
     assert addresses(unet) == homes
 
 
-@pytest.mark.parametrize("offload", [moved, streamed])
+@both
 def test_when_memory_runs_out_on_the_way_in_everything_is_back_too(unet, offload, monkeypatch):
     homes, empty_like = addresses(unet), torch.empty_like
     granted = iter(range(6))
@@ -91,7 +88,7 @@ def test_when_memory_runs_out_on_the_way_in_everything_is_back_too(unet, offload
             raise torch.OutOfMemoryError
         return empty_like(home, **kwargs)
 
-    weights = offload(unet)
+    weights = offload(unet, "cpu")
     monkeypatch.setattr(torch, "empty_like", out_of_memory)
     with pytest.raises(torch.OutOfMemoryError), weights:
         unet(*inputs(unet))
@@ -102,17 +99,39 @@ def test_when_memory_runs_out_on_the_way_in_everything_is_back_too(unet, offload
         assert addresses(unet) != homes
 
 
-@pytest.mark.parametrize("offload", [moved, streamed])
-def test_two_users_may_come_and_leave_in_any_order(unet, offload):
+@both
+@pytest.mark.parametrize("same", [True, False])
+def test_two_users_may_come_and_leave_in_any_order(unet, offload, same):
     expected, homes = unet(*inputs(unet)), addresses(unet)
-    weights = offload(unet)
-    weights.__enter__()
-    weights.__enter__()
-    weights.__exit__()  # the first one leaves first
-    assert addresses(unet) != homes
+    first = offload(unet, "cpu")
+    second = first if same else offload(unet, "cpu")  # such as two pipelines with one network
+    first.__enter__()
+    here = addresses(unet)
+    second.__enter__()
+    assert addresses(unet) == here  # copied once
+    first.__exit__()
     assert torch.equal(unet(*inputs(unet)), expected)
-    weights.__exit__()
+    assert addresses(unet) != homes
+    second.__exit__()
     assert addresses(unet) == homes
+    assert not Offloaded.inside
+    assert not any(m._forward_pre_hooks for m in unet.modules())
+
+
+@both
+def test_weights_that_joined_after_the_object_was_made_are_brought_too(unet, offload):
+    weights = offload(unet, "cpu")
+    stage = unet.up[0]
+    stage.joined = nn.Parameter(torch.ones(3))
+    unet.buffers_joined = nn.BatchNorm1d(2)  # outside of the stages, with buffers
+    tensors = [stage.joined, *tensors_of(unet.buffers_joined)]
+    homes, seen = [t.data_ptr() for t in tensors], []
+    stage.register_forward_hook(lambda *_: seen.append(stage.joined.data_ptr() != homes[0]))
+    with weights:
+        unet(*inputs(unet))
+        assert all(t.data_ptr() != home for t, home in zip(tensors[1:], homes[1:], strict=True))
+    assert seen == [True]
+    assert [t.data_ptr() for t in tensors] == homes
 
 
 def test_a_streamed_unet_has_two_stages_on_the_device_at_most(unet):
@@ -131,9 +150,10 @@ def test_a_streamed_unet_has_two_stages_on_the_device_at_most(unet):
     assert there == [sorted({i, (i + 1) % n}) for i in range(n)]
 
 
-def test_inside_a_context_can_be_prepared_with_the_weights_that_are_on_the_device(unet):
+def test_a_condition_is_bound_with_the_weights_that_are_on_the_device(unet):
     x, t, context, vector = inputs(unet)
-    plain = unet.prepare(context, vector)
+    condition = Condition(context, vector)
+    expected = unet.bind(condition)(x, t)
     seen = []
     for block in unet.modules():
         if isinstance(block, TransformerBlock):
@@ -142,30 +162,35 @@ def test_inside_a_context_can_be_prepared_with_the_weights_that_are_on_the_devic
                 lambda layer, args, out, home=home: seen.append(layer.weight.data_ptr() != home)
             )
     with Streamed(unet, "cpu"):
-        context, vector = unet.prepare(context, vector)
-        assert torch.equal(unet(x, t, context, vector), unet(x, t, *plain))
-    assert seen == [True] * len(context)
+        network = unet.bind(condition)
+        blocks = len(seen)
+        assert torch.equal(network(x, t), expected)
+    assert seen == [True] * blocks  # all projected by `bind`, none by the call
+    assert blocks > 3
 
 
 def test_stages_may_be_left_out_or_called_in_any_order(unet):
-    cached = DeepCache(unet, every=3)
     x, t, context, vector = inputs(unet)
-    run, _ = cached.prepare(context, vector)
-    expected = [cached(x + i, t, run, vector) for i in range(4)]
-    run, _ = cached.prepare(context, vector)
-    with Streamed(unet, "cpu"):
-        for i, plain in enumerate(expected):
-            assert torch.equal(cached(x + i, t, run, vector), plain)
-
     emb = unet.embed(t, vector, x.dtype)
     x = torch.randn(2, 16, 8, 8)
     expected = unet.down[1](x, emb, context)
-    stages = [*unet.down, unet.mid, *unet.up]
     with Streamed(unet, "cpu") as weights:
-        for i in [1, len(stages) - 1, 0, 2, 1, 1, 3, 2]:
-            weights._begin_turn(i, stages[i], ())
-            assert {i, (i + 1) % len(stages)} == weights.here
-        assert torch.equal(unet.down[1](x, emb, context), expected)
+        for i in [1, len(weights.stages) - 1, 0, 2, 1, 1, 3, 2]:
+            weights._begin_turn(i, weights.stages[i], ())
+            assert {i, (i + 1) % len(weights.stages)} == weights.here.keys()
+        for _ in range(2):  # and none but this one
+            assert torch.equal(unet.down[1](x, emb, context), expected)
+
+
+def test_a_network_without_decoder_is_streamed_too():
+    torch.manual_seed(0)
+    encoder = Encoder(TINY_SDXL.unet).requires_grad_(False)  # as of a ControlNet
+    x, t, context, vector = torch.randn(2, 4, 8, 8), torch.full((2,), 500.0), *inputs(UNet(TINY_SDXL.unet))[2:]
+    expected, homes = encoder.encode(x, encoder.embed(t, vector, x.dtype), context)[0], addresses(encoder)
+    with Streamed(encoder, "cpu") as weights:
+        assert torch.equal(encoder.encode(x, encoder.embed(t, vector, x.dtype), context)[0], expected)
+        assert len(weights.here) == 2
+    assert addresses(encoder) == homes
 
 
 # ------------------------------------------------------------------ the order of two CUDA streams
@@ -262,14 +287,20 @@ def test_the_next_stage_is_copied_while_this_one_computes(unet, monkeypatch):
     weights, races = Streamed(unet, "cpu"), Races(monkeypatch)
     weights.copying, races.unet = races.copying, unet
     copied = {}  # stage -> how much is queued for copying with its copy
-    for i, (part, stage) in enumerate(zip(weights.parts, weights.stages, strict=True)):
+    first = {id(tensors_of(stage)[0]): i for i, stage in enumerate(weights.stages)}
+    move = module.move
 
-        def copy(undo, i=i, begin=part.begin):
-            begin(undo)
+    def copy(tensors, device):
+        tensors = list(tensors)
+        home = move(tensors, device)
+        i = first.get(id(tensors[0]))
+        if i is not None:
             events.append(("copy", i))
             copied[i] = races.copying.seen["copying"]
+        return home
 
-        part.begin = copy
+    monkeypatch.setattr(module, "move", copy)
+    for i, stage in enumerate(weights.stages):
         stage.register_forward_hook(lambda *_, i=i: events.append(("compute", i)))
         stage.register_forward_hook(
             # all that the computing stream has waited for by then is its own copy
@@ -351,6 +382,5 @@ def test_sdxl_at_1024_fits_half_of_four_gib_streamed():
 
 
 def test_moving_nothing_is_no_error():
-    empty = nn.Module()
-    with Moved(tensors_of(empty), "cpu"):
+    with Moved(nn.Module(), "cpu"):
         pass
