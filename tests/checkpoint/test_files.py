@@ -277,6 +277,20 @@ def test_a_pipeline_with_packed_layers_is_saved_with_plain_weights(layout, small
     assert_same_bits(load(tmp_path / "model"), small)
 
 
+class Quantized(torch.Tensor):
+    """Stands for the tensors of torchao, whose numbers need scales."""
+
+
+def test_a_quantized_model_is_not_saved(small, tmp_path):
+    unet = copy.deepcopy(small.unet)
+    weight = unet.conv_out.weight.data.as_subclass(Quantized)
+    unet.conv_out.weight = torch.nn.Parameter(weight, requires_grad=False)
+    message = r"conv_out\.weight has the type Quantized, which no file can hold: save the model before quantizing it"
+    with pytest.raises(ValueError, match=message):
+        save(small._replace(unet=unet), tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
 def test_missing_parents_are_made(small, tmp_path):
     save(small, tmp_path / "a/b/model", layout="ldm")
     assert_same_bits(load(tmp_path / "a/b/model"), small)
