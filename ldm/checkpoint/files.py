@@ -5,17 +5,31 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from ldm.atomic import beside, replace_folder
 from ldm.checkpoint.folder import write_folder, write_vae
 from ldm.checkpoint.identify import find
 from ldm.checkpoint.known import kind_of
-from ldm.checkpoint.parts import Layout, Model, ModelLike, Source, check, fill, modules
+from ldm.checkpoint.parts import TOWERS, Layout, Model, ModelLike, Source, check, fill, modules
 from ldm.checkpoint.pickles import PickledTensors, is_pickle
 from ldm.checkpoint.single import write_single
-from ldm.checkpoint.sources import Networks, check_complete, check_fits, merge, open_source
+from ldm.checkpoint.sources import (
+    Networks,
+    build_text_encoder,
+    build_unet,
+    build_vae,
+    check_complete,
+    check_fits,
+    check_holds,
+    merge,
+    open_part,
+    open_source,
+)
 from ldm.checkpoint.tensors import write_tensors
 from ldm.config import ModelConfig, Prediction
+from ldm.models.text import TextEncoder
+from ldm.models.unet import UNet
 from ldm.models.vae import VAE
 
 
@@ -95,21 +109,54 @@ def load(
     return read(model, dtype=dtype, vae_dtype=vae_dtype, device=device)
 
 
-def load_vae(path: str | Path, *, device: torch.device | str = "cpu") -> VAE:
-    """Load only the VAE, in fp32, from a file or folder of a VAE or of a model.
+def load_unet(
+    path: str | Path, *, dtype: torch.dtype | None = torch.float32, device: torch.device | str = "cpu"
+) -> UNet:
+    """Load only the UNet, from a file or folder of a UNet or of a model. dtype: None keeps the stored one.
 
-    Raises ValueError for a path without a VAE, and for tensors that do not match its configuration.
+    Raises ValueError for a path without a UNet, and for tensors that do not match its configuration.
     """
-    source = open_source(path)
-    if "vae" not in source.parts:
-        raise ValueError(f"{path} holds no VAE: give a VAE, or a model that has one")
-    with torch.device("meta"):
-        vae = VAE(source.config.vae)
-    part = source.parts["vae"]
-    dropped = [other for name, other in source.parts.items() if name != "vae"]
-    check({"vae": vae}, {"vae": part}, dropped)
-    fill(vae, part, dtype=torch.float32, device=torch.device(device))
+    source = open_part(path, "unet")
+    unet = build_unet(source, path)
+    _read_only({"unet": unet}, source, path, dtype, device)
+    return unet
+
+
+def load_vae(path: str | Path, *, dtype: torch.dtype | None = torch.float32, device: torch.device | str = "cpu") -> VAE:
+    """Load only the VAE, as `load_unet` loads the UNet."""
+    source = open_part(path, "vae")
+    vae = build_vae(source, path)
+    _read_only({"vae": vae}, source, path, dtype, device)
     return vae
+
+
+def load_text_encoder(
+    path: str | Path, *, dtype: torch.dtype | None = torch.float32, device: torch.device | str = "cpu"
+) -> TextEncoder:
+    """Load only the text encoder, with all its towers, as `load_unet` loads the UNet.
+
+    A file or folder of one tower does not say which hidden state the UNet takes. SDXL's is assumed for a tower with a
+    projection, and for a folder in a model with two towers; for all others that of Stable Diffusion 1 and 2.
+    """
+    source = open_part(path, "text_encoder")
+    encoder = build_text_encoder(source, path)
+    _read_only(dict(zip(TOWERS, encoder.towers, strict=False)), source, path, dtype, device)
+    return encoder.eval()  # `_read_only` did so for its towers
+
+
+def _read_only(
+    networks: Mapping[str, nn.Module],
+    source: Source,
+    path: str | Path,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+) -> None:
+    """Check and read only the parts of `source` that are the `networks`, which are on the meta device."""
+    check_holds(source, path, networks)
+    parts = {name: part for name, part in source.parts.items() if name in networks}
+    check(networks, parts, [part for name, part in source.parts.items() if name not in networks])
+    for name, part in parts.items():
+        fill(networks[name], part, dtype=dtype, device=torch.device(device))
 
 
 def save(

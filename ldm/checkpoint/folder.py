@@ -21,7 +21,7 @@ from ldm.config import ModelConfig, Prediction, TextConfig
 from ldm.models.token_files import read_tokenizer, save_tokenizer
 from ldm.models.tokens import Tokenizer
 from ldm.models.vae import VAE
-from ldm.presets import SD15, recognize
+from ldm.presets import SD15, SD21, recognize
 from ldm.strict import from_dict
 
 _NETWORK, _TOWER = "diffusion_pytorch_model", "model"  # stems of the files with the weights
@@ -149,7 +149,7 @@ def _write_json(path: Path, value: Json) -> None:
 def _open_part(folder: Path, pickles: bool) -> Source:
     """Identify a folder of one component: a UNet, a VAE or a text encoder."""
     json, where = _config(folder)
-    config, parts = SD15, {}
+    config, parts, tokenizer = SD15, {}, Tokenizer.official()
     classes = json.get("architectures") or json.get("_class_name")  # of text encoders, of the others
     if classes == "UNet2DConditionModel":
         unet = configs.unet_from_json(json, where)
@@ -160,8 +160,11 @@ def _open_part(folder: Path, pickles: bool) -> Source:
         config = dataclasses.replace(config, vae=vae)
         parts["vae"] = vae_part(_tensors(folder, _NETWORK, pickles), Place("", "diffusers"), vae)
     elif classes in (["CLIPTextModel"], ["CLIPTextModelWithProjection"]):
-        sdxl = classes == ["CLIPTextModelWithProjection"]
-        text = configs.text_from_json(json, where, SD15.text[0].pad_id, sdxl=sdxl)
+        pad_id = (SD21 if json.get("hidden_act") == "gelu" else SD15).text[0].pad_id
+        if (beside := folder.with_name(folder.name.replace("text_encoder", "tokenizer"))) != folder and beside.is_dir():
+            tokenizer, pad_id = read_tokenizer(beside)
+        sdxl = classes == ["CLIPTextModelWithProjection"] or (folder.parent / TOWERS[1]).is_dir()
+        text = configs.text_from_json(json, where, pad_id, sdxl=sdxl)
         config = dataclasses.replace(config, text=(text,))
         parts[TOWERS[0]] = _text_part(_tensors(folder, _TOWER, pickles), text)
     else:
@@ -169,7 +172,7 @@ def _open_part(folder: Path, pickles: bool) -> Source:
             f"{where} describes {classes or 'nothing'}: allowed are UNet2DConditionModel, AutoencoderKL and "
             "CLIPTextModel"
         )
-    return Source(config, "diffusers", f"{where} says so", parts, (Tokenizer.official(),))
+    return Source(config, "diffusers", f"{where} says so", parts, (tokenizer,))
 
 
 def _tensors(folder: Path, stem: str, pickles: bool) -> Tensors:

@@ -1,8 +1,8 @@
 """The parts of a model on disk: where each network's tensors are, strict checks of them, and loading into modules."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -17,7 +17,6 @@ from ldm.models.unet import UNet
 from ldm.models.vae import VAE
 
 Layout = Literal["ldm", "diffusers"]
-_OPTIONAL = ("mid_block.", "middle_block.", "add_embedding.", "label_emb.")  # of UNets; some have none
 TOWERS = ("text_encoder", "text_encoder_2")  # names of the parts that hold the text towers
 
 
@@ -62,11 +61,17 @@ class Part:
     prefix: str = ""
     ema: bool = False
     unused: tuple[str, ...] = ()
+    _maps: dict[tuple[str, ...], dict[str, Stored]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def stored(self, keys: Sequence[str]) -> dict[str, Stored]:
-        """Return where each of the network's `keys` is stored."""
-        found = key_map(keys, self.rules, self.prefix)
-        return {key: at._replace(name=ema_name(at.name)) for key, at in found.items()} if self.ema else found
+    def stored(self, keys: Iterable[str]) -> dict[str, Stored]:
+        """Return where each of the network's `keys` is stored. The key map is made once."""
+        keys = tuple(keys)
+        if keys not in self._maps:
+            found = key_map(keys, self.rules, self.prefix)
+            if self.ema:
+                found = {key: at._replace(name=ema_name(at.name)) for key, at in found.items()}
+            self._maps[keys] = found
+        return self._maps[keys]
 
 
 @dataclass(frozen=True)
@@ -105,8 +110,8 @@ def compare(
     """
     wanted, left = {}, set()
     for name, part in parts.items():
-        held = collect(networks[name], part.rules, part.prefix)
-        wanted[name] = {ema_name(n) if part.ema else n: list(t.shape) for n, t in held.items()}
+        state = networks[name].state_dict()
+        wanted[name] = {n: list(t.shape) for n, t in _stored_tensors(state, part.stored(state)).items()}
         gone = tuple(other.prefix for other in dropped if other.tensors is part.tensors)
         left |= {n for n in part.tensors.shapes if not n.startswith(gone)}
     left = left.difference(*wanted.values(), *(part.unused for part in parts.values()))
@@ -118,10 +123,7 @@ def compare(
             for n, shape in wanted[name].items()
             if n in shapes and _squeezed(shapes[n]) != _squeezed(shape)
         ]
-        kinds = {_kind(n.removeprefix(part.prefix)) for n in wanted[name]}
-        behind = sorted(n for n in left & shapes.keys() if n.startswith(part.prefix))
-        rest = {n: n.removeprefix(part.prefix) for n in behind}
-        unexpected = [n for n in behind if _kind(rest[n]) in kinds or (rest[n].startswith(_OPTIONAL) and not part.ema)]
+        unexpected = _surplus(part, wanted[name], left & shapes.keys())
         missing = [n for n in wanted[name] if n not in shapes]
         if missing or misshapen or unexpected:
             found[name] = {"missing": missing, "misshapen": misshapen, "unexpected": unexpected}
@@ -137,10 +139,21 @@ def check(networks: Mapping[str, nn.Module], parts: Mapping[str, Part], dropped:
     return left
 
 
-def _kind(name: str) -> tuple[str, ...]:
-    """The first and the last two words of a tensor's name, which agree in layers of the same kind."""
-    words = name.split(".")
-    return words[0], *words[-2:]
+def _surplus(part: Part, wanted: Iterable[str], others: Iterable[str]) -> list[str]:
+    """Return those of `others`, names in the file of `part`, that look like one more layer of its network.
+
+    They begin with a module that the network or its rules know, and end in two words as a wanted name does.
+    """
+    ours = [name.removeprefix(part.prefix).split(".") for name in wanted]
+    modules = {words[0] for words in ours}
+    modules |= {rule.theirs.split(".")[0] for rule in part.rules if isinstance(rule.theirs, str)}
+    endings = {tuple(words[-2:]) for words in ours}
+    found = []
+    for name in sorted(others):
+        first, *_ = words = name.removeprefix(part.prefix).split(".")
+        if name.startswith(part.prefix) and first in modules and tuple(words[-2:]) in endings:
+            found.append(name)
+    return found
 
 
 def _squeezed(shape: Sequence[int]) -> list[int]:
@@ -157,7 +170,7 @@ def fill(module: nn.Module, part: Part, *, dtype: torch.dtype | None, device: to
     holds NaN, infinity or numbers out of the range of `dtype`.
     """
     wanted = module.state_dict()
-    stored = part.stored(list(wanted))
+    stored = part.stored(wanted)
     keys_of = inverse(stored)
     values: dict[str, Tensor] = {}
     groups: dict[bool, list[str]] = {True: [], False: []}  # by whether a tensor stays memory-mapped
@@ -180,9 +193,22 @@ def fill(module: nn.Module, part: Part, *, dtype: torch.dtype | None, device: to
 def collect(
     module: nn.Module, rules: tuple[Rule, ...], prefix: str = "", dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """Return the module's tensors under their stored names and in their stored forms, in `dtype` if given."""
+    """Return the module's tensors under their stored names and in their stored forms, in `dtype` if given.
+
+    Raises ValueError for weights that are not plain tensors, such as quantized ones, which cannot be saved.
+    """
     state = module.state_dict()
-    stored = key_map(state, rules, prefix)
+    for name, value in state.items():
+        if type(value) not in (Tensor, nn.Parameter):
+            kind = type(value).__name__
+            raise ValueError(f"{name} has the type {kind}, which no file can hold: save the model before quantizing it")
+    return _stored_tensors(state, key_map(state, rules, prefix), dtype)
+
+
+def _stored_tensors(
+    state: Mapping[str, Tensor], stored: Mapping[str, Stored], dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """Return the tensors of `state` under their stored names and in their stored forms, in `dtype` if given."""
 
     def held(key: str) -> Tensor:
         return stored[key].form.store(state[key]).to(dtype=dtype or state[key].dtype)

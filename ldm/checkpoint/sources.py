@@ -1,9 +1,9 @@
 """From a path to a checked `Source`: open it, replace parts of it, and compare its tensors with the networks."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import get_args
+from typing import TypeVar, get_args
 
 import torch
 
@@ -14,12 +14,13 @@ from ldm.checkpoint.parts import TOWERS, Source, check, modules
 from ldm.checkpoint.pickles import PickledTensors, is_pickle
 from ldm.checkpoint.single import open_single
 from ldm.checkpoint.tensors import TensorFiles, Tensors, some
-from ldm.config import ModelConfig, Prediction
+from ldm.config import Prediction
 from ldm.models.text import TextEncoder
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
 from ldm.presets import SD15, recognize
 
+N = TypeVar("N")
 Networks = tuple[UNet, VAE, TextEncoder]
 REPLACEABLE = ("unet", "vae", "text_encoder")
 
@@ -51,6 +52,25 @@ def open_source(
     return open_single(tensors, prediction=prediction, ema=ema, known=known)
 
 
+def open_part(path: str | Path, name: str) -> Source:
+    """Open a model, or a part of one, that has the part `name`, one of REPLACEABLE.
+
+    Raises ValueError as `open_source` does, and for a path without that part.
+    """
+    if name not in REPLACEABLE:
+        raise ValueError(f"the parts of a model are {', '.join(REPLACEABLE)}, got {name!r}")
+    source = open_source(path)
+    check_holds(source, path, [name])
+    return source
+
+
+def check_holds(source: Source, path: str | Path, names: Iterable[str]) -> None:
+    """Raise ValueError if `source` lacks one of the parts `names`."""
+    for name in names:
+        if name not in source.parts:
+            raise ValueError(f"{path} holds no {name}, only {', '.join(source.parts)}: give one that does")
+
+
 def merge(source: Source, replace: Mapping[str, str | Path]) -> Source:
     """Return `source` with the parts in `replace`, by name, taken from other files or folders.
 
@@ -58,12 +78,7 @@ def merge(source: Source, replace: Mapping[str, str | Path]) -> Source:
     encoder. Raises ValueError for a part that is not at its path, or is of another size.
     """
     for name, path in replace.items():
-        if name not in REPLACEABLE:
-            raise ValueError(f"parts to replace are {', '.join(REPLACEABLE)}, got {name!r}")
-        other = open_source(path)
-        if name not in other.parts:
-            raise ValueError(f"{path} holds no {name}, only {', '.join(other.parts)}: give one that does")
-        source = _replaced(source, other, name, path)
+        source = _replaced(source, open_part(path, name), name, path)
     return source
 
 
@@ -146,27 +161,58 @@ def build(source: Source, path: str | Path) -> Networks:
             f"the text encoder of {path} is {width} wide, its unet attends to {config.unet.context_dim}: "
             "they are of different families"
         )
-    for tokenizer, text in zip(source.tokenizers, config.text, strict=True):
+    networks = build_unet(source, path), build_vae(source, path), build_text_encoder(source, path)
+    try:
+        config.micro_conditioning  # noqa: B018  # raises ValueError for an unknown width of the vector
+    except ValueError as error:
+        raise _inconsistent(path, error) from error
+    return networks
+
+
+def build_unet(source: Source, path: str | Path) -> UNet:
+    """Return the UNet of `source` on the meta device. Raises ValueError if its configuration is inconsistent."""
+    config = source.config.unet
+    depths = (*config.depth, *(config.up_depth or ()))
+    counts = [n for depth in depths for n in (depth if isinstance(depth, tuple) else (depth,))]
+    counts += [config.mid_depth, config.res_blocks, len(config.channels)]
+    return _on_meta(lambda: UNet(config), counts, source, path)
+
+
+def build_vae(source: Source, path: str | Path) -> VAE:
+    """Return the VAE of `source` on the meta device. Raises ValueError if its configuration is inconsistent."""
+    config = source.config.vae
+    return _on_meta(lambda: VAE(config), [config.res_blocks, len(config.channels)], source, path)
+
+
+def build_text_encoder(source: Source, path: str | Path) -> TextEncoder:
+    """Return the text encoder of `source` on the meta device.
+
+    Raises ValueError if its configuration is inconsistent, and for a tokenizer with more tokens than the encoder.
+    """
+    configs = source.config.text
+    for tokenizer, text in zip(source.tokenizers, configs, strict=True):
         if (tokens := max(tokenizer.vocab.values()) + 1) > text.vocab_size:
             raise ValueError(f"the tokenizer of {path} has {tokens} tokens, its text encoder knows {text.vocab_size}")
+    counts = [text.layers or -1 for text in configs]  # a tower without layers is an error
+    return _on_meta(lambda: TextEncoder(configs, source.tokenizers), counts, source, path)
+
+
+def _on_meta(network: Callable[[], N], counts: Sequence[int], source: Source, path: str | Path) -> N:
+    """Return `network()` on the meta device. counts: the numbers of its blocks and levels.
+
+    Raises ValueError for a number that no file has tensors for, and for numbers that do not go together.
+    """
     tensors = sum(len(part.tensors.shapes) for part in source.parts.values())
-    counts = [*_counts(config)]
     if max(counts) > tensors or min(counts) < 0:  # a damaged number may be too large to build the network
         wants = f"{min(counts)} to {max(counts)} blocks of a kind"
         raise ValueError(f"the configuration of {path} wants {wants}, and there are {tensors} tensors")
     try:
-        config.micro_conditioning  # noqa: B018  # raises ValueError for an unknown width of the vector
         with torch.device("meta"):
-            text_encoder = TextEncoder(config.text, source.tokenizers)
-            return UNet(config.unet), VAE(config.vae), text_encoder
-    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:  # inconsistent numbers
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"the configuration of {path} describes no model: {reason}") from error
+            return network()
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+        raise _inconsistent(path, error) from error
 
 
-def _counts(config: ModelConfig) -> Iterator[int]:
-    """The numbers of blocks and levels of a model; -1 for a text tower without layers, which is an error."""
-    yield from (config.unet.mid_depth, config.unet.res_blocks, config.vae.res_blocks)
-    yield from (len(config.unet.channels), len(config.vae.channels), *(text.layers or -1 for text in config.text))
-    for depth in (*config.unet.depth, *(config.unet.up_depth or ())):
-        yield from depth if isinstance(depth, tuple) else (depth,)
+def _inconsistent(path: str | Path, error: Exception) -> ValueError:
+    reason = " ".join(str(error).split())[:200]
+    return ValueError(f"the configuration of {path} describes no model: {reason}")

@@ -1,5 +1,6 @@
 """Loading and saving: bit for bit, strict, frozen, nothing overwritten, nothing left behind."""
 
+import copy
 import dataclasses
 import json
 import shutil
@@ -10,14 +11,17 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ldm.checkpoint import files
+import ldm
+from ldm.checkpoint import files, tables
 from ldm.checkpoint.files import identify, load, save
-from ldm.checkpoint.parts import Model
+from ldm.checkpoint.parts import Model, Part, collect, compare
+from ldm.checkpoint.tensors import TensorFiles
 from ldm.config import ModelConfig, TextConfig, UNetConfig, VAEConfig
 from ldm.models.text import TextEncoder
 from ldm.models.tokens import BOS, EOS, Tokenizer, byte_alphabet
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
+from ldm.placement.packing import PLAIN, Packed, can_pack, pack
 
 LAYOUTS = ("ldm", "diffusers")
 
@@ -157,6 +161,23 @@ def test_surplus_missing_and_misshapen_tensors_are_named_together(saved, tmp_pat
     assert "[1, 2, 3, 3] instead of [4, 32, 3, 3]" in message
 
 
+@pytest.mark.parametrize("field", ["mid", "vector_dim"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_module_that_only_the_file_has_is_unexpected(layout, field, small, tmp_path):
+    change = {"mid": "full"} if field == "mid" else {"vector_dim": 2816}
+    with torch.device("meta"):
+        unet = UNet(dataclasses.replace(small.config.unet, **change))
+    rules = (tables.ldm_unet if layout == "ldm" else tables.diffusers_unet)(unet.config)
+    tensors = {name: torch.zeros(value.shape) for name, value in collect(unet, rules, "unet.").items()}
+    save_file(tensors, tmp_path / "unet.safetensors")
+    lacking = UNet(dataclasses.replace(small.config.unet, **{field: "none" if field == "mid" else None}))
+    part = Part(TensorFiles([tmp_path / "unet.safetensors"]), rules, "unet.")
+    surplus = compare({"unet": lacking}, {"unet": part})[0]["unet"]["unexpected"]
+    assert surplus == sorted(tensors.keys() - collect(lacking, rules, "unet.").keys())
+    assert len(surplus) > 3
+    assert compare({"unet": unet}, {"unet": part}) == ({}, [])
+
+
 def test_a_long_list_is_cut(saved, tmp_path):
     def edit(tensors):
         for name in [name for name in tensors if "proj_in" in name or "time_emb" in name]:
@@ -239,6 +260,35 @@ def test_what_else_lies_in_an_overwritten_folder_stays(small, tmp_path):
     assert (tmp_path / "model/README.md").read_text() == "a model card"
     assert (tmp_path / "model/samples").is_dir()
     assert_same_bits(load(tmp_path / "model"), small)
+
+
+@pytest.mark.skipif(not can_pack(), reason="needs PyTorch's oneDNN operators for CPUs")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_pipeline_with_packed_layers_is_saved_with_plain_weights(layout, small, tmp_path):
+    pipe = ldm.Pipeline(small.config, *(copy.deepcopy(network) for network in small[1:4]))
+    for network in (pipe.unet, pipe.vae, pipe.text_encoder):
+        pack(network)
+    with torch.no_grad():  # a layer is packed at its first call
+        context = pipe.text_encoder.encode(["a frog"]).context
+        pipe.vae.decode(pipe.unet(torch.randn(1, 4, 8, 8), torch.tensor([500.0]), context))
+    orders = {layer.held[1] for layer in pipe.unet.modules() if isinstance(layer, Packed)}
+    assert orders - {PLAIN}
+    save(pipe, tmp_path / "model", layout=layout)
+    assert_same_bits(load(tmp_path / "model"), small)
+
+
+class Quantized(torch.Tensor):
+    """Stands for the tensors of torchao, whose numbers need scales."""
+
+
+def test_a_quantized_model_is_not_saved(small, tmp_path):
+    unet = copy.deepcopy(small.unet)
+    weight = unet.conv_out.weight.data.as_subclass(Quantized)
+    unet.conv_out.weight = torch.nn.Parameter(weight, requires_grad=False)
+    message = r"conv_out\.weight has the type Quantized, which no file can hold: save the model before quantizing it"
+    with pytest.raises(ValueError, match=message):
+        save(small._replace(unet=unet), tmp_path / "model")
+    assert not list(tmp_path.iterdir())
 
 
 def test_missing_parents_are_made(small, tmp_path):

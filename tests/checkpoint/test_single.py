@@ -271,7 +271,7 @@ def test_parts_of_another_family_are_refused_in_its_place(official, tmp_path):
     vae = write_hollow(tmp_path / "vae", {n: s for n, s in official.items() if n.startswith(VAE)})
     with pytest.raises(ValueError, match="vae holds no unet, only vae: give one that does"):
         merge(open_source(base), {"unet": vae})
-    with pytest.raises(ValueError, match="parts to replace are unet, vae, text_encoder, got 'clip'"):
+    with pytest.raises(ValueError, match="the parts of a model are unet, vae, text_encoder, got 'clip'"):
         merge(open_source(base), {"clip": vae})
 
 
