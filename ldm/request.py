@@ -126,6 +126,10 @@ class Request:
             raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {self.sampler!r}")
         if self.guidance_interval is not None:
             object.__setattr__(self, "guidance_interval", _checked_interval(self.guidance_interval))
+        if not isinstance(self.sampler_options, Mapping):
+            raise ValueError(f"sampler_options must be a mapping such as {{'eta': 0.5}}, got {self.sampler_options!r}")
+        for name, number in self.sampler_options.items():
+            check_number(f"the sampler's {name}", number)
         for name, kind in (("sizes", Sizes), ("source", Source)):
             value = getattr(self, name)
             if not isinstance(value, kind) and not (name == "source" and value is None):
@@ -218,7 +222,7 @@ class Request:
         run = int(steps * self.source.strength)  # rounded down, as in diffusers
         if run == 0:
             raise ValueError(
-                f"strength {self.source.strength} of {steps} steps runs no step: raise one of them, or use exact_steps"
+                f"strength {self.source.strength} of {steps} steps runs no step: raise one of them, or give start_sigma"
             )
         sigmas = levels()[steps - run :]
         return levels(start=float(sigmas[0])) if self.source.exact_steps else sigmas

@@ -1,6 +1,7 @@
 """From a request to pictures: what is refused, what the seed decides, and what each option does."""
 
 import dataclasses
+import json
 import math
 import operator
 
@@ -12,16 +13,18 @@ from PIL import Image
 from torch import nn
 
 from ldm.checkpoint import files
+from ldm.config import BASE_CONDITIONING
 from ldm.diagnosis import not_finite
-from ldm.diffusion.denoiser import guided
+from ldm.diffusion.denoiser import classifier_free, guided
 from ldm.diffusion.samplers import SAMPLERS
+from ldm.diffusion.schedule import NoiseSchedule
 from ldm.loading import load
 from ldm.models.attention import math_attention
 from ldm.pipeline import Pipeline
 from ldm.placement.memory import Placement
 from ldm.placement.packing import can_pack
 from ldm.presets import SD15, SD21, SD_TURBO, SDXL_BASE, SDXL_REFINER
-from ldm.request import Request
+from ldm.request import Request, Sizes, Source
 from tests.tiny import TINY_REFINER, TINY_SDXL, random_networks
 
 FROG = Request("a frog on the grass", steps=3)
@@ -75,21 +78,52 @@ def pixels(picture: Image.Image) -> np.ndarray:
         ({"seed": 2**64}, "seeds must lie below 2\\^64"),
         ({"seed": 2**64 - 1, "images": 2}, "seeds must lie below 2\\^64"),
         ({"images": 0}, "images must be a whole number from 1 to 99999, got 0"),
+        ({"clip_skip": 0}, "clip_skip must be a whole number, 1 or more, got 0"),
+        ({"clip_skip": 1.0}, "clip_skip must be a whole number, 1 or more, got 1.0"),
+        ({"sampler_options": 0.5}, "sampler_options must be a mapping such as {'eta': 0.5}, got 0.5"),
+        ({"sampler_options": {"eta": "high"}}, "eta must be a finite number, got 'high'"),
+        ({"sizes": (1024, 768)}, r"sizes must be an ldm\.Sizes, got \(1024, 768\)"),
+        ({"sizes": None}, r"sizes must be an ldm\.Sizes, got None"),
+        ({"source": "frog.png"}, r"source must be an ldm\.Source, got 'frog.png'"),
+    ],
+)
+def test_a_request_that_no_model_can_follow_is_refused(choices, message):
+    with pytest.raises(ValueError, match=message):
+        Request(**({"prompt": "a frog"} | choices))
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
         ({"original_width": 0}, "original_width must be a whole number from 1 to 65536, got 0"),
         ({"original_height": 1.5}, "original_height must be a whole number from 1 to 65536, got 1.5"),
         ({"target_width": -1}, "target_width must be a whole number from 1 to 65536, got -1"),
         ({"target_height": "9"}, "target_height must be a whole number from 1 to 65536, got '9'"),
         ({"crop_top": -1}, "crop_top must be a whole number from 0 to 65536, got -1"),
         ({"crop_left": 0.5}, "crop_left must be a whole number from 0 to 65536, got 0.5"),
-        ({"aesthetic_score": math.nan}, "aesthetic_score must be a finite number, 0 or more"),
+        ({"aesthetic_score": math.nan}, "aesthetic_score must be a finite number from 0"),
         ({"negative_aesthetic_score": -1}, "negative_aesthetic_score must be a finite number"),
-        ({"clip_skip": 0}, "clip_skip must be a whole number, 1 or more, got 0"),
-        ({"clip_skip": 1.0}, "clip_skip must be a whole number, 1 or more, got 1.0"),
     ],
 )
-def test_a_request_that_no_model_can_follow_is_refused(choices, message):
+def test_sizes_that_no_model_can_follow_are_refused(choices, message):
     with pytest.raises(ValueError, match=message):
-        Request(**({"prompt": "a frog"} | choices))
+        Sizes(**choices)
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"strength": 0.0}, "strength must be above 0 and at most 1, got 0.0"),
+        ({"strength": 1.5}, "strength must be above 0 and at most 1, got 1.5"),
+        ({"strength": math.nan}, "strength must be a finite number, got nan"),
+        ({"exact_steps": 1}, "exact_steps must be True or False, got 1"),
+        ({"start_sigma": "high"}, "start_sigma must be a finite number, got 'high'"),
+        ({"resize": "fill"}, "resize must be one of crop, stretch, got 'fill'"),
+    ],
+)
+def test_a_source_that_no_model_can_follow_is_refused(choices, message):
+    with pytest.raises(ValueError, match=message):
+        Source("frog.png", **choices)
 
 
 def test_a_negative_seed_becomes_a_random_one_that_the_request_remembers():
@@ -102,43 +136,75 @@ def test_a_negative_seed_becomes_a_random_one_that_the_request_remembers():
 
 
 def test_what_a_request_leaves_open_is_the_models_own_choice():
-    request = Request("a frog").resolved(SD15)
-    assert (request.steps, request.sampler, request.spacing) == (25, "dpmpp_2m", "leading")
-    assert (request.guidance_scale, request.negative_prompt) == (7.5, "")
-    assert (request.width, request.height) == (512, 512)
-    assert request.resolved(SD15) == request
+    plan = Request("a frog").resolved(SD15)
+    assert (plan.steps, plan.sampler, plan.spacing) == (25, "dpmpp_2m", "leading")
+    assert (plan.guidance_scale, plan.texts) == (7.5, ("a frog", ""))
+    assert (plan.width, plan.height, plan.latent_shape) == (512, 512, (4, 64, 64))
+    assert torch.equal(plan.sigmas, NoiseSchedule().steps(25, "leading"))
     turbo = Request("a frog").resolved(SD_TURBO)
     assert (turbo.steps, turbo.sampler, turbo.spacing) == (4, "euler_ancestral", "trailing")
-    assert turbo.guidance_scale == 0.0
-    chosen = Request(*("a frog", "bad", 2, 0.0, 0.5), sampler="lcm", spacing="karras", width=8, height=16)
-    assert chosen.resolved(SD15) == chosen
+    assert (turbo.guidance_scale, turbo.texts) == (0.0, ("a frog",))
+    chosen = Request(*("a frog", "bad", 2, 0.0, 0.5), sampler="ddim", spacing="karras", width=8, height=16)
+    plan = chosen.resolved(SD15)
+    assert plan.request is chosen
+    assert (plan.steps, plan.sampler, plan.spacing) == (2, "ddim", "karras")
+    assert (plan.guidance_scale, plan.texts) == (0.0, ("a frog",))
+    assert (plan.width, plan.height, plan.latent_shape) == (8, 16, (4, 2, 1))
+    assert torch.equal(plan.sigmas, NoiseSchedule().steps(2, "karras", final="first"))
+
+
+@pytest.mark.parametrize("config", [SD15, SD_TURBO, SDXL_BASE, SDXL_REFINER], ids=lambda config: config.name)
+def test_a_plan_leaves_nothing_open_and_its_choices_are_plain_values(config):
+    plan = Request("a frog", "bad").resolved(config)
+    values = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)}
+    assert not [name for name, value in values.items() if value is None]
+    assert None not in [*plan.texts, *plan.sizes.values(), *(number for row in plan.scalars for number in row)]
+    assert len(plan.scalars) == (len(plan.texts) if config.micro_conditioning else 0)
+    resolved = plan.resolved()
+    assert json.loads(json.dumps(resolved, allow_nan=False)) == resolved
+    assert None not in resolved.values()
+    assert (resolved["steps"], resolved["steps_run"], resolved["width"]) == (plan.steps, plan.steps, plan.width)
+    assert {name: resolved[name] for name in plan.sizes} == plan.sizes
+
+
+def test_a_request_with_the_values_of_its_plan_has_the_same_plan():
+    for config in (SD15, SD_TURBO, SDXL_BASE, SDXL_REFINER):
+        plan = Request("a frog").resolved(config)
+        names = ("steps", "guidance_scale", "sampler", "spacing", "width", "height")
+        asked = Request("a frog", **{name: getattr(plan, name) for name in names}, sizes=Sizes(**plan.sizes))
+        again = asked.resolved(config)
+        assert again.resolved() == plan.resolved()
+        assert torch.equal(again.sigmas, plan.sigmas)
+        assert (again.texts, again.scalars) == (plan.texts, plan.scalars)
 
 
 def test_a_clip_skip_beyond_the_layers_of_any_tower_is_refused():
-    assert Request("a frog", clip_skip=12).resolved(SDXL_BASE).clip_skip == 12
-    assert Request("a frog").resolved(SDXL_BASE).clip_skip is None
+    assert Request("a frog", clip_skip=12).resolved(SDXL_BASE).request.clip_skip == 12
     for config, skip, layers in ((SD15, 13, 12), (SD21, 24, 23), (SDXL_BASE, 13, 12)):
         with pytest.raises(ValueError, match=rf"clip_skip must be from 1 .* to {layers}, .* got {skip}"):
             Request("a frog", clip_skip=skip).resolved(config)
 
 
 def test_only_where_zeros_stand_for_no_text_a_negative_prompt_stays_none():
-    assert Request("a frog").resolved(SDXL_BASE).negative_prompt is None
-    assert Request("a frog", "").resolved(SDXL_BASE).negative_prompt == ""
-    assert Request("a frog").resolved(SD15).negative_prompt == ""
+    assert Request("a frog").resolved(SDXL_BASE).texts == ("a frog", None)
+    assert Request("a frog", "").resolved(SDXL_BASE).texts == ("a frog", "")
+    assert Request("a frog").resolved(SD15).texts == ("a frog", "")
 
 
 def test_the_micro_conditioning_of_a_whole_picture_is_the_default_where_a_model_has_it():
-    request = Request("a frog", width=640).resolved(SDXL_BASE)
-    assert (request.original_width, request.original_height) == (640, 1024)
-    assert (request.target_width, request.target_height) == (640, 1024)
-    assert (request.crop_top, request.crop_left) == (0, 0)
-    assert request.aesthetic_score is request.negative_aesthetic_score is None
-    refined = Request("a frog", crop_top=8).resolved(SDXL_REFINER)
-    assert (refined.crop_top, refined.crop_left, refined.target_width) == (8, 0, None)
-    assert (refined.aesthetic_score, refined.negative_aesthetic_score) == (6.0, 2.5)
-    chosen = Request("a frog", original_width=9, target_height=8, crop_left=7).resolved(SDXL_BASE)
-    assert chosen.scalars(SDXL_BASE) == [[1024, 9, 0, 7, 8, 1024]] * 2
+    sizes = Request("a frog", width=640).resolved(SDXL_BASE).sizes
+    assert (sizes["original_width"], sizes["original_height"]) == (640, 1024)
+    assert (sizes["target_width"], sizes["target_height"]) == (640, 1024)
+    assert (sizes["crop_top"], sizes["crop_left"]) == (0, 0)
+    assert len(sizes) == 6
+    refined = Request("a frog", sizes=Sizes(crop_top=8)).resolved(SDXL_REFINER)
+    assert (refined.sizes["crop_top"], refined.sizes["crop_left"]) == (8, 0)
+    assert (refined.sizes["aesthetic_score"], refined.sizes["negative_aesthetic_score"]) == (6.0, 2.5)
+    assert len(refined.sizes) == 6
+    assert refined.scalars == ((1024, 1024, 8, 0, 6.0), (1024, 1024, 8, 0, 2.5))
+    chosen = Request("a frog", sizes=Sizes(original_width=9, target_height=8, crop_left=7)).resolved(SDXL_BASE)
+    assert chosen.scalars == ((1024, 9, 0, 7, 8, 1024),) * 2
+    assert Request("a frog").resolved(SD15).sizes == {}
 
 
 @pytest.mark.parametrize(
@@ -153,7 +219,7 @@ def test_the_micro_conditioning_of_a_whole_picture_is_the_default_where_a_model_
 )
 def test_a_conditioning_that_the_model_does_not_have_is_refused(config, choice, message):
     with pytest.raises(ValueError, match=message):
-        Request("a frog", **choice).resolved(config)
+        Request("a frog", sizes=Sizes(**choice)).resolved(config)
 
 
 @pytest.mark.parametrize(("size", "nearest"), [(100, "96 or 104"), (7, "8")])
@@ -191,7 +257,7 @@ def test_the_stream_shows_every_step_and_ends_in_what_decode_takes(pipe):
     assert all(step.x.shape == step.x0.shape == (1, 4, 8, 8) for step in steps)
     assert all(step.x.dtype == torch.float32 for step in steps)
     assert not steps[-1].x.requires_grad
-    assert np.array_equal(pipe.decode(steps[-1].x)[0], pipe.generate(FROG)[0])
+    assert np.array_equal(pipe.decode(steps[-1].latents)[0], pipe.generate(FROG)[0])
     assert len(pipe.decode(steps[0].x0)) == 1  # a preview
 
 
@@ -204,9 +270,8 @@ def test_a_picture_starts_from_its_seeds_noise_at_the_samplers_own_scale(pipe, s
     sigma = float(pipe.schedule.sigmas[-1])
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
     first = math.sqrt(squared + sigma**2) * noise
-    cond, uncond = pipe._conditions(request.resolved(pipe.config))
-    predict = guided(pipe.unet, cond, uncond, 3.0)
     with torch.no_grad():
+        predict = guided(pipe.unet.bind, pipe.conditions(pipe.plan(request)), classifier_free(3.0))
         eps = predict(first / math.sqrt(1 + sigma**2), torch.tensor([999.0]))
     assert torch.allclose(step.x, first - sigma * eps, rtol=0, atol=1e-3)  # sigma times fp32's bits
 
@@ -219,7 +284,9 @@ def test_ddim_ends_at_the_first_timestep_in_variance_preserving_scale(pipe):
     sigmas = pipe.schedule.steps(3, "leading", final="first")
     *_, before, _ = pipe.stream(request)
     x = last.x0 + sigma / float(sigmas[2]) * (before.x - last.x0)  # DDIM's last step by hand
-    assert torch.allclose(last.x, x / math.sqrt(1 + sigma**2), rtol=0, atol=1e-5)  # fp32 rounding
+    assert torch.allclose(last.x, x, rtol=0, atol=1e-5)  # fp32 rounding
+    assert torch.allclose(last.latents, x / math.sqrt(1 + sigma**2), rtol=0, atol=1e-5)
+    assert np.array_equal(pipe.decode(last.latents)[0], pipe.generate(request)[0])
 
 
 def test_a_request_is_checked_before_the_first_step_is_asked_for(pipe):
@@ -287,12 +354,13 @@ def test_without_guidance_the_negative_prompt_is_not_encoded(pipe, monkeypatch):
 
 
 def seen_by_the_unet(pipe, monkeypatch, request):
-    """The context and the vector that it prepares, with guidance 2b: without the prompt, then with it."""
-    calls = []
-    prepare = pipe.unet.prepare
-    monkeypatch.setattr(pipe.unet, "prepare", lambda *args: calls.append(args) or prepare(*args))
+    """The context and the vector that it binds, with guidance 2b: without the prompt, then with it."""
+    bound = []
+    bind = pipe.unet.bind
+    monkeypatch.setattr(pipe.unet, "bind", lambda condition: bound.append(condition) or bind(condition))
     next(iter(pipe.stream(request)))
-    return calls[0]
+    (condition,) = bound
+    return condition.context, condition.vector
 
 
 def embedded(*scalars):
@@ -301,7 +369,7 @@ def embedded(*scalars):
 
 
 def test_sdxl_sees_both_towers_the_pooled_text_and_the_sizes(sdxl, monkeypatch):
-    request = Request("a frog", "bad", 1, images=2, width=36, original_width=99, crop_top=5)
+    request = Request("a frog", "bad", 1, images=2, width=36, sizes=Sizes(original_width=99, crop_top=5))
     context, vector = seen_by_the_unet(sdxl, monkeypatch, request)
     encoded = sdxl.text_encoder.encode(["bad", "a frog"])
     expected, pooled = encoded.context, encoded.vector
@@ -333,12 +401,7 @@ def test_sdxl_steers_away_from_zeros_but_a_given_empty_text_is_encoded(sdxl, ref
 
 
 @pytest.mark.parametrize(
-    "choice",
-    [
-        *({"original_width": 99}, {"original_height": 99}, {"crop_top": 9}, {"crop_left": 9}),
-        *({"target_width": 99}, {"target_height": 99}, {"negative_prompt": ""}),
-    ],
-    ids=str,
+    "choice", [*({"sizes": Sizes(**{name: 9})} for name in BASE_CONDITIONING), {"negative_prompt": ""}], ids=str
 )
 def test_each_conditioning_of_sdxl_changes_its_picture(sdxl, choice):
     base = Request("a frog", steps=2)
@@ -389,7 +452,7 @@ def test_bf16_networks_make_nearly_the_same_picture_with_an_fp32_sampler(pipe, m
     [
         ("unet.conv_out", torch.float32, r"the UNet gave .* in float32 at step 1 of 3, .*UNet that"),
         ("unet.conv_out", torch.bfloat16, r"the UNet gave .* in bfloat16 at step 1 of 3, .*UNet"),
-        ("vae.decoder", torch.float32, "the VAE gave .* in float32, .* latents that reach"),
+        ("vae.decoder", torch.float32, "the VAE gave .* in float32, .* latents up to .*, where 5 is usual"),
         ("text_encoder", torch.float32, "the text encoder gave .* in float32, "),
     ],
 )

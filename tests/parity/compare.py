@@ -115,16 +115,16 @@ def requests(name: str, side: int = 64, images: int = 2) -> dict[str, ldm.Reques
     """What both are asked for with the model `name`: every sampler of SD 1.5, and what others are made for."""
     steered = ldm.Request(*PROMPTS, guidance_scale=7.5, seed=42, images=images, width=side, height=side)
 
-    def ask(sampler: str, spacing: str, steps: int, **more: Any) -> tuple[str, ldm.Request]:
-        request = dataclasses.replace(steered, sampler=sampler, spacing=spacing, steps=steps, **more)
-        said = "".join(f", {key} {value!r}" for key, value in more.items())
-        return f"{steps} {sampler} {spacing}{said}", request
+    def ask(
+        sampler: str, spacing: str, steps: int, sizes: ldm.Sizes = steered.sizes, **more: Any
+    ) -> tuple[str, ldm.Request]:
+        request = dataclasses.replace(steered, sampler=sampler, spacing=spacing, steps=steps, sizes=sizes, **more)
+        named = more | {key: value for key, value in dataclasses.asdict(sizes).items() if value is not None}
+        return f"{steps} {sampler} {spacing}" + "".join(f", {key} {value!r}" for key, value in named.items()), request
 
     distilled = {"negative_prompt": None, "guidance_scale": 0.0}
-    sizes = {
-        **{"original_width": 1024, "original_height": 768, "crop_top": 16, "crop_left": 64},
-        **{"target_width": 512, "target_height": 640},
-    }
+    sizes = {"original_width": 1024, "original_height": 768, "crop_top": 16, "crop_left": 64}
+    scores = {"crop_left": 8, "aesthetic_score": 7.5, "negative_aesthetic_score": 1.5}
     asked = {
         "sd15": [ask(sampler, spacing, steps) for sampler, spacing, steps in STEP_LISTS],
         "sd21-base": [ask("ddim", "leading", 10), ask("dpmpp_2m", "leading", 10)],
@@ -141,17 +141,13 @@ def requests(name: str, side: int = 64, images: int = 2) -> dict[str, ldm.Reques
         "sdxl-base": [
             ask("euler", "leading", 10, negative_prompt=None),
             ask("euler", "leading", 10, negative_prompt=""),
-            ask("euler", "leading", 10, **sizes),
+            ask("euler", "leading", 10, sizes=ldm.Sizes(**sizes, target_width=512, target_height=640)),
             ask("dpmpp_2m", "leading", 10),
         ],
         "sdxl-refiner": [
             ask("euler", "leading", 10),
             ask("euler", "leading", 10, negative_prompt=None),
-            ask(
-                *("ddim", "leading", 10),
-                **{"original_width": 1024, "original_height": 768, "crop_top": 16, "crop_left": 8},
-                **{"aesthetic_score": 7.5, "negative_aesthetic_score": 1.5},
-            ),
+            ask("ddim", "leading", 10, sizes=ldm.Sizes(**(sizes | scores))),
         ],
         "sdxl-turbo": [
             ask("euler_ancestral", "trailing", 1, **distilled),
@@ -164,7 +160,7 @@ def requests(name: str, side: int = 64, images: int = 2) -> dict[str, ldm.Reques
 def pictures(pipe: ldm.Pipeline, request: ldm.Request) -> tuple[np.ndarray, Tensor]:
     """Make with us what `request` asks for; as `reference.pictures`."""
     *_, last = pipe.stream(request)
-    return np.stack([np.asarray(picture) for picture in pipe.decode(last.x)]), last.x.float().cpu()
+    return np.stack([np.asarray(picture) for picture in pipe.decode(last.latents)]), last.latents.cpu()
 
 
 def levels(ours: np.ndarray, theirs: np.ndarray) -> int:

@@ -304,7 +304,7 @@ SCHEDULERS: dict[str, tuple[type, Json]] = {
     "dpmpp_2m_sde": (diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
     "lcm": (diffusers.LCMScheduler, {}),
 }
-_SIZES = {  # diffusers' names for what Request says
+_SIZES = {  # diffusers' names for the fields of Sizes
     "original_size": ("original_height", "original_width"),
     "crops_coords_top_left": ("crop_top", "crop_left"),
     "target_size": ("target_height", "target_width"),
@@ -340,11 +340,11 @@ def pictures(pipe: Any, request: ldm.Request) -> tuple[np.ndarray, Tensor]:
         "generator": generators,
     }
     for name, parts in _SIZES.items():
-        if getattr(request, parts[0]) is not None:
-            options[name] = tuple(getattr(request, part) for part in parts)
+        if getattr(request.sizes, parts[0]) is not None:
+            options[name] = tuple(getattr(request.sizes, part) for part in parts)
     for name in ("aesthetic_score", "negative_aesthetic_score"):
-        if getattr(request, name) is not None:
-            options[name] = getattr(request, name)
+        if getattr(request.sizes, name) is not None:
+            options[name] = getattr(request.sizes, name)
     if isinstance(pipe, diffusers.StableDiffusionXLImg2ImgPipeline):
         # As SDXL's own pipeline does, and we with both: the crop is that of the negative prompt too.
         options["negative_crops_coords_top_left"] = options.get("crops_coords_top_left", (0, 0))

@@ -224,13 +224,16 @@ def test_such_a_model_is_told_its_guidance_in_one_call_a_step(lcm):
     "change", [{"negative_prompt": "b"}, {"guidance_interval": (0.5, 5.0)}, {"guidance_rescale": 0.7}], ids=str
 )
 def test_what_needs_two_predictions_is_refused_where_there_is_one(lcm, change):
-    with pytest.raises(ValueError, match=f"{next(iter(change))} is for guidance by two predictions"):
+    with pytest.raises(ValueError, match=f"{next(iter(change))} needs classifier-free guidance"):
         lcm[0].generate(ldm.Request("a", width=64, height=64, **change))
 
 
 def test_a_request_whose_defaults_are_filled_in_can_be_made_again(lcm):
-    config = lcm[0].config
-    resolved = ldm.Request("a", width=64, height=64).resolved(config)
-    assert (resolved.sampler, resolved.spacing, resolved.steps) == ("lcm", "lcm", 4)
-    assert (resolved.negative_prompt, resolved.guidance_scale) == ("", 8.5)
-    assert resolved.resolved(config) == resolved
+    request = ldm.Request("a", width=64, height=64)
+    plan = lcm[0].plan(request)
+    assert (plan.sampler, plan.spacing, plan.steps) == ("lcm", "lcm", 4)
+    assert (plan.texts, plan.guidance_scale) == (("a",), 8.5)
+    names = ("sampler", "spacing", "steps", "guidance_scale")
+    filled_in = dataclasses.replace(request, **{name: getattr(plan, name) for name in names})
+    assert lcm[0].plan(filled_in).resolved() == plan.resolved()
+    assert np.array_equal(made(lcm[0], filled_in), made(lcm[0], request))
