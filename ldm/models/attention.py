@@ -1,7 +1,7 @@
-"""Scaled dot-product attention as three interchangeable functions of one signature.
+"""Scaled dot-product attention as three functions with the same arguments: q, k, v of shape b h n d.
 
-`softmax(q k^T / sqrt(d)) v` (Vaswani et al. 2017, eq. 1), always on tensors of shape b h n d. A module
-holds the function it uses as its attribute `attend`; `set_attention` changes it for a whole network.
+`softmax(q k^T / sqrt(d)) v` (Vaswani et al. 2017, eq. 1). An attention layer calls its attribute `attend`, which is one
+of these functions. `set_attention` changes it for a whole network.
 """
 
 import math
@@ -14,19 +14,20 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def math_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attend by the formula, holding all b h n m scores; inside, a softmax computes in fp32 at least.
+    """Attend by the formula, with all b h n m scores in memory. The softmax computes in fp32 or better.
 
-    q: b h n d. k, v: b h m d. Returns b h n d in q's dtype.
+    q: b h n d. k, v: b h m d. Returns b h n d in the dtype of q.
     """
     scores = (q * (1 / math.sqrt(q.shape[-1]))) @ k.transpose(-1, -2)  # b h n m
     return scores.softmax(dim=-1) @ v
 
 
 def sliced_attention(q: Tensor, k: Tensor, v: Tensor, *, budget: int = 2**21) -> Tensor:
-    """Attend to a slice of query rows at a time, so that at most `budget` scores exist at once.
+    """Attend by the formula to a few query rows at a time, so that at most `budget` scores are in memory.
 
-    Exact: a softmax runs over keys, so query rows are independent. At least one row of one batch and head is always
-    taken, whatever the budget. Shapes as in `math_attention`. Raises ValueError for a budget below 1.
+    The result is exact: the softmax runs over keys, so that query rows do not depend on each other. A slice has at
+    least one row of one head, even if this exceeds the budget. Shapes as in `math_attention`.
+    Raises ValueError for a budget below 1.
     """
     if budget < 1:
         raise ValueError(f"the attention budget must be at least 1 score element, got {budget}")
@@ -44,7 +45,7 @@ def sliced_attention(q: Tensor, k: Tensor, v: Tensor, *, budget: int = 2**21) ->
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attend with PyTorch's fused kernels, which never hold the score matrix where the hardware allows it.
+    """Attend with PyTorch's fused kernels. Where the hardware has them, no score matrix is in memory.
 
     Shapes as in `math_attention`.
     """

@@ -1,4 +1,4 @@
-"""A patch discriminator for training autoencoders: is this neighbourhood of pixels real?"""
+"""A patch discriminator for the training of autoencoders: it tells patches of real images from decoded ones."""
 
 from itertools import pairwise
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class PatchDiscriminator(nn.Module):
-    """Score overlapping patches of an image (Isola et al. 2017, section 3.2.2), normalised by groups."""
+    """Convolutions that score overlapping patches of an image (Isola et al. 2017, section 3.2.2), with group norms."""
 
     def __init__(self, channels: int = 32, layers: int = 2) -> None:
         super().__init__()
@@ -18,9 +18,8 @@ class PatchDiscriminator(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], 1, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map images: b 3 h w in [-1, 1] to realness scores: b 1 h' w', one per patch."""
+        """Map images: b 3 h w in [-1, 1] to scores: b 1 h' w', one per patch, higher for real ones."""
         h = F.leaky_relu(self.conv_in(images), 0.2)
         for conv, norm in zip(self.convs, self.norms, strict=True):
             h = F.leaky_relu(norm(conv(h)), 0.2)
-        out: Tensor = self.conv_out(h)
-        return out
+        return self.conv_out(h)

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 
 class ResBlock(nn.Module):
-    """Two normalised convolutions around an optional embedding, added to their (projected) input."""
+    """Two convolutions after group norms, with an embedding added between them, around a skip connection."""
 
     def __init__(
         self, in_channels: int, out_channels: int, *, groups: int, eps: float, emb_dim: int | None = None
@@ -20,11 +20,10 @@ class ResBlock(nn.Module):
         self.skip = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
-        """Map x: b c h w and emb: b emb_dim (needed if the block was built with one) to b out_channels h w."""
+        """Map x: b c h w to b out_channels h w. emb: b emb_dim, for a block that was built with `emb_dim`."""
         h = self.conv1(F.silu(self.norm1(x)))
         if self.emb is not None:
             assert emb is not None
             h = h + self.emb(F.silu(emb))[:, :, None, None]
         h = self.conv2(F.silu(self.norm2(h)))
-        out: Tensor = self.skip(x) + h
-        return out
+        return self.skip(x) + h

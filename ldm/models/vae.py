@@ -1,4 +1,7 @@
-"""The variational autoencoder between images in [-1, 1] and scaled latents, 2^(levels - 1) times smaller."""
+"""The variational autoencoder: images in [-1, 1] to latents that are f = 2^(levels - 1) times smaller, and back.
+
+Latents are scaled by `VAEConfig.scaling_factor`, so that their variance is about 1.
+"""
 
 from typing import NamedTuple
 
@@ -13,13 +16,13 @@ from ldm.models.layers import ResBlock
 
 
 class Gaussian(NamedTuple):
-    """A diagonal normal distribution over latents. mean, std: b c h w."""
+    """A normal distribution over latents with independent elements. mean, std: b c h w."""
 
     mean: Tensor
     std: Tensor
 
     def sample(self, noise: Tensor | None = None) -> Tensor:
-        """Draw mean + std * noise; noise: b c h w standard normal, drawn here if not given."""
+        """Return mean + std * noise. noise: b c h w of unit variance (default: drawn from torch's global generator)."""
         return self.mean + self.std * (torch.randn_like(self.mean) if noise is None else noise)
 
     def mode(self) -> Tensor:
@@ -28,7 +31,7 @@ class Gaussian(NamedTuple):
 
 
 class VAE(nn.Module):
-    """Encode images as distributions over latents, decode latents as images (Rombach et al. 2022)."""
+    """The autoencoder of latent diffusion (Rombach et al. 2022)."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -40,7 +43,7 @@ class VAE(nn.Module):
         self.decoder = Decoder(config)
 
     def encode(self, images: Tensor) -> Gaussian:
-        """Map images: b 3 h w in [-1, 1] to the distribution of their scaled latents: b c h/f w/f.
+        """Encode images: b 3 h w in [-1, 1] as a distribution over scaled latents: b c h/f w/f.
 
         Raises ValueError if h or w is not a multiple of f.
         """
@@ -48,7 +51,7 @@ class VAE(nn.Module):
         return self.gaussian(self.encoder(images))
 
     def check_size(self, images: Tensor) -> None:
-        """Raise ValueError if the height or width of images: b 3 h w is not a multiple of f."""
+        """Raise ValueError if h or w of images: b 3 h w is not a multiple of f."""
         f = self.config.factor
         height, width = images.shape[-2:]
         if height % f or width % f:
@@ -57,19 +60,18 @@ class VAE(nn.Module):
             )
 
     def gaussian(self, moments: Tensor) -> Gaussian:
-        """Map the encoder's output: b 2c h w to the distribution of scaled latents."""
+        """Turn the output of `encoder`, b 2c h w, into the distribution of scaled latents."""
         mean, logvar = self.quant_conv(moments).chunk(2, dim=1)
         std = torch.exp(0.5 * logvar.clamp(-30, 20))  # LDM's clamp
         return Gaussian(mean * self.config.scaling_factor, std * self.config.scaling_factor)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Map scaled latents: b c h w to images: b 3 h*f w*f, about [-1, 1] and not clamped."""
-        out: Tensor = self.decoder(self.post_quant_conv(latents / self.config.scaling_factor))
-        return out
+        """Decode scaled latents: b c h w as images: b 3 h*f w*f. Values may lie a little outside [-1, 1]."""
+        return self.decoder(self.post_quant_conv(latents / self.config.scaling_factor))
 
 
 class Encoder(nn.Module):
-    """Residual levels with a halving between them, then the middle; images to moments."""
+    """Images to the mean and log-variance of latents: levels of residual blocks, each at half the resolution."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -77,14 +79,8 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(3, first, 3, padding=1)
         ins = (first, *config.channels[:-1])
         self.levels = nn.ModuleList(
-            Level(
-                in_channels,
-                out_channels,
-                blocks=config.res_blocks,
-                groups=config.norm_groups,
-                downsample=i < len(ins) - 1,
-            )
-            for i, (in_channels, out_channels) in enumerate(zip(ins, config.channels, strict=True))
+            Level(a, b, blocks=config.res_blocks, groups=config.norm_groups, downsample=i < len(ins) - 1)
+            for i, (a, b) in enumerate(zip(ins, config.channels, strict=True))
         )
         self.mid = Middle(last, config.norm_groups)
         self.norm_out = nn.GroupNorm(config.norm_groups, last, eps=1e-6)
@@ -96,12 +92,11 @@ class Encoder(nn.Module):
         for level in self.levels:
             h = level(h)
         h = self.mid(h)
-        out: Tensor = self.conv_out(F.silu(self.norm_out(h)))
-        return out
+        return self.conv_out(F.silu(self.norm_out(h)))
 
 
 class Decoder(nn.Module):
-    """The middle, then residual levels with a doubling between them; latents to images."""
+    """Latents to images: the middle, then levels of residual blocks, each at twice the resolution."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -110,14 +105,8 @@ class Decoder(nn.Module):
         self.mid = Middle(channels[0], config.norm_groups)
         ins = (channels[0], *channels[:-1])
         self.levels = nn.ModuleList(
-            Level(
-                in_channels,
-                out_channels,
-                blocks=config.res_blocks + 1,
-                groups=config.norm_groups,
-                upsample=i < len(ins) - 1,
-            )
-            for i, (in_channels, out_channels) in enumerate(zip(ins, channels, strict=True))
+            Level(a, b, blocks=config.res_blocks + 1, groups=config.norm_groups, upsample=i < len(ins) - 1)
+            for i, (a, b) in enumerate(zip(ins, channels, strict=True))
         )
         self.norm_out = nn.GroupNorm(config.norm_groups, channels[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(channels[-1], 3, 3, padding=1)
@@ -127,12 +116,11 @@ class Decoder(nn.Module):
         h = self.mid(self.conv_in(latents))
         for level in self.levels:
             h = level(h)
-        out: Tensor = self.conv_out(F.silu(self.norm_out(h)))
-        return out
+        return self.conv_out(F.silu(self.norm_out(h)))
 
 
 class Level(nn.Module):
-    """Residual blocks at one resolution, then the step to the next one."""
+    """Residual blocks at one resolution, then the change to the next resolution."""
 
     def __init__(
         self,
@@ -164,7 +152,7 @@ class Level(nn.Module):
 
 
 class Middle(nn.Module):
-    """Residual block, attention, residual block at the lowest resolution."""
+    """Residual block, self-attention, residual block, at the lowest resolution."""
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
@@ -174,8 +162,7 @@ class Middle(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map b c h w to b c h w."""
-        out: Tensor = self.res_out(self.attn(self.res_in(x)))
-        return out
+        return self.res_out(self.attn(self.res_in(x)))
 
 
 class PixelAttention(nn.Module):
@@ -194,6 +181,5 @@ class PixelAttention(nn.Module):
         """Map b c h w to b c h w."""
         h = rearrange(self.norm(x), "b c h w -> b 1 (h w) c")  # one head
         h = self.to_out(self.attend(self.to_q(h), self.to_k(h), self.to_v(h)))
-        # In this order the sum takes the layout of h, channels last, in which what follows is faster.
-        out: Tensor = rearrange(h, "b 1 (h w) c -> b c h w", h=x.shape[-2]) + x
-        return out
+        # The sum takes the memory layout of its first term, channels last, in which the next layers are faster.
+        return rearrange(h, "b 1 (h w) c -> b c h w", h=x.shape[-2]) + x

@@ -36,13 +36,15 @@ def test_sdpa_equals_math_attention():
 @pytest.mark.parametrize("budget", [1, 6, 7, 8, 14, 50, 140, 141, 280, 420, 840, 10**9])
 def test_sliced_attention_equals_math_for_every_budget(budget):
     q, k, v = qkv()
+    v = v[..., :5]  # narrower than q
     out = sliced_attention(q, k, v, budget=budget)
     # the same sums in the same order, but a matrix product may block another shape differently
     torch.testing.assert_close(out, math_attention(q, k, v), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("budget", [7, 33, 140, 300])
-def test_sliced_attention_never_holds_more_scores_than_its_budget(budget, monkeypatch):
+@pytest.fixture
+def slices(monkeypatch):
+    """The number of scores of each slice that `sliced_attention` computes."""
     sizes = []
 
     def spy(q, k, v):
@@ -50,9 +52,21 @@ def test_sliced_attention_never_holds_more_scores_than_its_budget(budget, monkey
         return math_attention(q, k, v)
 
     monkeypatch.setattr("ldm.models.attention.math_attention", spy)
+    return sizes
+
+
+# 6 heads of 20 rows of 7 scores: 1 row at a time, 4 rows, one head, two heads
+@pytest.mark.parametrize(("budget", "count"), [(7, 120), (33, 30), (140, 6), (300, 3)])
+def test_sliced_attention_takes_the_largest_slices_that_its_budget_allows(budget, count, slices):
     sliced_attention(*qkv(), budget=budget)
-    assert max(sizes) <= budget
-    assert sum(sizes) == 2 * 3 * 20 * 7  # each score once
+    assert max(slices) <= budget
+    assert len(slices) == count
+    assert sum(slices) == 2 * 3 * 20 * 7  # each score once
+
+
+def test_without_a_budget_a_slice_has_two_million_scores(slices):
+    sliced_attention(*qkv(b=1, h=2, n=1024, m=2048, d=2))
+    assert slices == [2**21, 2**21]
 
 
 def test_a_budget_below_one_is_refused():
@@ -70,12 +84,13 @@ def test_the_softmax_of_half_precision_runs_in_fp32():
 
 def test_set_attention_reaches_every_layer_and_changes_nothing_else():
     torch.manual_seed(0)
-    net = nn.Sequential(Attention(16, 2), Attention(16, 4))
+    layers = Attention(16, 2), Attention(16, 4)
+    net = nn.Sequential(layers[0], nn.Sequential(layers[1]))
     x = torch.randn(1, 5, 16)
     before = net(x)
     attend = partial(sliced_attention, budget=10)
     set_attention(net, attend)
-    assert all(layer.attend is attend for layer in net)
+    assert all(layer.attend is attend for layer in layers)
     torch.testing.assert_close(net(x), before, rtol=1e-5, atol=1e-6)
 
 
