@@ -13,17 +13,7 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, ExifTags, Image, ImageCms, PngImagePlugin
 
-from ldm.pictures import (
-    A1111_SAMPLERS,
-    FORMATS,
-    MAX_PIXELS,
-    a1111_parameters,
-    open_picture,
-    read_picture,
-    read_texts,
-    save_png,
-    to_rgb,
-)
+from ldm.pictures import FORMATS, MAX_PIXELS, a1111_parameters, open_picture, read_picture, read_texts, save_png, to_rgb
 from ldm.training.data import Folder
 
 
@@ -158,12 +148,6 @@ def test_parameters_read_as_a1111_writes_them():
     text = a1111_parameters("a frog,\non grass", "blurry", {"Steps": 20, "Model": "a, b: c"})
     assert text == 'a frog,\non grass\nNegative prompt: blurry\nSteps: 20, Model: "a, b: c"'
     assert a1111_parameters("a\x00 frog\x1b 👩‍🌾", "", {"Steps": 1}) == "a frog 👩‍🌾\nSteps: 1"
-
-
-def test_every_sampler_has_a_name_in_parameters():
-    from ldm.diffusion.samplers import SAMPLERS
-
-    assert set(A1111_SAMPLERS) == set(SAMPLERS)
 
 
 # Reading any kind as 8-bit RGB
