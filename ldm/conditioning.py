@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,15 +51,8 @@ def join(conditions: Sequence[Condition]) -> Condition:
     return dataclasses.replace(conditions[0], **joined)
 
 
-class Encodes(Protocol):
-    """A text encoder, such as `ldm.models.text.TextEncoder`."""
-
-    def encode(self, texts: list[str], clip_skip: int | None = None) -> Condition:
-        """Encode texts as context: b n d and vector: b p or None."""
-
-
 def condition(
-    text_encoder: Encodes,
+    text_encoder: Any,
     texts: Sequence[str | None],
     scalars: Sequence[Sequence[float]] = (),
     *,
@@ -67,6 +60,7 @@ def condition(
 ) -> Condition:
     """Make the condition of `texts`, one row each, and for SDXL of the sizes.
 
+    text_encoder: such as `ldm.models.text.TextEncoder`.
     texts: zeros stand for None. SDXL base was trained with zeros in place of a left-out text.
     scalars: for each text the model's `ModelConfig.micro_conditioning`, in its order. Each scalar is embedded in 256
       numbers and appended to the vector (Podell et al. 2023, section 2.2). None for other models.

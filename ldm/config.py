@@ -10,6 +10,7 @@ from reprlib import repr as short
 from typing import Any, Literal
 
 Prediction = Literal["eps", "v", "x0"]
+Layout = Literal["ldm", "diffusers"]  # of a saved model: one official file, or a folder
 BetaSchedule = Literal["scaled_linear", "linear", "cosine"]
 Spacing = Literal[
     "leading", "trailing", "linspace", "lcm", "karras", "leading_karras", "trailing_karras",
@@ -46,6 +47,11 @@ def check_fields(value: Any, *, largest: float = math.inf) -> None:
             _check_text(f.name, got)
         elif kind in (int, float):
             check_number(f.name, got, low, min(high, largest), whole=kind is int)
+        elif typing.get_origin(kind) is tuple:
+            if not isinstance(got, tuple | list) or len(got) != len(typing.get_args(kind)):
+                raise ValueError(f"{f.name} must be {len(typing.get_args(kind))} numbers, got {got!r}")
+            for number in got:
+                check_number(f.name, number, low, high)
 
 
 def check_number(name: str, got: Any, low: float = -math.inf, high: float = math.inf, *, whole: bool = False) -> None:

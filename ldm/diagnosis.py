@@ -2,35 +2,52 @@
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ldm.request import Plan
+
 NAMES = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder"}
 
 
-def not_finite(part: str, network: nn.Module, file: Path | None, *, causes: str, where: str = "") -> FloatingPointError:
+def not_finite(
+    pipe: Any, name: str, *, plan: Plan | None = None, index: int = 0, peak: float = 0.0
+) -> FloatingPointError:
     """Return the error to raise. It names a damaged weight, or else the range of float16, or else the usual causes.
 
-    part: "unet", "vae" or "text_encoder". file: the file of its weights, if known.
-    where: the place of the first wrong number, such as " at step 3". causes: the usual ones if all weights are finite.
+    name: of the network of `pipe`: "unet", "vae" or "text_encoder".
+    plan, index: for the UNet, the run and its first step that was not finite. peak: for the VAE, its largest latent.
     """
-    name, dtype, peak = NAMES[part], next(network.parameters()).dtype, 0.0
+    network, file = getattr(pipe, name), pipe.paths.get(name)
+    shown, dtype, largest = NAMES[name], next(network.parameters()).dtype, 0.0
     for key, weight in _weights(network):
-        largest = float(weight.detach().abs().max())  # NaN if there is one
+        size = float(weight.detach().abs().max())  # NaN if there is one
         # A cast to float16 turns large numbers into Inf, so in float16 only NaN shows damage.
-        if math.isnan(largest) or (math.isinf(largest) and dtype != torch.float16):
+        if math.isnan(size) or (math.isinf(size) and dtype != torch.float16):
             source = f"the file {file}" if file else "the model's file"
-            return FloatingPointError(f"{key} of the {name} holds NaN or Inf: {source} is damaged, get it again")
-        peak = max(peak, largest)
-    gave = f"the {name} gave numbers that are not finite in {str(dtype).removeprefix('torch.')}{where}"
+            return FloatingPointError(f"{key} of the {shown} holds NaN or Inf: {source} is damaged, get it again")
+        largest = max(largest, size)
+    where = ""
+    if plan is not None:
+        level, steps = float(plan.sigmas[index]), len(plan.sigmas) - 1
+        where = f" at step {index + 1} of {steps}, from noise level {level:.3g}"
+    gave = f"the {shown} gave numbers that are not finite in {str(dtype).removeprefix('torch.')}{where}"
     if dtype == torch.float16:
-        option = "vae_dtype" if part == "vae" else "dtype"
+        option = "vae_dtype" if name == "vae" else "dtype"
         return FloatingPointError(
-            f"{gave}, which ends at 65504 (its weights reach {peak:.3g}): load the model with {option} float32"
+            f"{gave}, which ends at 65504 (its weights reach {largest:.3g}): load the model with {option} float32"
         )
-    return FloatingPointError(f"{gave}, from finite weights (up to {peak:.3g}); usual causes: {causes}")
+    causes = {
+        "unet": f"a UNet that does not predict {pipe.config.diffusion.prediction} (see `prediction`), an own sampler or"
+        " denoiser, or parts of different models",
+        "vae": f"latents up to {peak:.3g}, where 5 is usual, or a VAE of another kind of model",
+        "text_encoder": "an activation that overflows",
+    }[name]
+    if plan is not None and len(plan.texts) > 1:
+        causes = f"too strong a guidance (guidance_scale {plan.guidance_scale:g}), {causes}"
+    return FloatingPointError(f"{gave}, from finite weights (up to {largest:.3g}); usual causes: {causes}")
 
 
 def _weights(network: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -12,17 +12,17 @@ replaced.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from ldm.conditioning import Condition, condition
-from ldm.config import ModelConfig
+from ldm.config import Layout, ModelConfig
 from ldm.diffusion.denoiser import Bind, Denoiser, classifier_free, consistency, guided, parametrize, within
 from ldm.diffusion.samplers import SAMPLERS, Noise, Sampler, Step, conventions, start
 from ldm.diffusion.schedule import NoiseSchedule
@@ -120,7 +120,7 @@ class Pipeline:
         with self.at_work("text_encoder"):
             encoded = condition(self.text_encoder, plan.texts, plan.scalars, clip_skip=plan.request.clip_skip)
         if not encoded.context.isfinite().all():
-            raise self._not_finite("text_encoder", "damaged numbers in its file")
+            raise self._not_finite("text_encoder")
         if self.config.unet.guidance_dim is not None:
             scales = encoded.context.new_full((len(plan.texts),), plan.guidance_scale - 1, dtype=torch.float32)
             encoded = dataclasses.replace(encoded, guidance=scales)
@@ -142,9 +142,10 @@ class Pipeline:
         noise, source = plan.initial_noise(), plan.request.source
         if source is None:
             return start(noise(), plan.sigmas[0], sampler=plan.sampler, spacing=plan.spacing)
-        latents = self.encode_image(
-            source.fitted(plan.width, plan.height), noise()
-        )  # the VAE's noise is drawn first, as in diffusers
+        from ldm.geometry import fit  # only image to image needs it
+
+        picture = fit(source.picture, plan.width, plan.height, source.resize)
+        latents = self.encode_image(picture, noise())  # the VAE's noise is drawn first, as in diffusers
         return latents + float(plan.sigmas[0]) * noise().to(latents)
 
     def denoiser(self, plan: Plan, conditions: Sequence[Condition]) -> Denoiser:
@@ -168,8 +169,7 @@ class Pipeline:
         noise: draws the sampler's noise (default: `plan.noise`). sampler: an own function instead of the plan's.
         Raises FloatingPointError as `stream` does.
         """
-        run: Callable[..., Iterator[Step]] = sampler or SAMPLERS[plan.sampler]
-        options = plan.request.sampler_options
+        run, options = sampler or SAMPLERS[plan.sampler], plan.request.sampler_options
         with self.at_work("unet"):
             x = x.to(next(self.unet.parameters()).device)
             finite: list[Tensor] = []
@@ -177,7 +177,7 @@ class Pipeline:
                 finite.append(step.x.isfinite().all())
                 if (step.index == step.total - 1 or x.device.type == "cpu") and not finite[-1]:
                     first = [bool(each) for each in finite].index(False)
-                    raise self._diverged(plan, first)
+                    raise self._not_finite("unet", plan=plan, index=first)
                 yield step
 
     @torch.no_grad()
@@ -194,9 +194,7 @@ class Pipeline:
             for latent in latents.to(next(self.vae.parameters())):
                 image = self.placement.decoder()(self.vae, latent[None])
                 if not image.isfinite().all():
-                    peak = float(latent.abs().max())
-                    causes = f"latents up to {peak:.3g}, where 5 is usual, or a VAE of another kind of model"
-                    raise self._not_finite("vae", causes)
+                    raise self._not_finite("vae", peak=float(latent.abs().max()))
                 pictures += to_pil(image)
         return pictures
 
@@ -204,7 +202,7 @@ class Pipeline:
         self,
         path: str | Path,
         *,
-        layout: Literal["ldm", "diffusers"] = "diffusers",
+        layout: Layout = "diffusers",
         dtype: torch.dtype | None = None,
         overwrite: bool = False,
     ) -> None:
@@ -231,17 +229,7 @@ class Pipeline:
             return Recorded(unet).bind
         return unet.bind
 
-    def _diverged(self, plan: Plan, index: int) -> FloatingPointError:
-        """Return the error for latents that are not finite from the step `index` on."""
-        sigma = float(plan.sigmas[index])
-        where = f" at step {index + 1} of {len(plan.sigmas) - 1}, from noise level {sigma:.3g}"
-        kind = self.config.diffusion.prediction
-        causes = f"a UNet that does not predict {kind} (see `prediction`), or parts of different models"
-        if len(plan.texts) > 1:
-            causes = f"too strong a guidance (guidance_scale {plan.guidance_scale:g}), {causes}"
-        return self._not_finite("unet", causes, where)
-
-    def _not_finite(self, name: str, causes: str, where: str = "") -> FloatingPointError:
+    def _not_finite(self, name: str, **known: Any) -> FloatingPointError:
         from ldm.diagnosis import not_finite  # it reads all weights
 
-        return not_finite(name, getattr(self, name), self.paths.get(name), causes=causes, where=where)
+        return not_finite(self, name, **known)

@@ -64,7 +64,7 @@ class Environment:
 class Record:
     """How a picture was made: what was asked, and the values that the model chose.
 
-    task: "txt2img" or "img2img". resolved: see `Plan.resolved`. name, why: what the model was identified as, and why.
+    resolved: the main fields of the `Plan`. name, why: what the model was identified as, and why.
     sha256: the digest of each path in `model.paths`, and of the source picture. placement: in words.
     picture: the index of the picture, or None for a grid of all.
     """
@@ -127,7 +127,14 @@ def remember(plan: Plan, choice: ModelChoice, pipe: ldm.Pipeline, sha256: Mappin
         sha256=sha256,
         environment=environment(device),
         placement={name: word for name, word in words.items() if name not in UNRECORDED},
-        resolved=plan.resolved(),
+        resolved={
+            "steps_run": len(plan.sigmas) - 1,
+            **{
+                name: getattr(plan, name)
+                for name in ("steps", "guidance_scale", "sampler", "spacing", "width", "height")
+            },
+            **plan.sizes,
+        },
         name=pipe.config.name,
         why=pipe.why,
     )

@@ -5,9 +5,9 @@ import math
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from PIL import Image
 from torch import Tensor
@@ -61,23 +61,12 @@ class Source:
         if not 0 < self.strength <= 1:
             raise ValueError(f"strength must be above 0 and at most 1, got {self.strength}")
 
-    def open(self) -> Image.Image:
-        """Read the picture as 8-bit RGB. Raises ValueError if that is not possible."""
+    @cached_property
+    def picture(self) -> Image.Image:
+        """The picture as 8-bit RGB. Raises ValueError if it cannot be read."""
         from ldm.pictures import read_picture, to_rgb  # as `ldm.geometry`: only image to image needs it
 
         return to_rgb(self.image) if isinstance(self.image, Image.Image) else read_picture(self.image)
-
-    def size(self, config: ModelConfig, width: int | None, height: int | None) -> tuple[int, int]:
-        """Return the width and height to make from the picture, see `ldm.geometry.target_size`."""
-        from ldm.geometry import target_size
-
-        return target_size(*self.open().size, config.image_size, config.vae.factor, width=width, height=height)
-
-    def fitted(self, width: int, height: int) -> Image.Image:
-        """Read the picture, and give it this size."""
-        from ldm.geometry import fit
-
-        return fit(self.open(), width, height, self.resize)
 
 
 @dataclass(frozen=True)
@@ -125,7 +114,10 @@ class Request:
         if self.sampler is not None and self.sampler not in SAMPLERS:
             raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {self.sampler!r}")
         if self.guidance_interval is not None:
-            object.__setattr__(self, "guidance_interval", _checked_interval(self.guidance_interval))
+            low, high = map(float, self.guidance_interval)
+            if not 0 <= low < high:
+                raise ValueError(f"guidance_interval needs two noise levels, 0 <= low < high, got {low} and {high}")
+            object.__setattr__(self, "guidance_interval", (low, high))
         if not isinstance(self.sampler_options, Mapping):
             raise ValueError(f"sampler_options must be a mapping such as {{'eta': 0.5}}, got {self.sampler_options!r}")
         for name, number in self.sampler_options.items():
@@ -202,7 +194,10 @@ class Request:
         factor = config.vae.factor
         found = self.width or config.image_size, self.height or config.image_size
         if self.source is not None:
-            found = self.source.size(config, self.width, self.height)
+            from ldm.geometry import target_size
+
+            picture = self.source.picture
+            found = target_size(*picture.size, config.image_size, factor, width=self.width, height=self.height)
         for name, size in zip(("width", "height"), found, strict=True):
             if size % factor:
                 near = [n for n in (size // factor * factor, -(-size // factor) * factor) if n]
@@ -257,19 +252,6 @@ class Plan:
             noise()
         return noise
 
-    def resolved(self) -> dict[str, Any]:
-        """Return the choices as plain values, for the record of a picture."""
-        return {
-            "steps": self.steps,
-            "steps_run": len(self.sigmas) - 1,
-            "guidance_scale": self.guidance_scale,
-            "sampler": self.sampler,
-            "spacing": self.spacing,
-            "width": self.width,
-            "height": self.height,
-            **self.sizes,
-        }
-
 
 def _resolved_sizes(sizes: Sizes, config: ModelConfig, width: int, height: int) -> dict[str, float]:
     """Return the micro-conditioning of the model by name.
@@ -287,15 +269,3 @@ def _resolved_sizes(sizes: Sizes, config: ModelConfig, width: int, height: int) 
             known = ", ".join(config.micro_conditioning) or "nothing of the kind"
             raise ValueError(f"{name} is {value}, and the model {config.name} is conditioned on {known}; leave it out")
     return resolved
-
-
-def _checked_interval(value: Any) -> tuple[float, float]:
-    """Return the interval as floats. Raises ValueError unless it is two finite levels, 0 <= low < high."""
-    if not isinstance(value, tuple | list) or len(value) != 2:
-        raise ValueError(f"guidance_interval must be two noise levels, low and high, got {value!r}")
-    for level in value:
-        check_number("guidance_interval", level, 0)
-    low, high = map(float, value)
-    if not low < high:
-        raise ValueError(f"guidance_interval must be two noise levels, the lower one first, got {value!r}")
-    return low, high

@@ -464,7 +464,10 @@ def test_a_picture_without_a_readable_record_cannot_be_repeated(txt2img, text, m
         (["a frog", "--steps", "many"], "argument --steps: invalid int value: 'many'"),
         (["a frog", "--guidance", "nan"], "guidance_scale must be a finite number, 0 or more"),
         (["a frog", "--guidance-interval", "1"], "--guidance-interval: expected 2 arguments"),
-        (["a frog", "--guidance-interval", "2", "1"], "two noise levels, the lower one first"),
+        (
+            ["a frog", "--guidance-interval", "2", "1"],
+            "guidance_interval needs two noise levels, 0 <= low < high, got 2.0 and 1.0",
+        ),
         (["a frog", "--sampler", "plms"], "sampler must be one of ddpm, ddim"),
         (["a frog", "--seed", str(2**64)], "seeds must lie below 2^64"),
         (["a frog", "--width", "30"], "width must be a multiple of 4 pixels for this model, got 30"),

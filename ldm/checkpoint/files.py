@@ -11,7 +11,7 @@ from ldm.atomic import beside, replace_folder
 from ldm.checkpoint.folder import write_folder, write_vae
 from ldm.checkpoint.identify import find
 from ldm.checkpoint.known import kind_of
-from ldm.checkpoint.parts import TOWERS, Layout, Model, ModelLike, Source, check, fill, modules
+from ldm.checkpoint.parts import TOWERS, Model, ModelLike, Source, check, fill, modules
 from ldm.checkpoint.pickles import PickledTensors, is_pickle
 from ldm.checkpoint.single import write_single
 from ldm.checkpoint.sources import (
@@ -27,7 +27,7 @@ from ldm.checkpoint.sources import (
     open_source,
 )
 from ldm.checkpoint.tensors import write_tensors
-from ldm.config import ModelConfig, Prediction
+from ldm.config import Layout, ModelConfig, Prediction
 from ldm.models.text import TextEncoder
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE

@@ -3,20 +3,19 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ldm.checkpoint.keymap import Rule, Stored, inverse, key_map
 from ldm.checkpoint.tensors import DTYPES, FLOATS, Tensors, some
-from ldm.config import ModelConfig
+from ldm.config import Layout, ModelConfig
 from ldm.models.text import TextEncoder
 from ldm.models.tokens import Tokenizer
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
 
-Layout = Literal["ldm", "diffusers"]
 TOWERS = ("text_encoder", "text_encoder_2")  # names of the parts that hold the text towers
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import get_args
 
 from ldm.checkpoint import files
-from ldm.checkpoint.parts import Layout
 from ldm.cli.inspect import inspect
 from ldm.cli.options import Commands, add_options, given
+from ldm.config import Layout
 from ldm.loading import locate
 from ldm.placement.memory import Placement
 from ldm.record import MODEL_AND_PARTS, ModelChoice

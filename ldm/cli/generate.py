@@ -57,7 +57,7 @@ def _generate(args: argparse.Namespace) -> None:
     outputs = Outputs(args.out, job.count, args.overwrite, records=not args.no_metadata)
     outputs.check()
     if job.request.source is not None:
-        job.request.source.open()  # an unreadable picture is found before the model is loaded
+        _ = job.request.source.picture  # an unreadable picture is found before the model is loaded
     seconds: dict[str, float] = {}
     with jobs.timed("load", seconds):
         models = load_models(job.model, job.placement)

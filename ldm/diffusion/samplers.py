@@ -6,8 +6,8 @@ All have one signature, `sampler(denoise, x, sigmas, *, noise)`:
   sigmas    n + 1 falling levels, see `NoiseSchedule.steps`; the last one is usually 0
   noise     called for each b c h w of fresh noise, see `seeded_noise`; euler, heun, dpmpp_2m and ddim with eta 0 draw
             none and may do without
-They are generators: the loop belongs to the caller, and with it progress, previews and stopping.
-Each raises ValueError, while it runs, for sigmas that do not fall and for missing noise.
+They are generators: the loop belongs to the caller, and with it progress, previews and stopping. Each raises
+ValueError, while it runs, for sigmas that do not fall and for missing noise.
 
 Six of the eight are the same update, `_move`, from x with x0 and fresh noise:
 
@@ -15,9 +15,8 @@ Six of the eight are the same update, `_move`, from x with x0 and fresh noise:
     keeps the predicted noise       euler, ddim             dpmpp_2m
     renews as much as the SDE       euler_ancestral, ddpm   dpmpp_2m_sde
 
-`heun` corrects euler with a second prediction, and `lcm` renews all of the noise. The coefficients are Python floats
-from fp64 levels, and x keeps its own dtype. No two large numbers are subtracted: a first level of 4096 (zero terminal
-SNR) costs no digits.
+`heun` corrects euler with a second prediction, and `lcm` renews all of the noise. Coefficients are Python floats from
+fp64 levels, and x keeps its dtype. No two large numbers are subtracted, so a level of 4096 costs no digits.
 """
 
 import inspect
@@ -25,7 +24,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -55,11 +53,7 @@ class Step:
         return to_vp(self.x, self.sigma)
 
 
-class Sampler(Protocol):
-    """The signature that all samplers share."""
-
-    def __call__(self, denoise: Denoiser, x: Tensor, sigmas: Tensor, *, noise: Noise) -> Iterator[Step]:
-        """Walk `x` down `sigmas`."""
+Sampler = Callable[..., Iterator[Step]]  # called with (denoise, x, sigmas, *, noise)
 
 
 def seeded_noise(seeds: Sequence[int], shape: Sequence[int]) -> Noise:
@@ -214,7 +208,7 @@ def conventions(sampler: str) -> Conventions:
     return CONVENTIONS.get(sampler, Conventions())
 
 
-def options(sampler: Callable[..., Iterator[Step]]) -> list[str]:
+def options(sampler: Sampler) -> list[str]:
     """List the names of a sampler's own options, such as "eta"."""
     keywords = [p.name for p in inspect.signature(sampler).parameters.values() if p.kind is p.KEYWORD_ONLY]
     return [name for name in keywords if name != "noise"]
@@ -223,9 +217,8 @@ def options(sampler: Callable[..., Iterator[Step]]) -> list[str]:
 def start(noise: Tensor, sigma: float | Tensor, *, sampler: str, spacing: str) -> Tensor:
     """Make the x at which `sampler` starts, at the level `sigma`, of drawn noise: b c h w.
 
-    x is sqrt(1 + sigma^2) noise, because the data have unit variance. k-diffusion starts its samplers from sigma
-    noise, which is 0.2 % less at the last timestep. So does diffusers, except with "leading" steps. We do the same, so
-    that a seed means the same picture.
+    x is sqrt(1 + sigma^2) noise, because the data have unit variance. k-diffusion starts from sigma noise, which is
+    0.2 % less. So does diffusers, except with "leading" steps, and so do we: a seed means the same picture.
     """
     if not conventions(sampler).unit_variance and not spacing.startswith("leading"):
         return noise * float(sigma)

@@ -5,10 +5,9 @@ A noisy latent is written in two ways, and this file converts between them:
     alpha-bar   z = sqrt(a) x0 + sqrt(1 - a) noise    (Ho et al. 2020, eq. 4; unit variance, "VP")
     sigma       x = x0 + sigma noise                  (Karras et al. 2022; growing variance, "VE")
 
-The second is the first divided by sqrt(a), with sigma = sqrt((1 - a) / a). Back: a = 1 / (1 + sigma^2) and
-z = x / sqrt(1 + sigma^2), which is `to_vp` below. Its inverse is `to_ve`.
-Networks and training use z. Samplers use x, because most of them become "mix x and x0" there. Nothing is lost: a DDIM
-step (Song et al. 2020, eq. 12 and 16)
+The second is the first divided by sqrt(a), with sigma = sqrt((1 - a) / a). `to_vp` turns x into z, and `to_ve` back.
+Networks and training use z. Samplers use x, where most of them become "mix x and x0". A DDIM step (Song et al. 2020,
+eq. 12 and 16)
 
     z' = sqrt(a') x0 + sqrt(1 - a' - s^2) eps + s noise,
     s  = eta sqrt((1 - a') / (1 - a)) sqrt(1 - a / a')
@@ -20,9 +19,7 @@ divided by sqrt(a') is, because a / a' = (1 + sigma'^2) / (1 + sigma^2),
 
 This line is DDIM and Euler (eta = 0), and DDPM and ancestral sampling (eta = 1).
 
-The options of scheduler classes in other libraries are here the contents of a list of sigmas: which levels (`spacing`),
-shifted by how much (`offset`), from where (`start`) and to where (`final`).
-Image-to-image samples along the lower part of such a list.
+The options of other libraries' schedulers are here the contents of a list of sigmas, see `NoiseSchedule.steps`.
 """
 
 import math
@@ -87,13 +84,8 @@ class NoiseSchedule:
     @classmethod
     def from_config(cls, config: Any) -> "NoiseSchedule":
         """Build the schedule that a `DiffusionConfig` describes, or any object with the names of these arguments."""
-        return cls(
-            config.betas,
-            beta_start=config.beta_start,
-            beta_end=config.beta_end,
-            timesteps=config.timesteps,
-            zero_terminal_snr=config.zero_terminal_snr,
-        )
+        names = "betas", "beta_start", "beta_end", "timesteps", "zero_terminal_snr"
+        return cls(**{name: getattr(config, name) for name in names})
 
     @property
     def alphas_cumprod(self) -> Tensor:
@@ -167,7 +159,7 @@ class NoiseSchedule:
     ) -> Tensor:
         """List the levels of `n` sampling steps: n + 1 strictly falling sigmas, fp64.
 
-        n: 1 to timesteps; for "lcm" 1 to 50. A single step starts at the last timestep, whatever the spacing.
+        n: 1 to timesteps; for "lcm" 1 to 50. A single step starts at the last timestep.
         spacing, with the timesteps of 10 steps of 1000:
           "leading"   901 801 .. 101 1, multiples of timesteps // n plus `offset`: for Stable Diffusion 1, 2 and XL.
                       If the offset would exceed the last timestep (1000 steps), it is lowered.

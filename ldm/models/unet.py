@@ -102,13 +102,8 @@ class Encoder(nn.Module):
         )
 
     def _res(self, in_channels: int, out_channels: int) -> ResBlock:
-        return ResBlock(
-            in_channels,
-            out_channels,
-            groups=self.config.norm_groups,
-            eps=1e-5,  # the VAE's blocks use 1e-6
-            emb_dim=4 * self.config.channels[0],
-        )
+        groups, emb_dim = self.config.norm_groups, 4 * self.config.channels[0]
+        return ResBlock(in_channels, out_channels, groups=groups, eps=1e-5, emb_dim=emb_dim)  # 1e-6 in the VAE
 
     def _transformer(self, level: int, depth: int) -> SpatialTransformer | None:
         config = self.config

@@ -3,7 +3,7 @@
 Latents are scaled by `VAEConfig.scaling_factor`, so that their variance is about 1.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -79,7 +79,9 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(3, first, 3, padding=1)
         ins = (first, *config.channels[:-1])
         self.levels = nn.ModuleList(
-            Level(a, b, blocks=config.res_blocks, groups=config.norm_groups, downsample=i < len(ins) - 1)
+            Level(
+                a, b, blocks=config.res_blocks, groups=config.norm_groups, resample="down" if i < len(ins) - 1 else None
+            )
             for i, (a, b) in enumerate(zip(ins, config.channels, strict=True))
         )
         self.mid = Middle(last, config.norm_groups)
@@ -105,7 +107,13 @@ class Decoder(nn.Module):
         self.mid = Middle(channels[0], config.norm_groups)
         ins = (channels[0], *channels[:-1])
         self.levels = nn.ModuleList(
-            Level(a, b, blocks=config.res_blocks + 1, groups=config.norm_groups, upsample=i < len(ins) - 1)
+            Level(
+                a,
+                b,
+                blocks=config.res_blocks + 1,
+                groups=config.norm_groups,
+                resample="up" if i < len(ins) - 1 else None,
+            )
             for i, (a, b) in enumerate(zip(ins, channels, strict=True))
         )
         self.norm_out = nn.GroupNorm(config.norm_groups, channels[-1], eps=1e-6)
@@ -123,22 +131,15 @@ class Level(nn.Module):
     """Residual blocks at one resolution, then the change to the next resolution."""
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        *,
-        blocks: int,
-        groups: int,
-        downsample: bool = False,
-        upsample: bool = False,
+        self, in_channels: int, out_channels: int, *, blocks: int, groups: int, resample: Literal["down", "up"] | None
     ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(
             ResBlock(in_channels if i == 0 else out_channels, out_channels, groups=groups, eps=1e-6)
             for i in range(blocks)
         )
-        self.downsample = nn.Conv2d(out_channels, out_channels, 3, stride=2) if downsample else None
-        self.upsample = nn.Conv2d(out_channels, out_channels, 3, padding=1) if upsample else None
+        self.downsample = nn.Conv2d(out_channels, out_channels, 3, stride=2) if resample == "down" else None
+        self.upsample = nn.Conv2d(out_channels, out_channels, 3, padding=1) if resample == "up" else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Map b c h w to b c' h' w'."""
