@@ -12,7 +12,7 @@ from PIL import Image
 from ldm import cli
 from ldm.checkpoint.files import save
 from ldm.checkpoint.parts import Model
-from ldm.config import from_dict, read_toml
+from ldm.strict import from_dict, read_toml
 from ldm.training.data import SUFFIXES, Folder
 from ldm.training.recipes import FREE, RECIPES
 from ldm.training.scenes import FONT
