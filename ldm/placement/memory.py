@@ -34,13 +34,13 @@ class Placement:
 
     device: str | torch.device | None = option(None, "cpu, cuda, cuda:N or mps (default: the GPU if there is one)")
     dtype: torch.dtype | None = option(
-        None, f"of the UNet and text encoder: {', '.join(DTYPES)} (default: float16 on CUDA, else float32)"
+        None, f"number format of the UNet and text encoder: {', '.join(DTYPES)} (default: float16 on CUDA, else float32)"
     )
     vae_dtype: torch.dtype | None = option(
-        None, "of the VAE (default: as --dtype; bfloat16 or float32 for SDXL, whose VAE overflows in float16)"
+        None, "number format of the VAE (default: as --dtype; bfloat16 or float32 for SDXL, which overflows in float16)"
     )
     attention: Literal["sdpa", "sliced", "math"] | None = option(
-        None, "sdpa (fused kernels), sliced (little memory) or math (the formula) (default: sdpa where it is fused)"
+        None, "sdpa uses fused kernels, sliced needs little memory, math is the formula (default: sdpa if a kernel exists)"
     )
     guidance: Literal["batched", "sequential"] = option(
         "batched",
@@ -48,14 +48,14 @@ class Placement:
         "--guidance-passes",
     )
     vae_memory: Literal["whole", "slabs", "tiles"] = option(
-        "whole", "how to decode: whole, slabs (exact, a quarter of the memory, slower) or tiles (approximate, 0.4 GiB)"
+        "whole", "the VAE works on the whole picture, in slabs (exact, slower, a quarter of the memory) or in tiles (inexact)"
     )
     offload: Literal["model", "blocks"] | None = option(
-        None, "model: only the network that works is on the GPU; blocks: of the UNet only two stages (default: off)"
+        None, "model: the GPU holds only the network that works; blocks: and of the UNet only two stages (default: off)"
     )
     cuda_graph: bool = option(False, "record the calls of the UNet on CUDA and replay them")
     compile: bool = option(False, "compile the blocks of UNet and VAE at their first call, which takes minutes")
-    packed: bool = option(False, "keep weights in the order that a CPU computes in, which is faster (default on a CPU)")
+    packed: bool = option(False, "keep weights in the order that a CPU computes in: faster (default: yes on a CPU)")
 
     def __post_init__(self) -> None:
         """Turn the names of dtypes into dtypes, and check the words."""
