@@ -6,7 +6,8 @@ from pathlib import Path
 from ldm.checkpoint import files
 from ldm.config import Prediction
 from ldm.pipeline import Pipeline
-from ldm.placement.memory import Placement, find_device
+from ldm.placement.choice import find_device
+from ldm.placement.memory import Placement
 
 BUNDLED = "weights/tiny"
 

@@ -16,7 +16,7 @@ from ldm.cli.options import Commands, add_options, given
 from ldm.diffusion.samplers import Step
 from ldm.loading import BUNDLED
 from ldm.outputs import Outputs
-from ldm.placement.memory import find_device
+from ldm.placement.choice import find_device
 from ldm.record import Environment, ModelChoice, environment, recall
 from ldm.request import Request, Sizes, Source
 

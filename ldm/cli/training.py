@@ -12,7 +12,7 @@ from tqdm import tqdm
 import ldm
 from ldm.cli.generate import load_models
 from ldm.cli.options import Commands, add_options, given
-from ldm.placement.memory import find_device
+from ldm.placement.choice import find_device
 from ldm.record import MODEL_AND_PARTS, ModelChoice
 
 ASKED = ("steps", "sampler", "spacing", "seed", "guidance_scale", "guidance_rescale", "guidance_interval")

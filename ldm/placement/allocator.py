@@ -1,17 +1,17 @@
-"""The C library's allocator, told to keep the memory of freed tensors for the next ones."""
+"""A setting of the C library's allocator: keep the memory of freed tensors for the next tensors."""
 
 import ctypes
 
 # glibc's malloc.h; see mallopt(3)
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
-_NEVER = 2**31 - 1  # bytes at the end of the heap that are worth giving back
+_NEVER = 2**31 - 1  # give memory at the end of the heap back only if it is as large as this
 
 
 def keep_freed_memory() -> bool:
-    """Keep large buffers that are freed, where glibc would hand them back and fault them in anew for each tensor.
+    """Keep large buffers that are freed. By default, glibc gives them back and asks for new memory for each tensor.
 
-    That is for the whole process, so it is for a command that owns its process and for no library. docs/performance.md
-    has the time that it saves on a CPU, and the memory that it costs: what is kept does not fit whatever comes next.
+    The setting is for the whole process, so the `ldm` command uses it and the library does not. docs/performance.md has
+    the time that it saves on a CPU and the memory that it costs: a kept buffer does not fit every later tensor.
     Returns whether this system's C library has the setting.
     """
     try:

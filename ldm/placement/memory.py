@@ -24,20 +24,23 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 class Placement:
     """The device, precision and memory of the networks. Samplers and schedules always compute in fp32 and fp64.
 
-    A field that is None is chosen by `choose`. The dtypes may be given by name; the fields hold torch dtypes.
-    All fields change time and memory. Some change the numbers too: the dtypes and tiles visibly; attention, guidance,
-    slabs, compile and packed in the last bits, because they sum in another order; offload and cuda_graph not at all.
+    `ldm.placement.choice.choose` fills in fields that are None. Dtypes may be given by name: "bfloat16".
+    All fields change time and memory. Some also change the numbers:
+    - dtype, vae_dtype and vae_memory="tiles" change the precision;
+    - attention, guidance, vae_memory="slabs", compile and packed change the last bits, because sums have another order;
+    - device changes the last bits, offload and cuda_graph change nothing.
+    Raises ValueError for a dtype or a word that is not allowed.
     """
 
     device: str | torch.device | None = option(None, "cpu, cuda, cuda:N or mps (default: the GPU if there is one)")
     dtype: torch.dtype | None = option(
-        None, f"of the UNet and text encoder: {', '.join(DTYPES)} (default: float16 on CUDA, else float32)"
+        None, f"number format of the UNet and text encoder: {', '.join(DTYPES)} (default: float16 on CUDA, else float32)"
     )
     vae_dtype: torch.dtype | None = option(
-        None, "of the VAE (default: as --dtype; bfloat16 or float32 for SDXL, whose VAE overflows in float16)"
+        None, "number format of the VAE (default: as --dtype; bfloat16 or float32 for SDXL, which overflows in float16)"
     )
     attention: Literal["sdpa", "sliced", "math"] | None = option(
-        None, "sdpa (fused kernels), sliced (little memory) or math (the formula) (default: sdpa where it is fused)"
+        None, "sdpa uses fused kernels, sliced needs little memory, math is the formula (default: sdpa if a kernel exists)"
     )
     guidance: Literal["batched", "sequential"] = option(
         "batched",
@@ -45,14 +48,14 @@ class Placement:
         "--guidance-passes",
     )
     vae_memory: Literal["whole", "slabs", "tiles"] = option(
-        "whole", "how to decode: whole, slabs (exact, a quarter of the memory, slower) or tiles (approximate, 0.4 GiB)"
+        "whole", "the VAE works on the whole picture, in slabs (exact, slower, a quarter of the memory) or in tiles (inexact)"
     )
     offload: Literal["model", "blocks"] | None = option(
-        None, "model: only the network that works is on the GPU; blocks: of the UNet only two stages (default: off)"
+        None, "model: the GPU holds only the network that works; blocks: and of the UNet only two stages (default: off)"
     )
     cuda_graph: bool = option(False, "record the calls of the UNet on CUDA and replay them")
     compile: bool = option(False, "compile the blocks of UNet and VAE at their first call, which takes minutes")
-    packed: bool = option(False, "keep weights in the order that a CPU computes in, which is faster (default on a CPU)")
+    packed: bool = option(False, "keep weights in the order that a CPU computes in: faster (default: yes on a CPU)")
 
     def __post_init__(self) -> None:
         """Turn the names of dtypes into dtypes, and check the words."""
@@ -65,30 +68,35 @@ class Placement:
         check_fields(self)
 
     def resolve(self, config: ModelConfig | None = None) -> "Placement":
-        """Choose what is None, see `choose`, and check that this machine and these choices go together.
+        """Fill in the fields that are None, and check that this machine can follow.
 
+        config: without it, vae_dtype and attention stay None.
         Raises ValueError for an unknown or absent device, fp16 on a CPU, and for modes that exclude each other.
         """
-        placed = dataclasses.replace(self, **choose(self, config))
-        device = find_device(self.device)
-        for name, dtype in (("dtype", placed.dtype), ("vae_dtype", placed.vae_dtype)):
-            if dtype == torch.float16 and device.type == "cpu":
+        from ldm.placement.choice import choose, packable
+
+        chosen = choose(self, config)
+        device, dtype, vae_dtype = chosen["device"], chosen["dtype"], chosen["vae_dtype"]
+        for name, given in (("dtype", dtype), ("vae_dtype", vae_dtype)):
+            if given == torch.float16 and device.type == "cpu":
                 raise ValueError(f"{name} float16 is up to 200 times slower than float32 on a CPU; use another dtype")
         for name in ("offload", "cuda_graph"):
             if getattr(self, name) and device.type != "cuda":
                 raise ValueError(f"{name} needs a CUDA device, and the device is {device}: leave out {name}")
         if self.offload and self.cuda_graph:
             raise ValueError("a CUDA graph needs weights that stay where they are: leave out offload or cuda_graph")
-        if self.packed and not _packable(placed):
+        if self.packed and not packable(device, dtype, vae_dtype, self.compile):
             raise ValueError(
                 "packed weights need a CPU, a PyTorch with oneDNN, for bfloat16 a processor that oneDNN supports, and "
                 f"blocks that are not compiled; the device is {device}: leave out packed"
             )
-        return placed
+        return dataclasses.replace(self, **chosen)
 
     @classmethod
     def fast(cls, **chosen: Any) -> "Placement":
-        """Return the placement of the `ldm` command: the `chosen` fields, and the fast ones of `choose`."""
+        """Return the placement of the `ldm` command: the `chosen` fields, and the fastest values for the others."""
+        from ldm.placement.choice import choose
+
         return cls(**(choose(cls(**chosen), fast=True) | chosen)).resolve()
 
     def apply(self, networks: Mapping[str, nn.Module]) -> None:
@@ -98,7 +106,7 @@ class Placement:
         The order is fixed: LoRA weights are merged before this call; then attention and memory format, compile, pack,
         pin for offload. CUDA graphs are recorded last, while sampling.
         """
-        cuda = find_device(self.device).type == "cuda"
+        cuda = torch.device(self.device or "cpu").type == "cuda"
         if "vae" in networks:
             networks["vae"].to(dtype=self.vae_dtype)
         for network in (network for name, network in networks.items() if name != "text_encoder"):
@@ -131,12 +139,12 @@ class Placement:
         from ldm.placement.offload import Moved, Streamed
 
         by_stages = self.offload == "blocks" and hasattr(network, "stages")  # a UNet or a ControlNet
-        return (Streamed if by_stages else Moved)(network, find_device(self.device))
+        return (Streamed if by_stages else Moved)(network, self.device or "cuda")
 
     def decoder(self) -> Callable[[VAE, Tensor], Tensor]:
         """Return the function that `vae_memory` names: (vae, latents: b c h w) -> images: b 3 h*f w*f."""
         if self.vae_memory == "whole":
-            return VAE.decode
+            return lambda vae, latents: vae.decode(latents)
         from ldm.placement import slabs, tiles
 
         return slabs.decode_slabs if self.vae_memory == "slabs" else tiles.decode_tiles
@@ -144,61 +152,7 @@ class Placement:
     def encoder(self) -> Callable[[VAE, Tensor], Gaussian]:
         """Return the function that `vae_memory` names: (vae, images: b 3 h w) -> distribution of b c h/f w/f."""
         if self.vae_memory == "whole":
-            return VAE.encode
+            return lambda vae, images: vae.encode(images)
         from ldm.placement import slabs, tiles
 
         return slabs.encode_slabs if self.vae_memory == "slabs" else tiles.encode_tiles
-
-
-def choose(asked: Placement, config: ModelConfig | None = None, *, fast: bool = False) -> dict[str, Any]:
-    """Choose the fields of `asked` that are None; without `config`, vae_dtype and attention may stay None.
-
-    `ldm.load` takes the first GPU, else the CPU; fp16 on CUDA, else fp32; for the VAE the same dtype, but bf16 or fp32
-    where fp16 overflows; sdpa on a CPU and on a GPU whose fused kernels fit the model, else sliced attention.
-    The `ldm` command takes `fast`, which differs on a CPU if oneDNN supports the dtypes: weights are packed unless
-    blocks are compiled, and in bf16 attention is sliced, so that scores are rounded to bf16.
-    """
-    device = find_device(asked.device)
-    dtype = asked.dtype or (torch.float16 if device.type == "cuda" else torch.float32)
-    chosen = dataclasses.replace(asked, device=device, dtype=dtype)
-    vae_dtype, packed = asked.vae_dtype, asked.packed
-    attention: str | None = asked.attention
-    if fast and (packed := _packable(chosen)) and dtype == torch.bfloat16:
-        attention = attention or "sliced"
-    if config is not None and device.type == "cpu":
-        vae_dtype, attention = vae_dtype or dtype, attention or "sdpa"
-    elif config is not None:
-        from ldm.placement import gpu
-
-        vae_dtype = vae_dtype or gpu.vae_dtype(config, dtype, device)
-        attention = attention or gpu.attention(config, dtype, vae_dtype, device)
-    return {"device": device, "dtype": dtype, "vae_dtype": vae_dtype, "attention": attention, "packed": packed}
-
-
-def _packable(placement: Placement) -> bool:
-    """Whether weights can be packed on this device, in these dtypes, with blocks compiled or not."""
-    if placement.compile or find_device(placement.device).type != "cpu":
-        return False
-    from ldm.placement.packing import can_pack
-
-    return can_pack(placement.dtype) and can_pack(placement.vae_dtype)
-
-
-def find_device(wanted: str | torch.device | None) -> torch.device:
-    """Return the torch device of that name, or for None the first GPU, else the CPU.
-
-    Raises ValueError for a name that is unknown, and for a device that is absent.
-    """
-    cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    counts = {"cuda": cuda, "mps": int(torch.backends.mps.is_available()), "cpu": 1}
-    if wanted is None:
-        return torch.device(next(kind for kind, count in counts.items() if count))
-    try:
-        device = torch.device(wanted)
-        count = counts[device.type]
-    except (RuntimeError, TypeError, KeyError) as error:
-        raise ValueError(f"device must be cpu, cuda, cuda:N or mps, got {wanted!r}") from error
-    if (device.index or 0) >= count:
-        version = torch.__version__
-        raise ValueError(f"device {device} is not available: PyTorch {version} sees {count} of this kind; use cpu")
-    return device

@@ -82,8 +82,7 @@ class PackedLinear(Packed, nn.Linear):
         if order == PLAIN:
             weight = _ONEDNN._reorder_linear_weight(weight)
             self.held = weight, b"any input"
-        out: Tensor = _ONEDNN._linear_pointwise(x, weight, self.bias, *_NOTHING_FUSED)
-        return out
+        return _ONEDNN._linear_pointwise(x, weight, self.bias, *_NOTHING_FUSED)
 
 
 class PackedConv2d(Packed, nn.Conv2d):
@@ -92,16 +91,14 @@ class PackedConv2d(Packed, nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """Compute the plain layer. The output is in channels-last memory format, whatever the input's format."""
         if torch.is_grad_enabled() and x.requires_grad:
-            plain: Tensor = self._conv_forward(x, self.dense(), self.bias)
-            return plain
+            return self._conv_forward(x, self.dense(), self.bias)
         geometry = self.padding, self.stride, self.dilation, self.groups
         weight, order = self.held
         wanted = _order(weight.shape, x.shape, x.dtype, geometry, torch.get_num_threads())
         if order != wanted:
             weight = _ONEDNN._reorder_convolution_weight(weight.to_dense(), *geometry, x.shape)
             self.held = weight, wanted
-        out: Tensor = _ONEDNN._convolution_pointwise(x, weight, self.bias, *geometry, *_NOTHING_FUSED)
-        return out
+        return _ONEDNN._convolution_pointwise(x, weight, self.bias, *geometry, *_NOTHING_FUSED)
 
 
 @cache

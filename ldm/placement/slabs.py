@@ -1,19 +1,21 @@
-"""Encode and decode in bounded memory with the numbers of the whole network: slabs of rows stream through its layers.
+"""Encode and decode a picture exactly in a given amount of memory: slabs of rows pass through the layers of the VAE.
 
-What is kept of a picture on its way decides memory and time. Inside SD's decoder at 2048 x 2048 in fp16, which takes
-6 GiB when each layer runs on the whole picture, it is
+When each layer runs on the whole picture, SD's decoder takes 6 GiB for 2048 x 2048 pixels in fp16. Its feature maps are
 
     channels, size    512, 1/8   512, 1/4   512, 1/2   256, 1/2   256, 1   128, 1
     MiB                     64        256       1024        512     2048     1024
 
-so below 1 GiB nothing of full size can be kept, not even once. Nothing but a normalisation and the attention needs the
-whole picture at once, to be measured; for each of them the layers before it run once more, from what was kept last. The
-last level then runs eight times from the 256 channels of half its size: seven normalisations, and the result.
+With less than 1 GiB, no feature map of full size can be stored. A convolution does not need one: it computes each slab
+of rows from the rows around it. A group normalization and the attention first need the whole picture, to measure
+statistics, or keys and values. For each of them, the layers before it run an additional time, from the feature map that
+was stored last. So the last level of the decoder runs eight times, from 256 channels at half the size: for seven
+normalizations, and for the result.
 
-The plan for any budget: a segment (a block, or the step between levels) that fits it with its whole picture computes
-nothing twice. Otherwise slabs stream, five of which fill a quarter of the budget: a layer's input, twice, its output,
-a branch and one more. What comes out is kept if it takes at most the other three quarters, its rows coming in while
-those before are freed; else the next segment continues the stream.
+The network is cut into segments: its blocks, and the layers between two levels. For each segment, the budget decides:
+- If the feature maps before and after the segment fit, it runs on the whole picture and computes nothing twice.
+- Otherwise the segment takes slabs. Five slabs fill a quarter of the budget: the input of a layer, a copy of the input,
+  the output, a residual branch, and one in reserve. If the output of the segment fits the other three quarters, it is
+  stored, and the rows before the segment are freed one by one. Otherwise the next segment continues with the slabs.
 """
 
 import math
@@ -31,11 +33,12 @@ from ldm.placement.stages import DOUBLE, SILU, Attention, Conv, Fork, Halve, Joi
 
 @torch.no_grad()
 def decode_slabs(vae: VAE, latents: Tensor, *, budget: int | None = None) -> Tensor:
-    """Do what `vae.decode` does, a picture at a time, in at most `budget` bytes beside weights, latents and images.
+    """Compute `vae.decode(latents)` one picture at a time, in at most `budget` bytes.
 
-    latents: b c h w, scaled. Returns images: b 3 h*f w*f, without gradients. They differ from those of `vae.decode` by
-    roundings only, because sums run in another order. The smaller the budget, the longer it takes; below what the
-    attention needs, about six times its input, less budget saves no memory. Raises ValueError for a budget below 1.
+    latents: b c h w, scaled. budget: beside weights, latents and images (default: `slab_budget`). A smaller budget
+    takes longer. The attention needs about six times its input, whatever the budget is.
+    Returns images: b 3 h*f w*f, without gradients. They differ from those of `vae.decode` by rounding only, because
+    sums have another order. Raises ValueError for a budget below 1.
     """
     pixels = latents[0, 0].numel() * vae.config.factor**2
     budget = slab_budget(pixels, latents.dtype) if budget is None else budget
@@ -46,10 +49,11 @@ def decode_slabs(vae: VAE, latents: Tensor, *, budget: int | None = None) -> Ten
 
 @torch.no_grad()
 def encode_slabs(vae: VAE, images: Tensor, *, budget: int | None = None) -> Gaussian:
-    """Do what `vae.encode` does, a picture at a time, in at most `budget` bytes beside weights, images and latents.
+    """Compute `vae.encode(images)` one picture at a time, in at most `budget` bytes.
 
-    images: b 3 h w in [-1, 1]. Returns the distribution of scaled latents: b c h/f w/f; exactness, limits and errors as
-    of `decode_slabs`, and ValueError if h or w is not a multiple of f.
+    images: b 3 h w in [-1, 1]. budget: as for `decode_slabs`. Returns the distribution of scaled latents: b c h/f w/f,
+    without gradients, equal to that of `vae.encode` except for rounding.
+    Raises ValueError for a budget below 1, and if h or w is not a multiple of f.
     """
     vae.check_size(images)
     pixels = images[0, 0].numel()
@@ -69,7 +73,10 @@ def slab_budget(pixels: int, dtype: torch.dtype) -> int:
 
 
 class Segment(NamedTuple):
-    """Stages after which the picture may be kept: it has `channels` and is `factor` times smaller than the image."""
+    """Stages after which the feature map can be stored.
+
+    It then has `channels`, and each side is `factor` times smaller than that of the image.
+    """
 
     stages: list[Stage]
     channels: int
@@ -129,9 +136,9 @@ def _through(stages: list[Stage], slab: Tensor) -> Iterator[Tensor]:
 
 
 class Stream:
-    """A picture inside the network: rows that are kept, 1 c 1 w each, and stages that have yet to run on them.
+    """A feature map of one picture: its stored rows, 1 c 1 w each, and the stages that still have to run on them.
 
-    It is read in `count` slabs, or more.
+    count: the least number of slabs that the rows are read in.
     """
 
     def __init__(self, x: Tensor, count: int) -> None:
@@ -139,7 +146,7 @@ class Stream:
         self.stages: list[Stage] = []
 
     def slabs(self, *, free: bool = False) -> Iterator[Tensor]:
-        """Run the stages over all rows; free: forget each row once it is read."""
+        """Run the stages and yield the resulting slabs from top to bottom; free: delete each row once it is read."""
         for stage in self.stages:
             stage.tail = None
         rows = self.rows if free else list(self.rows)
@@ -154,18 +161,18 @@ class Stream:
                 yield from _through(self.stages[i + 1 :], rest)
 
     def add(self, stage: Stage) -> None:
-        """Append a stage, measured if it has to be."""
+        """Append a stage. If it has to measure the whole picture, run the stages before it once for that."""
         if isinstance(stage, Norm | Attention):
             stage.measure(self.slabs())
         self.stages.append(stage)
 
     def keep(self) -> None:
-        """Run the stages and keep the result instead of what they began with."""
+        """Run the stages and store the result in place of the rows."""
         self.rows = [row for slab in self.slabs(free=True) for row in torch.split(slab, 1, dim=2)]
         self.stages = []
 
     def run_whole(self, stages: list[Stage]) -> None:
-        """Run `stages` on all rows at once and keep the result; no stage may be left to run before."""
+        """Run `stages` on all rows at once and store the result. No other stage may be waiting."""
         x = torch.cat(self.rows, dim=2)
         self.rows = []
         height = math.ceil(x.shape[2] / self.count)
@@ -179,14 +186,14 @@ class Stream:
 
 
 def _run(segments: list[Segment], x: Tensor, pixels: int, budget: int) -> Tensor:
-    """Run a network on x: 1 c h w, for an image of `pixels`. Uses up `segments`, to free what their stages hold."""
+    """Run a network on x: 1 c h w, for an image of `pixels`. Empties `segments`, which frees the memory of stages."""
     if budget < 1:
         raise ValueError(f"the budget of the slabs must be at least 1 byte, got {budget}")
     sizes = [pixels // s.factor**2 * s.channels * x.element_size() for s in segments]
     stream = Stream(x, count=math.ceil(20 * max(sizes) / budget))
     for before, size in zip([x.nbytes, *sizes], sizes, strict=False):
         stages = segments.pop(0).stages
-        if not stream.stages and 3 * max(before, size) <= budget * 0.95:  # and a slab to measure
+        if not stream.stages and 3 * max(before, size) <= budget * 0.95:  # the rest is for a slab that is measured
             stream.run_whole(stages)
             continue
         for stage in stages:

@@ -1,7 +1,7 @@
-"""Encode and decode in overlapping tiles, blended: bounded memory at little cost, but not the same numbers.
+"""Encode and decode a picture in overlapping tiles that are blended: little memory, nearly as fast, not exact.
 
-Each tile is a picture of its own to the network: its normalisations and its attention know nothing of the others, so
-that colours and contrast of tiles differ, which the blending hides. `ldm.placement.slabs` is the exact way, and slower.
+The normalizations and the attention of the VAE see one tile only, so colors and contrast differ from tile to tile. The
+blending hides this. `ldm.placement.slabs` is exact, and slower.
 """
 
 import math
@@ -16,10 +16,10 @@ from ldm.models.vae import VAE, Gaussian
 
 @torch.no_grad()
 def decode_tiles(vae: VAE, latents: Tensor, *, tile: int = 64, overlap: int = 8) -> Tensor:
-    """Decode approximately, in square tiles, a picture at a time, in the memory that a tile takes.
+    """Decode one picture at a time in square tiles, approximately, with the memory of one tile.
 
-    latents: b c h w, scaled. tile, overlap: the most of a tile's side and the least that neighbours share, in latent
-    pixels. What is shared is computed twice: of a picture of 128 x 128 latent pixels, in 3 x 3 tiles, a quarter more.
+    latents: b c h w, scaled. tile: the largest side of a tile. overlap: the smallest overlap of two neighbors. Both are
+    in latent pixels. Overlaps are computed twice: for 128 x 128 latent pixels in 3 x 3 tiles, a quarter more work.
     Returns images: b 3 h*f w*f, without gradients. Raises ValueError unless 1 <= overlap <= tile / 2.
     """
     blend = partial(_blend, vae.decode, tile=tile, overlap=overlap, after=vae.config.factor)
@@ -28,10 +28,11 @@ def decode_tiles(vae: VAE, latents: Tensor, *, tile: int = 64, overlap: int = 8)
 
 @torch.no_grad()
 def encode_tiles(vae: VAE, images: Tensor, *, tile: int = 64, overlap: int = 8) -> Gaussian:
-    """Encode approximately, in square tiles, a picture at a time; means and standard deviations are blended.
+    """Encode one picture at a time in square tiles, approximately. Means and standard deviations are blended.
 
-    images: b 3 h w in [-1, 1]. Returns the distribution of scaled latents: b c h/f w/f. Arguments and errors are those
-    of `decode_tiles`, and ValueError if h or w is not a multiple of f.
+    images: b 3 h w in [-1, 1]. tile, overlap: as for `decode_tiles`. Returns the distribution of scaled latents:
+    b c h/f w/f, without gradients.
+    Raises ValueError unless 1 <= overlap <= tile / 2, and if h or w is not a multiple of f.
     """
     vae.check_size(images)
 
@@ -45,9 +46,9 @@ def encode_tiles(vae: VAE, images: Tensor, *, tile: int = 64, overlap: int = 8) 
 def _blend(
     network: Callable[[Tensor], Tensor], x: Tensor, *, tile: int, overlap: int, before: int = 1, after: int = 1
 ) -> Tensor:
-    """Average what `network` makes of the tiles of x: 1 c h w, with weights that rise from the edges of a tile.
+    """Run `network` on the tiles of x: 1 c h w, and average the results with weights that fall to the edges of a tile.
 
-    before, after: how many pixels of x and of the result a latent pixel spans.
+    before, after: the side of a latent pixel in pixels of x and of the result.
     """
     if not 1 <= overlap <= tile / 2:
         raise ValueError(f"tiles of {tile} must overlap by 1 to {tile // 2} latent pixels, got {overlap}")
@@ -67,9 +68,9 @@ def _blend(
 def _spans(
     length: int, tile: int, overlap: int, before: int, after: int, device: torch.device
 ) -> list[tuple[slice, slice, Tensor]]:
-    """Where evenly spaced tiles lie along a side in the input and the result, and their weights there: together 1.
+    """Place tiles evenly along one side: for each tile its slice of the input, its slice of the result, its weights.
 
-    They are as few as may be, and as small as they then can be.
+    The number of tiles is the smallest possible, and then their size is. At each pixel the weights sum to 1.
     """
     count = math.ceil((length - overlap) / (tile - overlap)) if length > tile else 1
     tile = math.ceil((length + (count - 1) * overlap) / count)

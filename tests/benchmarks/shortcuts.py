@@ -97,4 +97,5 @@ def main():
     save_png(Image.fromarray(np.concatenate(rows)), DOCS / "shortcuts.png", overwrite=True)
 
 
-main()
+if __name__ == "__main__":
+    main()

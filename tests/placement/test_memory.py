@@ -15,11 +15,11 @@ from ldm.models.attention import math_attention, sdpa, sliced_attention
 from ldm.models.layers import ResBlock
 from ldm.models.transformer import TransformerBlock
 from ldm.models.unet import UNet
-from ldm.models.vae import VAE
 from ldm.pipeline import Pipeline
-from ldm.placement import compiled, gpu, memory, offload, packing, slabs, tiles
+from ldm.placement import choice, compiled, memory, offload, packing, slabs, tiles
+from ldm.placement.choice import find_device
 from ldm.placement.compiled import compile_blocks
-from ldm.placement.memory import ATTENTION, Placement, find_device
+from ldm.placement.memory import ATTENTION, Placement
 from ldm.placement.offload import Moved, Streamed, tensors_of
 from ldm.placement.packing import can_pack, unpack
 from ldm.placement.slabs import slab_budget
@@ -36,7 +36,7 @@ def cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-    monkeypatch.setattr(gpu, "is_fused", lambda width, dtype, device: True)
+    monkeypatch.setattr(choice, "_is_fused", lambda width, dtype, device: True)
 
 
 # ------------------------------------------------------------------ what is chosen
@@ -91,7 +91,7 @@ def test_where_sdpa_would_hold_all_scores_attention_is_sliced(cuda, monkeypatch)
         asked.add((width, dtype))
         return dtype != BF16
 
-    monkeypatch.setattr(gpu, "is_fused", is_fused)
+    monkeypatch.setattr(choice, "_is_fused", is_fused)
     assert Placement("cuda").resolve(SD15).attention == "sdpa"
     assert asked == {(40, FP16), (80, FP16), (160, FP16), (512, FP16)}
     asked.clear()
@@ -107,13 +107,14 @@ def test_where_sdpa_would_hold_all_scores_attention_is_sliced(cuda, monkeypatch)
 
 
 def test_whether_there_is_a_fused_kernel_is_pytorchs_own_answer(monkeypatch):
-    assert not gpu.is_fused(40, FP32, torch.device("mps"))
+    assert choice._is_fused(40, FP32, torch.device("cpu"))
+    assert not choice._is_fused(40, FP32, torch.device("mps"))
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *shape, device, **kw: empty(*shape, **kw))
     for flash, efficient in ((True, False), (False, True), (False, False)):
-        monkeypatch.setattr(gpu, "can_use_flash_attention", lambda p, f=flash: f)
-        monkeypatch.setattr(gpu, "can_use_efficient_attention", lambda p, e=efficient: e)
-        assert gpu.is_fused(40, FP16, CUDA) == (flash or efficient)
+        monkeypatch.setattr(choice, "can_use_flash_attention", lambda p, f=flash: f)
+        monkeypatch.setattr(choice, "can_use_efficient_attention", lambda p, e=efficient: e)
+        assert choice._is_fused(40, FP16, CUDA) == (flash or efficient)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +166,7 @@ import sys, ldm
 ldm.load(placement=ldm.Placement("cpu")).generate(ldm.Request("a frog", steps=1))
 print(*(name for name in sys.modules if name.startswith("ldm.placement.")))"""
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
-    assert told.stdout.split() == ["ldm.placement.memory"]
+    assert set(told.stdout.split()) == {"ldm.placement.choice", "ldm.placement.memory"}
 
 
 def test_every_field_is_an_option_with_a_text():
@@ -345,8 +346,10 @@ def test_the_vae_encodes_and_decodes_as_it_is_told():
     vae = random_networks(TINY_SDXL)[1].requires_grad_(False)
     torch.manual_seed(0)
     latents, images = torch.randn(2, 4, 8, 8), torch.rand(2, 3, 32, 32) * 2 - 1
+    whole = Placement("cpu")
+    assert torch.equal(whole.decoder()(vae, latents), vae.decode(latents))
+    assert torch.equal(whole.encoder()(vae, images).std, vae.encode(images).std)
     for way, decode, encode in (
-        ("whole", VAE.decode, VAE.encode),
         ("slabs", slabs.decode_slabs, slabs.encode_slabs),
         ("tiles", tiles.decode_tiles, tiles.encode_tiles),
     ):
