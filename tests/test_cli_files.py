@@ -133,13 +133,15 @@ def test_convert_replaces_a_model_only_with_overwrite(run, source):
         (["inspect", "weights/tiny", "--prediction", "w"], "must be one of eps, v, x0, got 'w'"),
         (["convert", "weights/tiny", "a"], "the following arguments are required: --layout"),
         (["convert", "weights/tiny", "a", "--layout", "b"], "argument --layout: invalid choice"),
-        (["convert", "no", "a", "--layout", "ldm"], "no does not exist"),
-        (["convert", "weights/tiny", "a", "--layout", "ldm", "--ema"], "leave out ema"),
+        (["convert", "no", "a.safetensors", "--layout", "ldm"], "no does not exist"),
+        (["convert", "weights/tiny", "a.safetensors", "--layout", "ldm", "--ema"], "leave out ema"),
+        (["convert", "weights/tiny", "a", "--layout", "ldm"], "one file, whose name ends in .safetensors, got a:"),
+        (["convert", "weights/tiny", "a.safetensors", "--layout", "diffusers"], "a folder, not a .safetensors file"),
         (
             ["convert", "weights/tiny", "a", "--layout", "ldm", "--dtype", "int8"],
             "dtype must be one of float32, float16, bfloat16, got 'int8'",
         ),
-        (["convert", "weights/tiny", "a", "--layout", "ldm", "--unet", "no"], "no does not exist"),
+        (["convert", "weights/tiny", "a.safetensors", "--layout", "ldm", "--unet", "no"], "no does not exist"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(run, here, words, message):

@@ -52,6 +52,7 @@ _SCHEDULER: Fields = {
     "zero_terminal_snr": ("rescale_betas_zero_snr", False),
     "offset": ("steps_offset", 0),
 }
+_BETAS = {"scaled_linear": "scaled_linear", "linear": "linear", "cosine": "squaredcos_cap_v2"}
 _PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 _MIDDLES = {"UNetMidBlock2DCrossAttn": "full", "UNetMidBlock2D": "residual", None: "none"}
 _PROJECTED = "CLIPTextModelWithProjection"
@@ -89,6 +90,7 @@ _TEXT_FIXED: dict[str, tuple[Any, ...]] = {
     "layer_norm_eps": (1e-5,),
 }
 _SCHEDULER_FIXED: dict[str, tuple[Any, ...]] = {
+    "beta_schedule": tuple(_BETAS.values()),
     **dict.fromkeys(("sigma_max", "sigma_min", "trained_betas"), (None,)),
     **dict.fromkeys(("thresholding", "use_lu_lambdas", "use_beta_sigmas", "use_flow_sigmas"), (False,)),
     "interpolation_type": ("linear",),
@@ -237,6 +239,7 @@ def diffusion_from_json(json: Json, where: str, *, sdxl: bool) -> tuple[Diffusio
         # Euler's schedulers apply the curve to the spaced timesteps, DPM-Solver's to all timesteps
         spacing = f"{spacing}_{curve}" if "Euler" in name and spacing != "linspace" else curve
     table = _read(json, _SCHEDULER) | {"prediction": predictions[prediction], "spacing": spacing}
+    table["betas"] = next(ours for ours, theirs in _BETAS.items() if theirs == json["beta_schedule"])
     if not sdxl:
         table["offset"] = 1
     unusual = [f"{k} {json[k]}" for k, usual in _SCHEDULER_USUAL.items() if json.get(k, usual[0]) not in usual]
@@ -250,7 +253,7 @@ def diffusion_to_json(config: DiffusionConfig, sampler: str) -> Json:
     Sigmas on a curve, which DDIM does not have, are written for Euler.
     """
     json = _write("DDIMScheduler", config, _SCHEDULER)
-    json["prediction_type"] = _PREDICTIONS[config.prediction]
+    json |= {"beta_schedule": _BETAS[config.betas], "prediction_type": _PREDICTIONS[config.prediction]}
     if config.spacing == "lcm":
         return json | {"_class_name": "LCMScheduler"}
     base, _, curve = config.spacing.rpartition("_")

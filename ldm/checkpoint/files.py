@@ -26,7 +26,7 @@ from ldm.checkpoint.sources import (
     open_part,
     open_source,
 )
-from ldm.checkpoint.tensors import write_tensors
+from ldm.checkpoint.tensors import some, write_tensors
 from ldm.config import Layout, ModelConfig, Prediction
 from ldm.models.text import TextEncoder
 from ldm.models.unet import UNet
@@ -201,8 +201,12 @@ def convert(
 
     A pickle of something else, such as a VAE or a ControlNet, becomes a .safetensors file (layout "ldm") with the same
     names. Returns the names of the tensors that are left out because no network uses them, such as noise schedules.
-    Raises ValueError as `load` and `save` do, and for a pickle that names code.
+    Raises ValueError as `load` and `save` do, for a pickle that names code or holds nothing known, and for a `target`
+    whose name does not suit the layout: that of a file ends in .safetensors.
     """
+    if (Path(target).suffix == ".safetensors") is not (layout == "ldm"):
+        what = "one file, whose name ends in .safetensors" if layout == "ldm" else "a folder, not a .safetensors file"
+        raise ValueError(f"the {layout} layout is {what}, got {target}: give another name or layout")
     _check_target(Path(target), layout, overwrite)
     if not replace and is_pickle(Path(path)):
         tensors = PickledTensors(Path(path))
@@ -229,8 +233,13 @@ def save_vae(vae: VAE, path: str | Path, *, image_size: int) -> None:
 
 def _rewrite(tensors: PickledTensors, target: Path, layout: Layout, dtype: torch.dtype | None) -> None:
     """Write the tensors of a pickle under their own names, those in floating point in `dtype` if given."""
+    what = "a part of a model" if any(find(tensors)) else kind_of(tensors)
+    if what is None:
+        raise ValueError(
+            f"{tensors} holds nothing that is known here, its tensors are {some(sorted(tensors.shapes))}: give a "
+            "model, a part of one or an adapter"
+        )
     if layout != "ldm":
-        what = kind_of(tensors) or "a part of a model"
         raise ValueError(f"{tensors} is {what}, not a model: its tensors can be written into one file (layout 'ldm')")
     held = {}
     for name, value in tensors.read(tensors.shapes, mapped=False):  # views of one storage cannot be saved

@@ -53,6 +53,11 @@ class PickledTensors(Tensors):
         self.metadata = {}
         self._tensors: dict[str, Tensor] = {}
         for name, value in self._unwrap(_load(path)).items():
+            if isinstance(value, dict) and any(isinstance(inner, Tensor) for inner in value.values()):
+                raise ValueError(
+                    f"{path} holds tensors under {str(name)[:100]!r}; only those at the top or under "
+                    f"{', '.join(NESTS)} are read: save them in a file of their own"
+                )
             if not isinstance(value, Tensor):
                 continue
             name = _WRAPPERS.sub("", str(name))

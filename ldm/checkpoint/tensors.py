@@ -194,11 +194,14 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str,
 
     Raises OSError if the file cannot be written, for example on a full disk.
     """
+    path.touch()
+    mode = path.stat().st_mode  # of a new file here; safetensors lets only the owner read it
     try:
         save_file(dict(tensors), path, metadata)
     except SafetensorError as error:
         if (code := _ERRNO.search(str(error))) is None:
             raise
         raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+    path.chmod(mode)
     with path.open("rb+") as file:
         os.fsync(file.fileno())  # some file systems notice only here that they are full

@@ -10,7 +10,8 @@ import torch
 from transformers import CLIPTextConfig
 
 from ldm.checkpoint import configs
-from ldm.config import DiffusionConfig, Spacing, TextConfig, UNetConfig, VAEConfig
+from ldm.config import BetaSchedule, DiffusionConfig, Spacing, TextConfig, UNetConfig, VAEConfig
+from ldm.diffusion.schedule import NoiseSchedule
 from ldm.presets import PRESETS, SD15, SD21, SD21_BASE, SD_TURBO, SDXL_BASE, SDXL_REFINER, recognize
 
 # What the folder of SD 1.5 says (without what its libraries ignore), written by diffusers 0.6
@@ -66,6 +67,16 @@ def test_every_diffusion_config_has_a_scheduler_that_diffusers_can_build(spacing
     assert found == config
     if spacing != "lcm":  # what its last step is towards makes no difference to LCM
         assert notes == ()
+
+
+@pytest.mark.parametrize("betas", typing.get_args(BetaSchedule))
+def test_every_noise_schedule_is_that_of_diffusers(betas):
+    config = DiffusionConfig(betas=betas)
+    json = configs.diffusion_to_json(config, "ddim")
+    assert configs.diffusion_from_json(json, "", sdxl=True)[0] == config
+    theirs = diffusers.DDIMScheduler.from_config(json).alphas_cumprod
+    ours = NoiseSchedule.from_config(config).alphas_cumprod
+    torch.testing.assert_close(ours, theirs.double(), rtol=2e-4, atol=0)  # theirs are products in fp32
 
 
 @pytest.mark.parametrize(
@@ -149,7 +160,7 @@ def as_json(config):
         (
             DIFFUSION_FROM,
             {"beta_schedule": "squaredcos", "beta_start": 0.1, "beta_end": 0.2},
-            "betas must be one of 'scaled_linear', 'linear', got 'squaredcos'",
+            "beta_schedule 'squaredcos' is not supported; allowed: 'scaled_linear', 'linear', 'squaredcos_cap_v2'",
         ),
         (DIFFUSION_FROM, {"trained_betas": [0.1]}, r"trained_betas \[0.1\] is not supported"),
     ],

@@ -64,22 +64,54 @@ def test_a_pickle_of_something_else_becomes_a_file_of_the_same_names(names, tmp_
     torch.save({"state_dict": tensors}, tmp_path / "x.pt")
     assert convert(tmp_path / "x.pt", tmp_path / "x.safetensors", layout="ldm") == ()
     same_tensors(load_file(tmp_path / "x.safetensors"), tensors)
-    convert(tmp_path / "x.pt", tmp_path / "half", layout="ldm", dtype=torch.float16)
-    half = load_file(tmp_path / "half")
+    convert(tmp_path / "x.pt", tmp_path / "half.safetensors", layout="ldm", dtype=torch.float16)
+    half = load_file(tmp_path / "half.safetensors")
     assert half[names[0]].dtype == torch.float16
     assert half["ids"].dtype == torch.int64
     with pytest.raises(ValueError, match="not a model: its tensors can be written into one file"):
         convert(tmp_path / "x.pt", tmp_path / "folder")
     with pytest.raises(ValueError, match=r"exists( already)?: give"):
-        convert(tmp_path / "x.pt", tmp_path / "half", layout="ldm")
+        convert(tmp_path / "x.pt", tmp_path / "half.safetensors", layout="ldm")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"step": torch.tensor(5)}, r"x\.pt holds nothing that is known here, its tensors are step: give a model"),
+        (
+            {"step": torch.tensor(5), "network": {"conv.weight": torch.ones(2)}},
+            r"x\.pt holds tensors under 'network'; only those at the top or under state_dict, model, module are read",
+        ),
+    ],
+)
+def test_a_pickle_of_which_nothing_is_known_is_not_written(content, message, tmp_path):
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=message):
+        convert(tmp_path / "x.pt", tmp_path / "x.safetensors", layout="ldm")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.pt"]
+
+
+@pytest.mark.parametrize(
+    ("layout", "name", "message"),
+    [
+        ("ldm", "model", r"the ldm layout is one file, whose name ends in \.safetensors, got .*model: give another"),
+        ("ldm", "model.ckpt", r"whose name ends in \.safetensors, got .*model\.ckpt"),
+        ("diffusers", "model.safetensors", r"the diffusers layout is a folder, not a \.safetensors file, got"),
+    ],
+)
+def test_a_target_whose_name_does_not_suit_the_layout_is_refused(layout, name, message, small_folder, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        convert(small_folder, tmp_path / name, layout=layout)
+    assert not list(tmp_path.iterdir())
 
 
 def test_nothing_is_overwritten_unasked_and_what_is_overwritten_is_replaced_whole(model, tmp_path):
-    write(tmp_path / "file", model, official_tensors(model))
-    convert(tmp_path / "file", tmp_path / "out")
+    file = tmp_path / "file.safetensors"
+    write(file, model, official_tensors(model))
+    convert(file, tmp_path / "out")
     with pytest.raises(ValueError, match=r"exists( already)?: give another path, or overwrite=True"):
-        convert(tmp_path / "file", tmp_path / "out")
-    convert(tmp_path / "file", tmp_path / "out", dtype=torch.bfloat16, overwrite=True)
+        convert(file, tmp_path / "out")
+    convert(file, tmp_path / "out", dtype=torch.bfloat16, overwrite=True)
     assert load(tmp_path / "out", dtype=None).unet.conv_out.weight.dtype == torch.bfloat16
-    convert(tmp_path / "file", tmp_path / "file", layout="ldm", dtype=torch.float16, overwrite=True)
-    assert load(tmp_path / "file", dtype=None).unet.conv_out.weight.dtype == torch.float16
+    convert(file, file, layout="ldm", dtype=torch.float16, overwrite=True)
+    assert load(file, dtype=None).unet.conv_out.weight.dtype == torch.float16

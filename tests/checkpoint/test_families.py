@@ -67,8 +67,8 @@ def test_a_file_goes_to_a_folder_and_back_bit_for_bit_with_what_no_network_uses(
     assert convert(tmp_path / "file", tmp_path / "folder") == tuple(
         sorted(name for name in tensors if name.endswith("position_ids"))
     )
-    convert(tmp_path / "folder", tmp_path / "back", layout="ldm")
-    same_tensors(load_file(tmp_path / "back"), tensors)
+    convert(tmp_path / "folder", tmp_path / "back.safetensors", layout="ldm")
+    same_tensors(load_file(tmp_path / "back.safetensors"), tensors)
 
 
 @pytest.mark.slow
@@ -77,10 +77,10 @@ def test_a_conversion_keeps_each_tensors_dtype_or_casts_all(model, tmp_path):
     mixed = {name: value.half() if name.startswith(UNET) else value for name, value in tensors.items()}
     write(tmp_path / "mixed", model, mixed)
     convert(tmp_path / "mixed", tmp_path / "kept")
-    convert(tmp_path / "kept", tmp_path / "back", layout="ldm")
-    same_tensors(load_file(tmp_path / "back"), mixed)
-    convert(tmp_path / "mixed", tmp_path / "half", layout="ldm", dtype=torch.bfloat16)
-    halved = load_file(tmp_path / "half")
+    convert(tmp_path / "kept", tmp_path / "back.safetensors", layout="ldm")
+    same_tensors(load_file(tmp_path / "back.safetensors"), mixed)
+    convert(tmp_path / "mixed", tmp_path / "half.safetensors", layout="ldm", dtype=torch.bfloat16)
+    halved = load_file(tmp_path / "half.safetensors")
     same_tensors(halved, {n: v.bfloat16() if v.is_floating_point() else v for n, v in mixed.items()})
 
 
@@ -110,10 +110,10 @@ def test_the_averaged_copy_is_read_when_asked_for_and_left_out_otherwise(tmp_pat
     for ema, shift in ((False, 0), (True, 1)):
         got = load(tmp_path / "full", ema=ema).unet.down[0].conv.weight
         assert torch.equal(got, plain[f"{UNET}input_blocks.0.0.weight"] + shift)
-    left = convert(tmp_path / "full", tmp_path / "pruned", layout="ldm", ema=True)
+    left = convert(tmp_path / "full", tmp_path / "pruned.safetensors", layout="ldm", ema=True)
     ids = [name for name in tensors if name.endswith("position_ids")]
     assert left == tuple(sorted([*counters, *plain, *ids]))  # the plain ones, for which they are taken
-    same_bits(load(tmp_path / "pruned"), load(tmp_path / "full", ema=True))
+    same_bits(load(tmp_path / "pruned.safetensors"), load(tmp_path / "full", ema=True))
     save(model, tmp_path / "folder")
     with pytest.raises(ValueError, match="is a folder, which holds one set of weights"):
         load(tmp_path / "folder", ema=True)

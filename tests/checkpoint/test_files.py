@@ -291,6 +291,11 @@ def test_a_quantized_model_is_not_saved(small, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_weights_may_be_read_by_whom_a_configuration_may(small_folder):
+    config, weights = (small_folder / "vae" / name for name in ("config.json", "diffusion_pytorch_model.safetensors"))
+    assert weights.stat().st_mode == config.stat().st_mode
+
+
 def test_missing_parents_are_made(small, tmp_path):
     save(small, tmp_path / "a/b/model", layout="ldm")
     assert_same_bits(load(tmp_path / "a/b/model"), small)

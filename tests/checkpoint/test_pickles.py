@@ -280,8 +280,9 @@ def test_sizes_that_are_written_wrong_are_refused(which, legacy, tmp_path):
         ({}, "holds no tensors by name"),
         ({"string_to_param": nn.ParameterDict({"*": torch.ones(2)}), "name": "x"}, "holds no tensors by name"),
         ({i: i for i in range(20)}, "holds no tensors by name"),
+        ({"objective": WEIGHTS, "step": 3}, "holds tensors under 'objective'; only those at the top or under"),
     ],
-    ids=["tensor", "list", "nothing", "embedding", "many"],
+    ids=["tensor", "list", "nothing", "embedding", "many", "training"],
 )
 def test_what_holds_no_tensors_by_name_says_what_it_holds(content, message, tmp_path):
     with pytest.raises(ValueError, match=message):
