@@ -113,9 +113,7 @@ def test_a_part_whose_tensors_do_not_fit_its_configuration_is_refused(name, smal
 
 
 @pytest.mark.parametrize("name", LOADERS)
-def test_a_number_that_no_file_has_tensors_for_is_refused_before_building(
-    name, small, small_file, tmp_path
-):
+def test_a_number_that_no_file_has_tensors_for_is_refused_before_building(name, small, small_file, tmp_path):
     huge = {"unet": {"mid_depth": 10**9}, "vae": {"res_blocks": 10**9}, "text_encoder": {"layers": 10**9}}[name]
     field = "text" if name == "text_encoder" else name
     value = getattr(small.config, field)
