@@ -34,15 +34,13 @@ class Placement:
 
     device: str | torch.device | None = option(None, "cpu, cuda, cuda:N or mps (default: the GPU if there is one)")
     dtype: torch.dtype | None = option(
-        None,
-        f"dtype of the UNet and text encoder: {', '.join(DTYPES)} (default: float16 on CUDA, else float32)",
+        None, f"dtype of the UNet and text encoder: {', '.join(DTYPES)} (default: float16 on CUDA, else float32)"
     )
     vae_dtype: torch.dtype | None = option(
         None, "number format of the VAE (default: as --dtype; bfloat16 or float32 for SDXL, which overflows in float16)"
     )
     attention: Literal["sdpa", "sliced", "math"] | None = option(
-        None,
-        "sdpa: fused kernels, sliced: little memory, math: the formula (default: sdpa if a kernel exists)",
+        None, "sdpa: fused kernels, sliced: little memory, math: the formula (default: sdpa if a kernel exists)"
     )
     guidance: Literal["batched", "sequential"] = option(
         "batched",
@@ -50,8 +48,7 @@ class Placement:
         "--guidance-passes",
     )
     vae_memory: Literal["whole", "slabs", "tiles"] = option(
-        "whole",
-        "how the VAE works: whole, in slabs (exact, slower, a quarter of the memory) or in tiles (inexact)",
+        "whole", "how the VAE works: whole, in slabs (exact, slower, a quarter of the memory) or in tiles (inexact)"
     )
     offload: Literal["model", "blocks"] | None = option(
         None, "model: the GPU holds only the network that works; blocks: and of the UNet only two stages (default: off)"

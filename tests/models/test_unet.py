@@ -8,7 +8,7 @@ from diffusers import LatentConsistencyModelPipeline
 
 from ldm.conditioning import Condition, guidance_embedding, timestep_embedding
 from ldm.config import UNetConfig
-from ldm.models.unet import UNet
+from ldm.models.unet import Stage, UNet
 from ldm.presets import PRESETS, RELATIVES
 
 SMALL = UNetConfig(channels=(16, 32), depth=(1, 1), heads=(2, 4), context_dim=12, norm_groups=4)
@@ -60,6 +60,13 @@ def test_latent_sizes_that_the_levels_do_not_divide_work(height, width):
     torch.manual_seed(0)
     x, t, context = inputs(SMALL, height, width)
     assert UNet(SMALL)(x, t, context).shape == (2, 4, height, width)
+
+
+def test_an_upsampling_stage_repeats_pixels_up_to_the_size_of_the_skip():
+    x = torch.randn(1, 2, 4, 3)
+    out = Stage(upsample=torch.nn.Identity())(x, None, None, size=(7, 5))
+    rows, columns = [i * 4 // 7 for i in range(7)], [i * 3 // 5 for i in range(5)]  # as diffusers: not to the nearest
+    assert torch.equal(out, x[:, :, rows][:, :, :, columns])
 
 
 def test_an_image_does_not_depend_on_the_batch_around_it():

@@ -1,6 +1,6 @@
-"""Measure how far this package is from diffusers: `python -m tests.parity.measure --write docs/parity.md`.
+"""Measure the differences between this package and diffusers: `python -m tests.parity.measure --write docs/parity.md`.
 
-With --full also at the official sizes (30 GB of disk, 18 GB of memory); with --device cuda on a GPU, and in fp16 too.
+--full measures the official sizes too (30 GB of disk, 18 GB of memory). --device cuda measures on a GPU, in fp16 too.
 """
 
 import argparse
@@ -27,50 +27,54 @@ HEAD = """\
 
 Written by `{command}` on {machine}.
 
-The weights are random. diffusers built, saved and ran the models; this package loaded the folders that it saved.
-"Relative" is the largest difference in parts of the largest value, in fp32. The columns of a lower precision are errors
-of the run in that precision, ours and diffusers' own, against diffusers' fp32 run: root mean square, in parts of the
-run's own. Their ratio, with its standard error, is 1 where both round alike and below 1 where ours is the more exact.
+The weights are random. diffusers built the models, saved them and ran them; this package loaded the saved folders.
+"Relative" is the largest difference divided by the largest value, in fp32. The columns of a lower precision compare
+this package and diffusers in this precision with diffusers in fp32. They hold the root mean square of the error,
+divided by that of the fp32 result. Their ratio, with its standard error, is 1 if both round alike, and below 1 if ours
+is more exact.
 """
 NETWORKS = """\
 ## Networks
 
-Small models: the published architectures with narrower UNets (64 to 128 channels) and text encoders of 3 layers.
-{inputs} random inputs each, the UNet at timesteps {timesteps} in each of them; the text encoders read
-a prompt and a negative prompt that each library cut into tokens by itself.
+Small models: the published architectures with narrower UNets (64 to 128 channels) and text encoders of 3 layers. Each
+has {inputs} random inputs, and the UNet runs at the timesteps {timesteps} with each of them. The text
+encoders read a prompt and a negative prompt, and each library makes the tokens itself.
 """
 PICTURES = """\
 ## Pictures
 
-Of the same models, from prompt to bytes: 32 seeds for each line, 64 pixels, with a guidance scale of 7.5 and a
-negative prompt unless the line says otherwise. The largest difference is in levels of 255; the relative one and the
-lower precisions are of the latents. Over all lines our error in {precision} is {ratio:.2f} of diffusers' own: most of
-it is the UNet's, which rounds alike in both; the rest is the sampler's, which here is never rounded. Where a sampler
-of diffusers has timesteps of its own, it was told to take the others'; combinations that are missing cannot be told
-(`STEP_LISTS` in `tests/parity/reference.py` says why).
+The same models, from the prompt to the bytes of a picture. Each line has 32 seeds, 64 pixels, a guidance scale of 7.5
+and a negative prompt, unless the line says otherwise. The largest difference is in levels of 255. "Relative" and the
+lower precisions compare the latents. Some samplers of diffusers have timesteps of their own; these were told to take
+the timesteps of the others. Combinations for which this is not possible are missing (`STEP_LISTS` in
+`tests/parity/reference.py` says why).
+
+Over all lines our error in {precision} is {ratio:.2f} of diffusers' error. Most of the error comes from the UNet, which
+rounds alike in both. The rest comes from the sampler, which this package computes in fp32.
 """
 FULL_SIZE = """\
 ## At full size
 
-The official architectures, with one random input and one picture from 8 seeds, of 128 pixels.
+The official architectures, with one random input and one picture from each of 8 seeds, of 128 pixels.
 """
 FILES = """\
 ## Files
 
-The small models, saved by us in both layouts: how many of the tensors that were read equal those that diffusers had
-saved, bit for bit. Single files were read by diffusers' own converter, `from_single_file(file, config=folder)`.
+This package saved the small models in both layouts. The table counts the tensors that equal those that diffusers had
+saved, bit for bit. diffusers read single files with its own converter: `from_single_file(file, config=folder)`.
 """
 GOLDEN = """\
 ## Token ids and step lists
 
-{equal} of {prompts} golden prompts give the ids of transformers. Two differences are meant. An "!" stays 256 in the
-towers of SD 2 and SDXL that pad with 0, as their authors' code has it; transformers takes it for padding there. And
-texts are cut as they are; OpenAI's own code repairs them first, which shows in
+{equal} of {prompts} golden prompts give the token ids of transformers. Two differences are intended. First, "!" keeps
+its id 256 in the text encoders of SD 2 and SDXL that pad with 0, as in the code of their authors; transformers takes
+"!" for padding there. Second, OpenAI's own code repairs a text before it makes tokens; this package and transformers do
+not. These prompts show the second difference:
 
 {repaired}
 
-{named} of {lists} golden step lists of diffusers have a name here, and differ by {worst:.0e} at most: they are written
-with five decimals. A sampler takes any list of levels, but these have no name:
+{named} of {lists} golden step lists of diffusers have a name here. They differ by at most {worst:.0e}, because the
+golden lists are written with five decimals. A sampler takes any list of levels, but these lists have no name:
 
 {unnamed}
 """

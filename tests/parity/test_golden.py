@@ -63,4 +63,4 @@ def test_step_lists_are_those_of_diffusers(case):
 def test_every_golden_list_is_tested_or_says_why_it_has_no_name_here():
     assert len(SCHEDULES) == 31
     assert {case["name"] for case in SCHEDULES} == EXPRESSED.keys()
-    assert sum(isinstance(way, str) for way in EXPRESSED.values()) == 9
+    assert sum(isinstance(way, str) for way in EXPRESSED.values()) == 8
