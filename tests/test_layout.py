@@ -116,7 +116,6 @@ def test_the_library_needs_only_its_declared_packages():
     assert roots - set(sys.stdlib_module_names) - {"ldm"} <= THIRD_PARTY
 
 
-@pytest.mark.xfail(strict=False, reason="the path is being shortened")
 def test_the_path_from_prompt_to_pixels_is_short():
     """Counted are the files that the import of ldm/pipeline.py runs, without loading and without package files."""
     lines, found = {}, [file_of("ldm.pipeline")]
@@ -186,19 +185,12 @@ def commands():
 
 
 def test_the_readme_is_short_and_its_files_exist():
-    assert len(readme().splitlines()) < 200
+    print(len(readme().splitlines()), "lines in the README")
+    assert len(readme().splitlines()) <= 150
     for link in re.findall(r"\]\(([^)#:]+)\)", readme()):
         assert (ROOT / link).exists(), link
     for name in re.findall(r"^\| `([\w./]+\.\w+)` ", readme(), re.MULTILINE):
         assert (ROOT / name).exists(), name
-
-
-def test_the_readmes_file_guide_counts_lines_rightly():
-    rows = re.findall(r"^\| `(ldm/[\w/]+\.py)` .*\| (\d+) \|$", readme(), re.MULTILINE)
-    assert len(rows) > 10
-    for name, lines in rows:
-        actual = len((ROOT / name).read_text(encoding="utf-8").splitlines())
-        assert abs(actual - int(lines)) <= 10, f"{name} has {actual} lines, the README says {lines}"
 
 
 def test_ci_runs_the_readmes_test_command_in_an_environment_of_its_own():
@@ -210,13 +202,13 @@ def test_ci_runs_the_readmes_test_command_in_an_environment_of_its_own():
         assert part in script.replace("--quiet ", "")
 
 
-def test_the_readmes_pictures_commands_run_offline_in_an_empty_folder(tmp_path, monkeypatch):
+def test_the_readmes_commands_that_need_only_the_install_run_offline_in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    pictures = [c for c in commands() if c.startswith("ldm txt2img") and "--model" not in c]
-    assert pictures
-    for command in pictures:
+    ready = [command for command in commands() if not re.search(r"--model|ldm train|ldm evaluate", command)]
+    assert {command.split()[1] for command in ready} == {"txt2img", "img2img", "inspect", "convert"}
+    for command in ready:
         assert cli.main(shlex.split(command, comments=True)[1:]) == 0, command
-    assert list(tmp_path.glob("*.png"))
+    assert len(list(tmp_path.glob("*.png"))) == 4
 
 
 def test_every_ldm_command_of_the_readme_is_one_that_the_parser_knows(monkeypatch, capsys):
