@@ -45,7 +45,7 @@ def test_numbers_that_are_not_finite_are_explained_as_ever(quantized):
         quantized.generate(REQUEST)
 
 
-def test_a_quantized_model_is_not_saved_as_something_else(quantized, tmp_path):
-    with pytest.raises(RuntimeError):
+def test_a_quantized_model_cannot_be_saved_and_the_error_says_what_to_do(quantized, tmp_path):
+    with pytest.raises(ValueError, match=r"Int8Tensor.*save the model before quantizing it"):
         quantized.save(tmp_path / "model")
     assert not list(tmp_path.iterdir())

@@ -11,8 +11,7 @@ import pytest
 from PIL import Image, ImageChops
 
 import ldm
-from ldm import pipeline
-from ldm.cli.options import read_placement
+from ldm import loading
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -56,17 +55,17 @@ def test_the_bundled_model_is_found_from_any_folder(tmp_path, monkeypatch, layou
     package.mkdir(parents=True)
     weights = (package if layout == "installed" else package.parent) / "weights" / "tiny"
     weights.mkdir(parents=True)
-    monkeypatch.setattr(pipeline, "__file__", str(package / "pipeline.py"))
+    monkeypatch.setattr(loading, "__file__", str(package / "pipeline.py"))
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert pipeline.locate("weights/tiny") == weights
-    assert pipeline.locate("weights/other") == Path("weights/other")
+    assert loading.locate("weights/tiny") == weights
+    assert loading.locate("weights/other") == Path("weights/other")
 
 
 def test_a_model_of_that_name_here_comes_before_the_bundled_one(tmp_path, monkeypatch):
     (tmp_path / "weights" / "tiny").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert pipeline.locate("weights/tiny") == Path("weights/tiny")
+    assert loading.locate("weights/tiny") == Path("weights/tiny")
 
 
 @pytest.mark.slow
@@ -92,7 +91,7 @@ def test_a_wheel_in_another_environment_and_folder_makes_the_same_picture(tmp_pa
         cwd=folder, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert str(site) in result.stdout  # not the repository's
-    placement = read_placement({"device": "cpu"})  # as the command's
+    placement = ldm.Placement.fast(device="cpu")  # as the command's
     (expected,) = ldm.load(ROOT / "weights" / "tiny", placement).generate(ldm.Request("a frog on the grass", steps=3))
     with Image.open(folder / "frog.png") as picture:
         assert ImageChops.difference(picture, expected).getbbox() is None

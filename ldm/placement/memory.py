@@ -37,7 +37,7 @@ class Placement:
         None, f"dtype of the UNet and text encoder: {', '.join(DTYPES)} (default: float16 on CUDA, else float32)"
     )
     vae_dtype: torch.dtype | None = option(
-        None, "number format of the VAE (default: as --dtype; bfloat16 or float32 for SDXL, which overflows in float16)"
+        None, "dtype of the VAE (default: as --dtype; bfloat16 or float32 for SDXL, which overflows in float16)"
     )
     attention: Literal["sdpa", "sliced", "math"] | None = option(
         None, "sdpa: fused kernels, sliced: little memory, math: the formula (default: sdpa if a kernel exists)"
