@@ -1,4 +1,4 @@
-"""One picture per line of a text file, as one sheet: how the picture at the top of the README was made.
+"""Make one picture per line of a text file, on one sheet. The first picture of the README was made with it.
 
 python scripts/contact_sheet.py docs/tiny.txt --out sheet.png
 """
@@ -17,8 +17,8 @@ parser = argparse.ArgumentParser(description="Make a sheet of pictures from a fi
 parser.add_argument("prompts", type=Path, help="a text file with one prompt a line")
 parser.add_argument("--model", default="weights/tiny")
 parser.add_argument("--steps", type=int, help="default: the model's own")
-parser.add_argument("--seed", default=0, type=int, help="of the first picture, the next has the next")
-parser.add_argument("--zoom", default=1, type=int, help="repeat each pixel so often")
+parser.add_argument("--seed", default=0, type=int, help="seed of the first picture; it rises by 1 for each picture")
+parser.add_argument("--zoom", default=1, type=int, help="enlarge the sheet by this factor")
 parser.add_argument("--out", default="sheet.png", type=Path)
 parser.add_argument("--overwrite", action="store_true")
 args = parser.parse_args()
