@@ -190,6 +190,8 @@ def recall(path: str | Path) -> Record:
 def _upgraded(table: Mapping[str, Any]) -> dict[str, Any]:
     """Convert a record of the first version, which held the model's choices as if they had been asked."""
     used, request = dict(table["model"]), dict(table["request"])
+    if table["placement"].get("int8"):
+        raise ValueError("the picture was made with weights in int8, which this version does not have")
     sizes = {f.name: request.pop(f.name) for f in dataclasses.fields(Sizes) if f.name in request}
     parts = {name: used[name] for name in ("vae", "unet", "text_encoder") if name in used}
     choice = {"model": used["path"], **{name: used[name] for name in ("prediction", "ema") if name in used}}

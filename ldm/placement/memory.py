@@ -132,7 +132,7 @@ class Placement:
     def at_work(self, network: nn.Module) -> AbstractContextManager[object]:
         """Return a context manager that keeps `network` on the device, with all weights that it has on entering.
 
-        Several users may be inside at a time and leave in any order. The network leaves with the last one.
+        It may be entered several times and left in any order. The network leaves the device with the last exit.
         """
         if self.offload is None:
             return nullcontext()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from itertools import chain
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,31 +20,26 @@ from ldm.models.transformer import TransformerBlock
 class Offloaded:
     """A context manager that brings `network` to `device`.
 
-    Several users of a network, such as two pictures made in turns, may be inside at a time and leave in any order.
-    The first one brings the network, and the last one sends it home.
+    Several users, such as two pictures made in turns, may be inside one object at a time and leave in any order. The
+    first one brings the network, and the last one sends it home.
     """
-
-    inside: ClassVar[dict[nn.Module, tuple[int, ExitStack]]] = {}  # networks on a device: their users, and the way back
 
     def __init__(self, network: nn.Module, device: torch.device | str) -> None:
         self.network, self.device = network, torch.device(device)
+        self.users, self.home = 0, ExitStack()
 
     def __enter__(self) -> Self:
-        if self.network in self.inside:
-            users, home = self.inside[self.network]
-        else:
+        if self.users == 0:
             with ExitStack() as undo:  # if bringing fails, what was brought is sent home
                 self.bring(undo)
-                users, home = 0, undo.pop_all()
-        self.inside[self.network] = users + 1, home
+                self.home = undo.pop_all()
+        self.users += 1
         return self
 
     def __exit__(self, *error: object) -> None:
-        users, home = self.inside.pop(self.network)
-        if users > 1:
-            self.inside[self.network] = users - 1, home
-        else:
-            home.close()
+        self.users -= 1
+        if self.users == 0:
+            self.home.close()
 
     def bring(self, undo: ExitStack) -> None:
         """Bring the network to the device, and register in `undo` how it goes home."""

@@ -51,7 +51,7 @@ def ours():
     def steps(pipe):
         for step in pipe.stream(request):
             mark()
-            latents = step.x
+            latents = step.latents
         return latents
 
     return open, {
