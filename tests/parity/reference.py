@@ -304,6 +304,10 @@ SCHEDULERS: dict[str, tuple[type, Json]] = {
     "dpmpp_2m_sde": (diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
     "lcm": (diffusers.LCMScheduler, {}),
 }
+_FROM_A_PICTURE = {
+    diffusers.StableDiffusionPipeline: diffusers.StableDiffusionImg2ImgPipeline,
+    diffusers.StableDiffusionXLPipeline: diffusers.StableDiffusionXLImg2ImgPipeline,
+}
 _SIZES = {  # diffusers' names for the fields of Sizes
     "original_size": ("original_height", "original_width"),
     "crops_coords_top_left": ("crop_top", "crop_left"),
@@ -328,28 +332,20 @@ STEP_LISTS = [
 def pictures(pipe: Any, request: ldm.Request) -> tuple[np.ndarray, Tensor]:
     """Make with diffusers what `request` asks for, every value given, with one CPU generator for each picture.
 
+    A request with a source needs a picture of the request's size, and names its strength.
     Returns the pictures, b h w 3 bytes, and the latents that they were decoded from, b c h w fp32.
     """
-    told, negative = _schedule(pipe, request), request.negative_prompt
+    if request.source is not None:
+        pipe = _FROM_A_PICTURE.get(type(pipe), type(pipe)).from_pipe(pipe)
+        pipe.set_progress_bar_config(disable=True)
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in request.seeds]
-    options: Json = told | {
-        "prompt": [request.prompt] * request.images,
-        "negative_prompt": None if negative is None else [negative] * request.images,
-        "guidance_scale": request.guidance_scale,
-        "guidance_rescale": request.guidance_rescale,
-        "generator": generators,
-    }
-    for name, parts in _SIZES.items():
-        if getattr(request.sizes, parts[0]) is not None:
-            options[name] = tuple(getattr(request.sizes, part) for part in parts)
-    for name in ("aesthetic_score", "negative_aesthetic_score"):
-        if getattr(request.sizes, name) is not None:
-            options[name] = getattr(request.sizes, name)
-    if isinstance(pipe, diffusers.StableDiffusionXLImg2ImgPipeline):
-        # As SDXL's own pipeline does, and we with both: the crop is that of the negative prompt too.
-        options["negative_crops_coords_top_left"] = options.get("crops_coords_top_left", (0, 0))
+    options = _asked(pipe, request, generators)
+    if request.source is not None:
+        options |= {"image": [request.source.image] * request.images, "strength": request.source.strength}
+    elif isinstance(pipe, diffusers.StableDiffusionXLImg2ImgPipeline):
         # It starts from an image; latents that are given are taken as they are, at the strength of pure noise.
-        pipe.scheduler.set_timesteps(**told)
+        steps = {name: options[name] for name in ("num_inference_steps", "timesteps") if name in options}
+        pipe.scheduler.set_timesteps(**steps)
         shape = (1, 4, request.height // 8, request.width // 8)
         noise = torch.cat([torch.randn(shape, generator=g) for g in generators])
         noise = (noise * pipe.scheduler.init_noise_sigma).to(pipe.device, pipe.unet.dtype)
@@ -364,6 +360,38 @@ def pictures(pipe: Any, request: ldm.Request) -> tuple[np.ndarray, Tensor]:
 
     out = pipe(**options, callback_on_step_end=keep)
     return np.stack([np.asarray(picture) for picture in out.images]), last[0].float().cpu()
+
+
+def refined(base: Any, refiner: Any, request: ldm.Request, handover: float) -> np.ndarray:
+    """Make with diffusers' SDXL and its refiner what `request` asks for: pictures, b h w 3 bytes."""
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in request.seeds]
+    size = {"width": request.width, "height": request.height, "output_type": "latent"}
+    latents = base(**_asked(base, request, generators), **size, denoising_end=handover).images
+    out = refiner(**_asked(refiner, request, generators), image=latents, denoising_start=handover)
+    return np.stack([np.asarray(picture) for picture in out.images])
+
+
+def _asked(pipe: Any, request: ldm.Request, generators: list[torch.Generator]) -> Json:
+    """Give the pipeline its scheduler; returns what all of diffusers' pipelines are told of `request`."""
+    negative = request.negative_prompt
+    options: Json = _schedule(pipe, request) | {
+        "prompt": [request.prompt] * request.images,
+        "negative_prompt": None if negative is None else [negative] * request.images,
+        "guidance_scale": request.guidance_scale,
+        "generator": generators,
+    }
+    if request.guidance_rescale:  # not every pipeline has it
+        options["guidance_rescale"] = request.guidance_rescale
+    for name, parts in _SIZES.items():
+        if getattr(request.sizes, parts[0]) is not None:
+            options[name] = tuple(getattr(request.sizes, part) for part in parts)
+    for name in ("aesthetic_score", "negative_aesthetic_score"):
+        if getattr(request.sizes, name) is not None:
+            options[name] = getattr(request.sizes, name)
+    if isinstance(pipe, diffusers.StableDiffusionXLImg2ImgPipeline):
+        # As SDXL's own pipeline does, and we with both: the crop is that of the negative prompt too.
+        options["negative_crops_coords_top_left"] = options.get("crops_coords_top_left", (0, 0))
+    return options
 
 
 def _schedule(pipe: Any, request: ldm.Request) -> Json:
