@@ -255,7 +255,7 @@ def test_options_of_a_scheduler_that_give_other_pictures_are_refused(option):
         DIFFUSION_FROM(json, "here")
 
 
-@pytest.mark.parametrize("types", [5, None, [["DownEncoderBlock2D"]], ["DownEncoderBlock2D", {}]])
+@pytest.mark.parametrize("types", [5, None, [], [["DownEncoderBlock2D"]], ["DownEncoderBlock2D", {}]])
 def test_block_types_of_a_vae_that_are_not_a_list_of_names_are_refused(types):
     with pytest.raises(ValueError, match="here: down_block_types must be DownEncoderBlock2D for every level, got"):
         configs.vae_from_json({"down_block_types": types}, "here", sdxl=False)
