@@ -187,7 +187,7 @@ def test_what_the_layout_cannot_express_is_refused():
         configs.text_to_json(TextConfig(output_layer=-2), 0, 2, sdxl=False)
 
 
-def test_an_architecture_is_recognised_with_its_prediction_and_its_input_channels():
+def test_an_architecture_is_recognized_with_its_prediction_and_its_input_channels():
     sd2, v = (SD21.vae, SD21.text), DiffusionConfig(prediction="v")
     trailing = DiffusionConfig(spacing="trailing")
     assert recognize(SD21_BASE.unet, *sd2, DiffusionConfig()) == SD21_BASE

@@ -97,11 +97,11 @@ def told(*what: object) -> Iterator[None]:
 
 GONE = object()
 ODD = (
-    *(GONE, None, True, False, 0, 1, -1, 3, 7, 64, 10**9, 10**12, -(10**9), 2**31, 2**63, 2**64),
-    *(10**400, 0.5, 1e308, -0.0, math.nan, math.inf, "", "x", "32", "eps", "\ud800", "a\x00b\x1b[2J"),
-    *("../../etc/passwd", "x" * 5000, [], [1], [0, 0], [1, 2, 3], [-32, 64], [None], ["x"], [[]]),
-    *([10**9, 10**9], [0.5, math.nan], [32] * 300, {}, {"a": 1}, {"content": []}, [{}]),
-)
+    GONE, None, True, False, 0, 1, -1, 3, 7, 64, 10**9, 10**12, -(10**9), 2**31, 2**63, 2**64,
+    10**400, 0.5, 1e308, -0.0, math.nan, math.inf, "", "x", "32", "eps", "\ud800", "a\x00b\x1b[2J",
+    "../../etc/passwd", "x" * 5000, [], [1], [0, 0], [1, 2, 3], [-32, 64], [None], ["x"], [[]],
+    [10**9, 10**9], [0.5, math.nan], [32] * 300, {}, {"a": 1}, {"content": []}, [{}],
+)  # fmt: skip
 
 
 def places(value: object, above: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
@@ -265,13 +265,13 @@ PREFIXES = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.",
 MOVED = (*PREFIXES, "", "unet.", "vae.", "model.")
 MADE_UP = re.compile(r"(logit_scale|text_projection|resblocks\.2\..*)$")  # the small towers use two blocks
 EXTRAS = (  # names that mean something
-    *("v_pred", "edm_mean", "ztsnr", "lora_unet_x", "scaled_fp8", "model_ema.decay", "betas", "conv_in.weight"),
-    *("token_embedding.weight", "x.embeddings.token_embedding.weight", "input_hint_block.0.weight"),
-    *("down_blocks.0.resnets.0.norm1.weight", "encoder.down_blocks.0.resnets.0.conv1.weight"),
-    *("encoder.down.0.block.0.conv1.weight", "model.diffusion_model.label_emb.0.0.weight"),
-    *("text_projection", "cond_stage_model.model.text_projection", "emb_params", "__metadata__x"),
+    "v_pred", "edm_mean", "ztsnr", "lora_unet_x", "scaled_fp8", "model_ema.decay", "betas", "conv_in.weight",
+    "token_embedding.weight", "x.embeddings.token_embedding.weight", "input_hint_block.0.weight",
+    "down_blocks.0.resnets.0.norm1.weight", "encoder.down_blocks.0.resnets.0.conv1.weight",
+    "encoder.down.0.block.0.conv1.weight", "model.diffusion_model.label_emb.0.0.weight",
+    "text_projection", "cond_stage_model.model.text_projection", "emb_params", "__metadata__x",
     "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias",
-)
+)  # fmt: skip
 DTYPES = (torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.bool)
 Table = dict[str, torch.Tensor]
 
@@ -538,9 +538,9 @@ UNKNOWABLE = ("operated", "broken")  # a changed value of a configuration is ano
 # Without the first, a folder is one of diffusers; without the others, the padding is the default.
 OPTIONAL = ("ldm.json", "tokenizer_config.json", "special_tokens_map.json")
 NOT_FOLLOWED = {  # keys that are not read, or for which the configuration is not asked alone
-    *("_class_name", "architectures", "model_type", "sample_size", "projection_dim", "force_upcast", "clip_sample"),
-    *("timestep_spacing", "steps_offset", "set_alpha_to_one", "bos_token_id", "eos_token_id", "pad_token_id"),
-}
+    "_class_name", "architectures", "model_type", "sample_size", "projection_dim", "force_upcast", "clip_sample",
+    "timestep_spacing", "steps_offset", "set_alpha_to_one", "bos_token_id", "eos_token_id", "pad_token_id",
+}  # fmt: skip
 
 
 def check_is_what_the_folder_says(found: Model, folder: Path) -> None:
