@@ -86,8 +86,8 @@ class UNetConfig:
     res_blocks: int = 2  # per level going down; one more per level going up
     depth: Depths = (1, 1, 1, 0)  # transformer blocks after a residual block; 0: no attention
     up_depth: Depths | None = None  # the same for the decoder, deepest level first; None: `depth` reversed
-    mid: Literal["full", "residual", "none"] = "full"  # residual: the first residual block alone
-    mid_depth: int = 1  # transformer blocks; 0 unless the middle is full
+    mid: Literal["full", "residual", "none"] = "full"  # residual: only the first residual block
+    mid_depth: int = 1  # transformer blocks of a full middle; 0 for the others
     heads: tuple[int, ...] = (8, 8, 8, 8)  # the number of heads, not their width
     context_dim: int = 768
     vector_dim: int | None = None  # pooled text and sizes (SDXL); None: timestep conditioning only
@@ -154,7 +154,7 @@ def _shortest(name: str, depths: Depths, blocks: int) -> Depths:
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """The autoencoder with KL-regularised latents (Rombach et al. 2022, section 3.1)."""
+    """The autoencoder with KL-regularized latents (Rombach et al. 2022, section 3.1)."""
 
     channels: tuple[int, ...] = (128, 256, 512, 512)
     res_blocks: int = 2
@@ -171,7 +171,7 @@ class VAEConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """One CLIP text tower and which of its outputs conditions the UNet."""
+    """One CLIP text tower, and the choice of the outputs that condition the UNet."""
 
     width: int = 768
     layers: int = 12
@@ -182,7 +182,7 @@ class TextConfig:
     vocab_size: int = 49408
     max_length: int = 77
     pad_id: int = 49407  # 0 for the OpenCLIP towers, where "!" is still 256
-    output_layer: int = -1  # hidden state used as context: -1 the last, -2 the one before
+    output_layer: int = -1  # the hidden state used as context: -1 the last, -2 the one before
     final_norm: bool = True  # apply the tower's final LayerNorm to that hidden state
 
     def context_layer(self, clip_skip: int | None = None) -> int:
@@ -218,7 +218,7 @@ class DiffusionConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything needed to build a model: its networks and its diffusion process."""
+    """All numbers that a model is built from, and the defaults for sampling with it."""
 
     name: str = "custom"
     unet: UNetConfig = field(default_factory=UNetConfig)
@@ -226,15 +226,16 @@ class ModelConfig:
     text: tuple[TextConfig, ...] = field(default_factory=lambda: (TextConfig(),))
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     image_size: int = 512  # pixels per side at which the model was trained
-    guidance_scale: float = 7.5  # this and the two below: the authors' defaults
+    guidance_scale: float = 7.5  # the defaults of the model's authors, as the next two
     steps: int = 25
     sampler: str = "dpmpp_2m"
     zero_negative: bool = False  # without a negative prompt, condition on zeros (SDXL base), not on the encoded ""
 
     @property
     def micro_conditioning(self) -> tuple[str, ...]:
-        """The scalars in the UNet's vector after the pooled text, 256 numbers each, in order; () without a vector.
+        """The names of the scalars that follow the pooled text in the UNet's vector, in order; () without a vector.
 
+        Each scalar is embedded in 256 numbers.
         Raises ValueError for any number of scalars except 6 (SDXL base) and 5 (its refiner).
         """
         if self.unet.vector_dim is None:
@@ -249,6 +250,6 @@ class ModelConfig:
         )
 
 
-_CROP = ("original_height", "original_width", "crop_top", "crop_left")
-BASE_CONDITIONING = (*_CROP, "target_height", "target_width")
-REFINER_CONDITIONING = (*_CROP, "aesthetic_score")
+_SIZE_AND_CROP = ("original_height", "original_width", "crop_top", "crop_left")
+BASE_CONDITIONING = (*_SIZE_AND_CROP, "target_height", "target_width")
+REFINER_CONDITIONING = (*_SIZE_AND_CROP, "aesthetic_score")

@@ -1,4 +1,4 @@
-"""Configurations of the official models and of models distilled from them, and the name of an architecture.
+"""Configurations of the official models and of models distilled from them, and recognition of an architecture.
 
 A preset has every number that a checkpoint requires; nothing else in the package branches on a model's name.
 """
@@ -97,7 +97,7 @@ TINY = ModelConfig(  # weights/tiny, trained by configs/train_vae.toml and train
         depth=(0, 1, 1),
         heads=(3, 5, 6),
         context_dim=192,
-        norm_groups=8,  # at least 12 channels per group; with fewer, absolute colour is lost
+        norm_groups=8,  # at least 12 channels per group; with fewer, absolute color is lost
     ),
     vae=VAEConfig(channels=(32, 64, 128), res_blocks=1, norm_groups=4, scaling_factor=0.5041212288825143),
     text=(TextConfig(width=192, layers=3, heads=6, mlp=768, vocab_size=705, max_length=32, pad_id=704),),
@@ -136,7 +136,7 @@ def recognize(
     Without a match the name is "custom", and the image size, guidance and steps are those of the closest family.
     turbo: the model is SD-Turbo or SDXL-Turbo, whose networks are those of SD 2 and SDXL.
     """
-    family = next((p for p in FAMILIES if tells(p.unet) == tells(unet)), None)
+    family = next((p for p in FAMILIES if family_key(p.unet) == family_key(unet)), None)
     like = family or (SDXL_BASE if unet.is_sdxl else SD15)
     if like is SD21_BASE:
         like = SD_TURBO if turbo else SD21 if diffusion.prediction == "v" else SD21_BASE
@@ -157,6 +157,6 @@ def recognize(
     return dataclasses.replace(own, name=name)
 
 
-def tells(unet: UNetConfig) -> tuple[int, int, int | None]:
-    """Return the numbers by which the UNets of the families differ."""
+def family_key(unet: UNetConfig) -> tuple[int, int, int | None]:
+    """Return the numbers that differ between the UNets of the families, and agree within a family."""
     return unet.channels[0], unet.context_dim, unet.vector_dim

@@ -157,12 +157,13 @@ def vae_from_json(json: Json, where: str, *, sdxl: bool) -> VAEConfig:
     """
     _check_fixed(json, _VAE_FIXED, where)
     table = _read(json, _VAE)
-    for key, name in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-        types = json.get(key, [name])
-        if not isinstance(types, list) or any(kind != name for kind in types):
-            raise ValueError(f"{where}: {key} must be {name} for every level, got {short(types)}")
     table["overflows_fp16"] = sdxl and table["overflows_fp16"]
-    return from_dict(table, VAEConfig, where)
+    config = from_dict(table, VAEConfig, where)
+    for key, name in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+        wanted = [name] * len(config.channels)
+        if (types := json.get(key, wanted)) != wanted:
+            raise ValueError(f"{where}: {key} must be {name} for every level, got {short(types)}")
+    return config
 
 
 def vae_to_json(config: VAEConfig, image_size: int) -> Json:

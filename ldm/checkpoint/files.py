@@ -8,24 +8,14 @@ import torch
 from torch import nn
 
 from ldm.atomic import beside, replace_folder
+from ldm.checkpoint import sources
 from ldm.checkpoint.folder import write_folder, write_vae
 from ldm.checkpoint.identify import find
 from ldm.checkpoint.known import kind_of
 from ldm.checkpoint.parts import TOWERS, Model, ModelLike, Source, check, fill, modules
 from ldm.checkpoint.pickles import PickledTensors, is_pickle
 from ldm.checkpoint.single import write_single
-from ldm.checkpoint.sources import (
-    Networks,
-    build_text_encoder,
-    build_unet,
-    build_vae,
-    check_complete,
-    check_fits,
-    check_holds,
-    merge,
-    open_part,
-    open_source,
-)
+from ldm.checkpoint.sources import Networks
 from ldm.checkpoint.tensors import some, write_tensors
 from ldm.config import Layout, ModelConfig, Prediction
 from ldm.models.text import TextEncoder
@@ -61,9 +51,9 @@ def identify(
     Of SD 2 files one tensor of a kilobyte is read, because names and shapes do not tell eps from v.
     Raises ValueError for anything but a model, naming it, and for tensors that are missing or of another shape.
     """
-    source = merge(open_source(path, prediction=prediction, ema=ema, pickles=pickles), replace)
-    check_complete(source, path)
-    networks, source, left = check_fits(source, path)
+    source = sources.merge(sources.open_source(path, prediction=prediction, ema=ema, pickles=pickles), replace)
+    sources.check_complete(source, path)
+    networks, source, left = sources.check_fits(source, path)
     config, why = source.config, "; ".join([source.why, *source.notes])
     return Identity(source, networks, config, config.name, config.diffusion.prediction, why, left)
 
@@ -116,16 +106,16 @@ def load_unet(
 
     Raises ValueError for a path without a UNet, and for tensors that do not match its configuration.
     """
-    source = open_part(path, "unet")
-    unet = build_unet(source, path)
+    source = sources.open_part(path, "unet")
+    unet = sources.build_unet(source, path)
     _read_only({"unet": unet}, source, path, dtype, device)
     return unet
 
 
 def load_vae(path: str | Path, *, dtype: torch.dtype | None = torch.float32, device: torch.device | str = "cpu") -> VAE:
     """Load only the VAE, as `load_unet` loads the UNet."""
-    source = open_part(path, "vae")
-    vae = build_vae(source, path)
+    source = sources.open_part(path, "vae")
+    vae = sources.build_vae(source, path)
     _read_only({"vae": vae}, source, path, dtype, device)
     return vae
 
@@ -138,8 +128,8 @@ def load_text_encoder(
     A file or folder of one tower does not say which hidden state the UNet takes. SDXL's is assumed for a tower with a
     projection, and for a folder in a model with two towers; for all others that of Stable Diffusion 1 and 2.
     """
-    source = open_part(path, "text_encoder")
-    encoder = build_text_encoder(source, path)
+    source = sources.open_part(path, "text_encoder")
+    encoder = sources.build_text_encoder(source, path)
     _read_only(dict(zip(TOWERS, encoder.towers, strict=False)), source, path, dtype, device)
     return encoder.eval()  # `_read_only` did so for its towers
 
@@ -152,7 +142,7 @@ def _read_only(
     device: torch.device | str,
 ) -> None:
     """Check and read only the parts of `source` that are the `networks`, which are on the meta device."""
-    check_holds(source, path, networks)
+    sources.check_holds(source, path, networks)
     parts = {name: part for name, part in source.parts.items() if name in networks}
     check(networks, parts, [part for name, part in source.parts.items() if name not in networks])
     for name, part in parts.items():

@@ -11,7 +11,7 @@ from ldm.checkpoint.known import NAMES, KnownFile
 from ldm.checkpoint.parts import Part
 from ldm.checkpoint.tensors import Tensors
 from ldm.config import ModelConfig, Prediction, TextConfig, UNetConfig, VAEConfig
-from ldm.presets import FAMILIES, PRESETS, SD15, SD21, SD21_BASE, VARIANTS, tells
+from ldm.presets import FAMILIES, PRESETS, SD15, SD21, SD21_BASE, VARIANTS, family_key
 
 ENOUGH_EMA = 100  # the fewest tensors of a moving average of the UNet; pruned files keep two counters of it
 OTHER_INPUTS = {  # UNets with inputs that this package does not provide, by their input channels
@@ -195,7 +195,7 @@ def unet_of(tensors: Tensors, place: Place) -> tuple[UNetConfig, ModelConfig, st
 
     seen = f"{channels[0]} model channels and text of width {context}"
     check_inputs(inputs, tensors)
-    family = [p for p in FAMILIES if tells(p.unet) == (channels[0], context, vector)]
+    family = [p for p in FAMILIES if family_key(p.unet) == (channels[0], context, vector)]
     if not family:
         name = "Stable unCLIP" if vector and context == 1024 else "no family known here"
         raise ValueError(

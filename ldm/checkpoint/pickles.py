@@ -22,9 +22,13 @@ NESTS = ("state_dict", "model", "module")  # names under which training loops ke
 # Classes and functions that harmless files name: callbacks of Lightning and numpy's scalars (in the official Stable
 # Diffusion files), ParameterDict (in embeddings). None of them is imported: `_Inert` replaces them.
 INERT = (
-    *(f"{root}.callbacks.model_checkpoint.ModelCheckpoint" for root in ("pytorch_lightning", "lightning.pytorch")),
-    *(f"{root}.callbacks.early_stopping.EarlyStopping" for root in ("pytorch_lightning", "lightning.pytorch")),
-    *("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype"),
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+    "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint",
+    "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
+    "lightning.pytorch.callbacks.early_stopping.EarlyStopping",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "numpy.dtype",
     "torch.nn.modules.container.ParameterDict",
 )
 _WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")  # of DistributedDataParallel, torch.compile

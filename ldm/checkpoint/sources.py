@@ -89,8 +89,9 @@ def _replaced(source: Source, other: Source, name: str, path: str | Path) -> Sou
     if name == "vae":
         vae, scale = other.config.vae, config.vae.scaling_factor
         sdxl = config.unet.is_sdxl
-        alone = other.layout == "ldm" and len(other.parts) == 1  # then its scaling factor is unknown
-        if vae.scaling_factor != scale and not (alone and vae == SD15.vae):
+        alone = other.layout == "ldm" and len(other.parts) == 1
+        unknown = alone and vae == SD15.vae  # a VAE's file without a hint is read as that of SD 1
+        if vae.scaling_factor != scale and not unknown:
             notes.append(
                 f"the VAE from {path} is made for latents scaled by {vae.scaling_factor:g}, the model's are scaled by "
                 f"{scale:g}: it may belong to another family"

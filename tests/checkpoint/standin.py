@@ -23,11 +23,11 @@ from ldm.models.vae import VAE
 from ldm.presets import PRESETS
 
 SCHEDULE = (  # the twelve buffers of LDM's training code, 1000 numbers each
-    *("betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod"),
-    *("sqrt_one_minus_alphas_cumprod", "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod"),
-    *("sqrt_recipm1_alphas_cumprod", "posterior_variance", "posterior_log_variance_clipped"),
-    *("posterior_mean_coef1", "posterior_mean_coef2"),
-)
+    "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod",
+    "sqrt_one_minus_alphas_cumprod", "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod",
+    "sqrt_recipm1_alphas_cumprod", "posterior_variance", "posterior_log_variance_clipped",
+    "posterior_mean_coef1", "posterior_mean_coef2",
+)  # fmt: skip
 
 BITS = {  # of a number, in every dtype that safetensors has
     **dict.fromkeys(("C64", "F64", "I64", "U64"), 64),

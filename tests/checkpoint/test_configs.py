@@ -187,7 +187,7 @@ def test_what_the_layout_cannot_express_is_refused():
         configs.text_to_json(TextConfig(output_layer=-2), 0, 2, sdxl=False)
 
 
-def test_an_architecture_is_recognised_with_its_prediction_and_its_input_channels():
+def test_an_architecture_is_recognized_with_its_prediction_and_its_input_channels():
     sd2, v = (SD21.vae, SD21.text), DiffusionConfig(prediction="v")
     trailing = DiffusionConfig(spacing="trailing")
     assert recognize(SD21_BASE.unet, *sd2, DiffusionConfig()) == SD21_BASE
@@ -255,7 +255,7 @@ def test_options_of_a_scheduler_that_give_other_pictures_are_refused(option):
         DIFFUSION_FROM(json, "here")
 
 
-@pytest.mark.parametrize("types", [5, None, [["DownEncoderBlock2D"]], ["DownEncoderBlock2D", {}]])
+@pytest.mark.parametrize("types", [5, None, [], [["DownEncoderBlock2D"]], ["DownEncoderBlock2D", {}]])
 def test_block_types_of_a_vae_that_are_not_a_list_of_names_are_refused(types):
     with pytest.raises(ValueError, match="here: down_block_types must be DownEncoderBlock2D for every level, got"):
         configs.vae_from_json({"down_block_types": types}, "here", sdxl=False)
