@@ -36,7 +36,9 @@ class Convolution(nn.Module):
         def network(z, timesteps):
             self.calls.append((z, timesteps, condition))
             moved = (shift + timesteps / 1000)[:, None, None, None]
-            return nn.functional.conv2d(z, self.weight.to(z.dtype), padding=1) + moved.to(z.dtype)
+            convolved = nn.functional.conv2d(z, self.weight.to(z.dtype), padding=1)
+            # By tanh a condition changes the standard deviation of the prediction too, which rescaled guidance reads.
+            return torch.tanh(convolved + moved.to(z.dtype))
 
         return network
 
@@ -91,10 +93,12 @@ def test_the_network_sees_unit_variance_and_the_right_timestep():
 
 def test_a_bf16_network_is_cast_to_once_and_back_once():
     network = Convolution()
-    denoise = parametrize(network.bind(*conditions(1)), SCHEDULE, "v", dtype=torch.bfloat16)
-    x0 = denoise(draw(2, 4, 8, 8), SCHEDULE.sigmas[999])
+    predict = network.bind(*conditions(1))
+    x, sigma = draw(2, 4, 8, 8), SCHEDULE.sigmas[999]
+    x0 = parametrize(predict, SCHEDULE, "v", dtype=torch.bfloat16)(x, sigma)
     z, timesteps, _ = network.calls[0]
     assert x0.dtype == torch.float32
+    assert torch.equal(x0, to_x0(predict(z, timesteps).float(), x, sigma, "v"))  # nothing else is rounded to bf16
     assert z.dtype == torch.bfloat16
     assert timesteps.dtype == torch.float32
     assert timesteps.tolist() == [999, 999]  # bf16 would round it to 1000
@@ -267,6 +271,7 @@ def test_a_prediction_that_cannot_be_is_refused():
         (-1.0, 0.0, "scale must be 0 or more, got -1.0"),
         (math.nan, 0.0, "scale must be 0 or more, got nan"),
         (2.0, 1.5, r"rescale must lie in 0 \.\. 1, got 1.5"),
+        (2.0, -0.1, r"rescale must lie in 0 \.\. 1, got -0.1"),
     ],
 )
 def test_guidance_that_cannot_be_is_refused(scale, rescale, message):

@@ -460,10 +460,11 @@ def test_image_i_of_a_batch_is_drawn_from_its_own_seed():
 
 
 def test_noise_is_what_diffusers_draws_with_cpu_generators():
-    generators = [torch.Generator().manual_seed(s) for s in (0, 2**40 + 1)]
-    noise = seeded_noise([0, 2**40 + 1], SHAPE)
+    seeds = [0, 2**40 + 2**31 + 1, 2**64 - 1]  # torch uses the lowest 32 bits
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    noise = seeded_noise(seeds, SHAPE)
     for _ in range(2):
-        theirs = randn_tensor((2, *SHAPE), generator=generators)
+        theirs = randn_tensor((3, *SHAPE), generator=generators)
         assert torch.equal(noise(), theirs)
     # the first values of torch's CPU stream for seed 0, as printed in many a bug report
     first = seeded_noise([0], (4, 64, 64))().flatten()[:3]
@@ -635,6 +636,32 @@ def test_the_caller_owns_the_loop_and_the_latents(name):
     assert torch.equal(x, torch.ones(1, *SHAPE))
     assert torch.equal(first.x, kept[0])
     assert torch.equal(first.x0, kept[1])
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_x0_of_a_step_is_the_denoisers_estimate_at_the_start_of_the_step(name):
+    estimates, ask = {}, parametrize(network, SCHEDULE, "eps")
+
+    def denoise(x, sigma):
+        estimates[float(sigma)] = ask(x, sigma)  # heun asks for a level twice: first for the step before
+        return estimates[float(sigma)]
+
+    steps = walk(name, SCHEDULE.steps(5), denoise=denoise)
+    assert all(torch.equal(step.x0, x0) for step, x0 in zip(steps, estimates.values(), strict=True))
+
+
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_stochastic_samplers_draw_once_a_step_and_not_for_the_step_to_0_and_keep_the_dtype_of_x(name):
+    draws = []
+
+    def noise():
+        draws.append(torch.randn(1, *SHAPE))
+        return draws[-1]
+
+    x = torch.ones(1, *SHAPE, dtype=torch.bfloat16)
+    steps = list(SAMPLERS[name](lambda x, s: 0.5 * x, x, SCHEDULE.steps(5), noise=noise))
+    assert len(draws) == 4
+    assert {step.x.dtype for step in steps} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("name", DETERMINISTIC)

@@ -46,6 +46,14 @@ def test_the_presets_have_the_official_number_of_parameters_and_tensors(name):
     assert (sum(t.numel() for t in state.values()), len(state)) == OFFICIAL[name]
 
 
+def test_the_norms_have_ldms_epsilon():
+    norms = torch.nn.GroupNorm | torch.nn.LayerNorm
+    epsilons = {name: part.eps for name, part in UNet(SMALL).named_modules() if isinstance(part, norms)}
+    before_transformers = {name for name in epsilons if name.endswith("transformer.norm")}
+    assert {name for name, eps in epsilons.items() if eps == 1e-6} == before_transformers
+    assert set(epsilons.values()) == {1e-5, 1e-6}
+
+
 @pytest.mark.parametrize("name", RELATIVES)
 def test_the_distilled_networks_have_as_many_parameters_as_their_authors_count(name):
     with torch.device("meta"):

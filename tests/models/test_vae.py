@@ -19,6 +19,10 @@ def test_the_official_autoencoder_has_its_number_of_parameters_and_tensors():
     assert (sum(t.numel() for t in state.values()), len(state)) == (83_653_863, 248)
 
 
+def test_the_norms_have_ldms_epsilon():  # torch's default is 1e-5
+    assert {part.eps for part in VAE(SMALL).modules() if isinstance(part, torch.nn.GroupNorm)} == {1e-6}
+
+
 def test_a_gaussian_samples_mean_plus_std_times_noise_and_its_mode_is_the_mean():
     mean, std, noise = torch.randn(3, 1, 4, 2, 2)
     posterior = Gaussian(mean, std)
