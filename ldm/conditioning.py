@@ -1,4 +1,4 @@
-"""The inputs of the UNet beside the noisy latents: texts, sizes, timesteps and the guidance scale."""
+"""The inputs of the UNet other than the noisy latents: texts, sizes, timesteps and the guidance scale."""
 
 import dataclasses
 import math
@@ -14,8 +14,8 @@ from torch import Tensor
 class Condition:
     """The inputs of the UNet that are the same at every step, with one row per image.
 
-    context: b n d, the text's hidden states. vector: b p, pooled text and sizes (SDXL), or None.
-    guidance: b, the guidance scale - 1, for a UNet that was distilled with it (LCM), or None.
+    context: b n d, the hidden states of the text. vector: b p, pooled text and sizes (SDXL), or None.
+    guidance: b, the guidance scale - 1, for a UNet that takes the scale as an input (LCM), or None.
     """
 
     context: Tensor
@@ -28,18 +28,18 @@ class Condition:
         return dataclasses.replace(self, **{name: change(t) for name, t in tensors.items() if t is not None})
 
     def repeat(self, images: int) -> "Condition":
-        """Repeat each row: b ... to (b images) ..."""
+        """Repeat each row for several images: b ... to (b images) ..."""
         return self.map(lambda tensor: tensor.repeat_interleave(images, dim=0))
 
     def rows(self) -> list["Condition"]:
-        """Split into conditions of one image each."""
+        """Split into conditions with one row each."""
         return [self.map(lambda tensor, i=i: tensor[i : i + 1]) for i in range(len(self.context))]  # type: ignore[misc]
 
 
 def join(conditions: Sequence[Condition]) -> Condition:
-    """Concatenate conditions along the batch.
+    """Concatenate conditions along the batch dimension.
 
-    Raises ValueError if their shapes differ, which one batch cannot hold.
+    Raises ValueError if their shapes differ in another dimension.
     """
     joined: dict[str, Any] = {}
     for name in (field.name for field in dataclasses.fields(conditions[0])):
@@ -58,12 +58,12 @@ def condition(
     *,
     clip_skip: int | None = None,
 ) -> Condition:
-    """Make the condition of `texts`, one row each, and for SDXL of the sizes.
+    """Encode `texts`, and for SDXL the sizes, as a condition with one row per text.
 
     text_encoder: such as `ldm.models.text.TextEncoder`.
-    texts: zeros stand for None. SDXL base was trained with zeros in place of a left-out text.
-    scalars: for each text the model's `ModelConfig.micro_conditioning`, in its order. Each scalar is embedded in 256
-      numbers and appended to the vector (Podell et al. 2023, section 2.2). None for other models.
+    texts: None is encoded as zeros. SDXL base was trained with zeros where the text was dropped.
+    scalars: one row per text, in the order of `ModelConfig.micro_conditioning`. Each scalar is embedded in 256 numbers
+      and appended to the vector (Podell et al. 2023, section 2.2). Empty for models without micro-conditioning.
     clip_skip: the layer of the text encoder, counted from the end; see `TextConfig.context_layer`.
     """
     encoded = text_encoder.encode([text or "" for text in texts], clip_skip)
@@ -73,14 +73,14 @@ def condition(
     if not scalars:
         return encoded
     if encoded.vector is None:
-        raise ValueError("sizes need a text encoder with a pooled output, and this one has none: leave them out")
+        raise ValueError("sizes need a text encoder with a pooled output, and this one has none: leave out the sizes")
     numbers = torch.tensor(scalars, dtype=torch.float32)  # b n
     sizes = timestep_embedding(numbers.flatten(), 256).to(encoded.vector)  # (b n) 256
     return dataclasses.replace(encoded, vector=torch.cat([encoded.vector, sizes.reshape(len(texts), -1)], dim=1))
 
 
 def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
-    """Embed scalars as cosines, then sines, of dim / 2 geometric frequencies from 1 down to 1/10000.
+    """Embed scalars as cosines, then sines, of dim / 2 geometric frequencies from 1 down to almost 1/10000.
 
     timesteps: b, any float or int. Returns b dim in fp32 (Ho et al. 2020, section 4). LDM puts the cosines first.
     """
@@ -94,7 +94,7 @@ def guidance_embedding(guidance: Tensor, dim: int) -> Tensor:
     """Embed guidance as sines, then cosines, of 1000 w in dim / 2 geometric frequencies from 1 down to 1/10000.
 
     guidance: b, w = guidance scale - 1. Returns b dim in fp32, as latent consistency models were trained (Luo et al.
-    2023). Unlike in `timestep_embedding`, sines come first and the last frequency is 1/10000 itself.
+    2023). Unlike in `timestep_embedding`, sines come first and the last frequency is exactly 1/10000.
     """
     half = dim // 2
     exponents = torch.arange(half, dtype=torch.float32, device=guidance.device)

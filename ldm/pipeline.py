@@ -1,13 +1,13 @@
-"""From a prompt to pictures: the stages of sampling, and the two functions that compose them.
+"""From a prompt to pictures: the stages of sampling, and two functions that run all stages.
 
-    plan = pipe.plan(request)                       # every choice made: sizes, seeds, noise levels
-    conditions = pipe.conditions(plan)              # the encoded prompt, and the negative one for guidance
-    denoise = pipe.denoiser(plan, conditions)       # (x, sigma) -> x0
-    x = pipe.start(plan)                            # noise, or a picture with noise on it
+    plan = pipe.plan(request)                       # all settings, with defaults filled in: sizes, seeds, noise levels
+    conditions = pipe.conditions(plan)              # the encoded prompt and, for guidance, the negative prompt
+    denoise = pipe.denoiser(plan, conditions)       # a function (x, sigma) -> x0
+    x = pipe.start(plan)                            # noise, or an encoded picture plus noise
     for step in pipe.walk(plan, denoise, x): ...    # the sampler, one step at a time
     pictures = pipe.decode(step.latents)
 
-`Pipeline.stream` is this without the last line, and `Pipeline.generate` is all of it. Each stage can be used alone or
+`Pipeline.stream` runs all lines but the last, and `Pipeline.generate` runs all lines. Each stage can be used alone or
 replaced.
 """
 
@@ -37,13 +37,14 @@ from ldm.request import Plan, Request
 class Pipeline:
     """A model, and the stages that turn a `Request` into pictures.
 
-    unet, vae, text_encoder: plain modules, which can be replaced. A wrapper around the UNet needs `bind(condition)`, or
-      the UNet's arguments. schedule: the `NoiseSchedule` of the training. config: the `ModelConfig`.
-    why: the reason for the configuration and for the UNet's kind of prediction.
-    placement: device, precision and memory, as `load` has applied it. The default leaves the networks as they are.
+    unet, vae, text_encoder: plain modules, which you can replace. Another UNet needs a method `bind(condition)`, or the
+      arguments of `UNet.forward`.
+    schedule: the noise schedule of the UNet's training. why: how `config` and its prediction type were found.
+    placement: device, precision and memory. `load` has applied it to the networks (default: leave them as they are).
     paths: the file or folder of "unet", "vae" and "text_encoder", if known.
 
-    The stages compute gradients if the inputs or weights require them. `load` makes weights that do not.
+    All stages except `decode` support gradients, `encode_image` only with the whole VAE. Weights from `load` do not
+    require gradients.
     """
 
     def __init__(
@@ -73,11 +74,12 @@ class Pipeline:
     ) -> Iterator[Step]:
         """Encode the prompt, then return an iterator over the denoising steps. The caller may stop at any step.
 
-        latents: the x to start from, b c h w at the first noise level, instead of noise or the request's picture.
-        sigmas: own falling noise levels. sampler: an own function, see `ldm.diffusion.samplers`.
-        The tensors of a step are fp32: b c h w. `decode` takes `step.latents` of the last step, or `step.x0` of any.
-        Raises ValueError for a request that this model cannot follow. The iterator raises FloatingPointError if x is
-        not finite: on a CPU at this step, on a GPU at the last step, because each check waits for the device.
+        latents: x at the first noise level, b c h w, to start from instead of noise or the request's picture.
+        sigmas: falling noise levels to use instead of the plan's.
+        sampler: a function to use instead of the plan's sampler, see `ldm.diffusion.samplers`.
+        The tensors of a step are fp32: b c h w. Pass `step.latents` of the last step, or any `step.x0`, to `decode`.
+        Raises ValueError for a request that this model does not support. The iterator raises FloatingPointError if x is
+        not finite: on a CPU at once, on a GPU after the last step, because each check would wait for the GPU.
         """
         plan = self.plan(request)
         if sigmas is not None:
@@ -97,25 +99,25 @@ class Pipeline:
         return self.decode(last.latents)
 
     def plan(self, request: Request) -> Plan:
-        """Make every choice that `request` leaves open.
+        """Fill in the model's default for each setting that `request` leaves open.
 
-        Raises ValueError for a request that this model cannot follow.
+        Raises ValueError for a request that this model does not support.
         """
         if not isinstance(request, Request):
             raise ValueError(f"the request must be an ldm.Request, such as ldm.Request('a frog'), got {request!r}")
         channels, latent_channels = self.config.unet.in_channels, self.config.vae.latent_channels
         if channels != latent_channels:
             raise ValueError(
-                f"the UNet of {self.config.name} takes {channels} channels, and a prompt gives {latent_channels}: this "
-                "model is for inpainting or editing; use a text-to-image model"
+                f"the UNet of {self.config.name} takes {channels} channels, and text to image has {latent_channels}: "
+                "this model is for inpainting or editing; use a text-to-image model"
             )
         return request.resolved(self.config, self.schedule)
 
     def conditions(self, plan: Plan) -> list[Condition]:
-        """Encode the texts and sizes: the condition of the prompt, then those that guidance combines with it.
+        """Encode the texts and sizes: a condition for the prompt and, with guidance, one for the negative prompt.
 
-        Each has one row per picture. Guidance needs a second one, for the negative prompt.
-        Raises FloatingPointError if they are not finite.
+        Each condition has one row per picture.
+        Raises FloatingPointError if an encoded text is not finite.
         """
         with self.at_work("text_encoder"):
             encoded = condition(self.text_encoder, plan.texts, plan.scalars, clip_skip=plan.request.clip_skip)
@@ -127,10 +129,10 @@ class Pipeline:
         return [row.repeat(plan.request.images) for row in encoded.rows()]
 
     def encode_image(self, image: Image.Image | Tensor, noise: Tensor | None = None) -> Tensor:
-        """Encode a picture, or images: b 3 h w in [-1, 1], as latents: b c h/f w/f, fp32.
+        """Encode a PIL picture, or images: b 3 h w in [-1, 1], as fp32 latents: b c h/f w/f.
 
-        noise: b c h/f w/f of unit variance, to sample the VAE's distribution. Without noise: its mode.
-        Raises ValueError if a side is not a multiple of f.
+        noise: b c h/f w/f of unit variance, to sample from the VAE's distribution (default: return its mode).
+        Raises ValueError if a side is not a multiple of f, the VAE's downsampling factor.
         """
         images = to_tensor(image) if isinstance(image, Image.Image) else image
         with self.at_work("vae"):
@@ -138,7 +140,7 @@ class Pipeline:
             return (distribution.mode() if noise is None else distribution.sample(noise.to(distribution.mean))).float()
 
     def start(self, plan: Plan) -> Tensor:
-        """Make the x to start from, b c h w at the level plan.sigmas[0]: noise, or the request's picture with noise."""
+        """Return x at the level plan.sigmas[0], b c h w: noise, or the latents of the request's picture plus noise."""
         noise, source = plan.initial_noise(), plan.request.source
         if source is None:
             return start(noise(), plan.sigmas[0], sampler=plan.sampler, spacing=plan.spacing)
@@ -149,7 +151,7 @@ class Pipeline:
         return latents + float(plan.sigmas[0]) * noise().to(latents)
 
     def denoiser(self, plan: Plan, conditions: Sequence[Condition]) -> Denoiser:
-        """Make the denoiser (x, sigma) -> x0: the UNet with its conditions, guided as `plan` says."""
+        """Make the denoiser (x, sigma) -> x0 from the UNet, the conditions and the guidance of `plan`."""
         weight, kind = next(self.unet.parameters()), self.config.diffusion.prediction
         bind, batched = self.binding(), self.placement.guidance == "batched"
         rule = classifier_free(plan.guidance_scale, plan.request.guidance_rescale)
@@ -164,10 +166,10 @@ class Pipeline:
     def walk(
         self, plan: Plan, denoise: Denoiser, x: Tensor, *, noise: Noise | None = None, sampler: Sampler | None = None
     ) -> Iterator[Step]:
-        """Run the sampler from x down the noise levels of `plan`.
+        """Run the plan's sampler from x down the plan's noise levels.
 
-        noise: draws the sampler's noise (default: `plan.noise`). sampler: an own function instead of the plan's.
-        Raises FloatingPointError as `stream` does.
+        noise: draws the sampler's noise (default: `plan.noise()`). sampler: a function instead of the plan's sampler.
+        Raises FloatingPointError as the iterator of `stream` does.
         """
         run, options = sampler or SAMPLERS[plan.sampler], plan.request.sampler_options
         with self.at_work("unet"):
@@ -185,7 +187,7 @@ class Pipeline:
         """Turn clean latents, b c h w, into pictures: `step.latents` of the last step, or `step.x0` of any.
 
         The pictures are decoded one at a time, so that memory does not grow with their number.
-        Raises FloatingPointError for latents or pictures that are not finite, with the known causes.
+        Raises FloatingPointError for latents or pictures that are not finite; the message names the usual causes.
         """
         if not latents.isfinite().all():
             raise FloatingPointError("the latents hold NaN or Inf, so there is no picture to decode")
@@ -206,22 +208,22 @@ class Pipeline:
         dtype: torch.dtype | None = None,
         overwrite: bool = False,
     ) -> None:
-        """Write the model; see `ldm.checkpoint.files.save`."""
+        """Save the model to `path`. The arguments are those of `ldm.checkpoint.files.save`."""
         from ldm.checkpoint.files import save  # only saving needs it
 
         save(self, path, layout=layout, dtype=dtype, overwrite=overwrite)
 
     def at_work(self, name: str) -> AbstractContextManager[object]:
-        """Return a context manager in which the network `name` is on the device; it may be entered again inside."""
+        """Return the context manager that keeps the network `name` on the device. It can be nested."""
         network = getattr(self, name)
         if name not in self._at_work or self._at_work[name][0] is not network:
             self._at_work[name] = network, self.placement.at_work(network)
         return self._at_work[name][1]
 
     def binding(self) -> Bind:
-        """Return the function that makes the network of a condition: `unet.bind`, or its recorded form on a GPU."""
+        """Return the function (condition) -> network: `unet.bind`, or a version of it that replays CUDA graphs."""
         unet = self.unet
-        if not hasattr(unet, "bind"):  # a wrapper with the UNet's arguments
+        if not hasattr(unet, "bind"):  # a replaced UNet that only has the arguments of `UNet.forward`
             return lambda c: lambda z, timesteps: unet(z, timesteps, c.context, c.vector, None, c.guidance)
         if self.placement.cuda_graph:
             from ldm.placement.graphs import Recorded
@@ -230,6 +232,6 @@ class Pipeline:
         return unet.bind
 
     def _not_finite(self, name: str, **known: Any) -> FloatingPointError:
-        from ldm.diagnosis import not_finite  # it reads all weights
+        from ldm.diagnosis import not_finite  # only this error needs it
 
         return not_finite(self, name, **known)

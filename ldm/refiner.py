@@ -1,4 +1,4 @@
-"""SDXL in two stages: the base model runs the first steps, the refiner the last ones (Podell et al. 2023, 2.5)."""
+"""SDXL with its refiner: the base model runs the first steps, the refiner the last steps (Podell et al. 2023, 2.5)."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -21,19 +21,19 @@ def refine(base: Pipeline, refiner: Pipeline, request: Request, *, handover: flo
 
 
 def stream_both(base: Pipeline, refiner: Pipeline, request: Request, *, handover: float = HANDOVER) -> Iterator[Step]:
-    """Return an iterator over all steps: one list of noise levels, cut in two.
+    """Return an iterator over all steps. Both models share one list of noise levels, which is cut in two.
 
-    handover: the share of the training timesteps, from the noisy end, that belong to the base model. 0.8 hands over at
-      timestep 200 of 1000, as `denoising_end` and `denoising_start` of diffusers do.
+    handover: the share of the training timesteps, from the noisy end, that the base model runs. With 0.8 the refiner
+      takes over at timestep 200 of 1000, as with `denoising_end` and `denoising_start` of diffusers.
     With `Placement(offload="model")` only one of the two UNets is on the device at a time.
-    Raises ValueError for models with different noise schedules or VAEs, and a handover that leaves one without steps.
+    Raises ValueError for models with different noise schedules or VAEs, and a handover that leaves one model no step.
     """
     plan, refiner_plan = plan_both(base, refiner, request, handover=handover)
     return _steps(base, refiner, plan, refiner_plan)
 
 
 def plan_both(base: Pipeline, refiner: Pipeline, request: Request, *, handover: float) -> tuple[Plan, Plan]:
-    """Make the plans of the base model and of the refiner. Together they run the steps of the request."""
+    """Make the plans of the base model and of the refiner. Together they run the requested steps."""
     if not 0 < handover < 1:
         raise ValueError(f"handover must lie between 0 and 1, got {handover}")
     if base.config.vae.latent_channels != refiner.config.vae.latent_channels or (
@@ -41,7 +41,9 @@ def plan_both(base: Pipeline, refiner: Pipeline, request: Request, *, handover: 
     ):
         raise ValueError(f"{base.config.name} and {refiner.config.name} have different latents: use SDXL's own refiner")
     if not torch.equal(base.schedule.sigmas, refiner.schedule.sigmas):
-        raise ValueError(f"{base.config.name} and {refiner.config.name} have different noise schedules")
+        raise ValueError(
+            f"{base.config.name} and {refiner.config.name} have different noise schedules: use SDXL's own refiner"
+        )
     plan = base.plan(_with_own_sizes(request, base.config))
     shared = dataclasses.replace(
         _with_own_sizes(request, refiner.config),
@@ -53,7 +55,7 @@ def plan_both(base: Pipeline, refiner: Pipeline, request: Request, *, handover: 
     steps = len(plan.sigmas) - 1
     if not 0 < cut < steps:
         idle = "refiner" if cut else "base model"
-        raise ValueError(f"handover {handover} of {steps} steps leaves no step for the {idle}; take more steps or 0.8")
+        raise ValueError(f"handover {handover} of {steps} steps leaves no step for the {idle}; use more steps, or 0.8")
     return (
         dataclasses.replace(plan, sigmas=plan.sigmas[: cut + 1]),
         dataclasses.replace(refiner.plan(shared), sigmas=plan.sigmas[cut:]),
@@ -74,7 +76,7 @@ def _steps(base: Pipeline, refiner: Pipeline, plan: Plan, refiner_plan: Plan) ->
 
 
 def _with_own_sizes(request: Request, config: ModelConfig) -> Request:
-    """Leave out the sizes and scores that this model does not have: the base model and the refiner differ in them."""
+    """Leave out the sizes and scores that this model does not take. Base model and refiner take different ones."""
     known = config.micro_conditioning
     names = [f.name for f in dataclasses.fields(Sizes) if f.name.removeprefix("negative_") in known]
     return dataclasses.replace(request, sizes=Sizes(**{name: getattr(request.sizes, name) for name in names}))

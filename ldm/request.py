@@ -1,4 +1,4 @@
-"""What can be asked of a model, a `Request`, and what a model makes of it, a `Plan`."""
+"""`Request`: the settings that a user gives. `Plan`: the same settings, with the defaults of one model filled in."""
 
 import dataclasses
 import math
@@ -16,16 +16,16 @@ from ldm.config import ModelConfig, Spacing, check_fields, check_number, option
 from ldm.diffusion.samplers import SAMPLERS, Noise, conventions, options, seeded_noise
 from ldm.diffusion.schedule import NoiseSchedule
 
-LARGEST = 2**16  # pixels of a side
-MOST = 99_999  # pictures of a request
+LARGEST = 2**16  # the most pixels of a side
+MOST = 99_999  # the most pictures of a request
 
 
 @dataclass(frozen=True)
 class Sizes:
     """The sizes and scores that condition SDXL (Podell et al. 2023, section 2.2). None: the model's default.
 
-    They describe a training image: how large the original was, what was cut off, and how large the rest is. The
-    defaults describe a whole picture of the request's size. The scores are for the SDXL refiner only.
+    They describe a training image: the size of the original, the corner where the crop begins, and the size of the
+    crop. The defaults describe an uncropped picture of the request's size. The scores are for the SDXL refiner only.
     """
 
     original_width: int | None = option(None, "SDXL: width of the uncropped image (default: the width)", low=1)
@@ -34,8 +34,8 @@ class Sizes:
     crop_left: int | None = option(None, "SDXL: pixels cropped at the left of that image (default: 0)", low=0)
     target_width: int | None = option(None, "SDXL: width after cropping (default: the width)", low=1)
     target_height: int | None = option(None, "SDXL: height after cropping (default: the height)", low=1)
-    aesthetic_score: float | None = option(None, "SDXL refiner: how much people like it, 0 to 10 (default: 6)", low=0)
-    negative_aesthetic_score: float | None = option(None, "the same of the negative prompt (default: 2.5)", low=0)
+    aesthetic_score: float | None = option(None, "SDXL refiner: aesthetic score from 0 to 10 (default: 6)", low=0)
+    negative_aesthetic_score: float | None = option(None, "the same for the negative prompt (default: 2.5)", low=0)
 
     def __post_init__(self) -> None:
         """Check the numbers."""
@@ -46,14 +46,14 @@ class Sizes:
 class Source:
     """A picture to start from: image to image.
 
-    Sampling starts at a noise level below the highest: from the picture's latents with noise of that level.
+    Sampling starts below the highest noise level, from the picture's latents plus noise of that level.
     """
 
     image: str | Path | Image.Image  # a file, or a picture; EXIF rotation is applied, transparency becomes white
-    strength: float = option(0.6, "how much of the steps run, above 0 to 1: 1 keeps almost nothing of the picture")
-    exact_steps: bool = option(False, "run all steps, from the noise level of the strength")
-    start_sigma: float | None = option(None, "the noise level to start from, instead of the strength; runs all steps")
-    resize: Literal["crop", "stretch"] = option("crop", "how the picture gets the size: crop keeps its aspect ratio")
+    strength: float = option(0.6, "share of the steps that run, up to 1: the more, the less of the picture is kept")
+    exact_steps: bool = option(False, "run all steps, starting at the noise level that the strength gives")
+    start_sigma: float | None = option(None, "noise level to start at, instead of the strength; all steps run")
+    resize: Literal["crop", "stretch"] = option("crop", "how to resize the picture: crop keeps its aspect ratio")
 
     def __post_init__(self) -> None:
         """Check the numbers."""
@@ -64,7 +64,7 @@ class Source:
     @cached_property
     def picture(self) -> Image.Image:
         """The picture as 8-bit RGB. Raises ValueError if it cannot be read."""
-        from ldm.pictures import read_picture, to_rgb  # as `ldm.geometry`: only image to image needs it
+        from ldm.pictures import read_picture, to_rgb  # only image to image needs it
 
         return to_rgb(self.image) if isinstance(self.image, Image.Image) else read_picture(self.image)
 
@@ -73,32 +73,32 @@ class Source:
 class Request:
     """A request for pictures. None means the model's default, see `resolved`.
 
-    Image i is made from seed + i, and equals the image that this seed gives alone. A negative seed is replaced by a
-    random one here, so that `request.seed` always says how to make the picture again.
+    Image i has the seed `seed + i`, and equals the single image of a request with this seed. A random seed replaces a
+    negative seed at once, so that `request.seed` is always the seed of the first image.
 
-    Raises ValueError for a value that no model can follow.
+    Raises ValueError for a value that no model supports.
     """
 
     prompt: str
     negative_prompt: str | None = option(None, "what the picture should not show", "--negative")
     steps: int | None = option(None, "denoising steps, 1 to 1000 (default: the model's)", low=1, high=1000)
     guidance_scale: float | None = option(
-        None, "strength of classifier-free guidance; up to 1: no guidance (default: the model's)", "--guidance", low=0
+        None, "scale of classifier-free guidance; 1 or less: no guidance (default: the model's)", "--guidance", low=0
     )
     guidance_rescale: float = option(
-        0.0, "0 to 1: scale guided predictions back to the contrast of unguided ones", "--rescale", low=0, high=1
+        0.0, "0 to 1: how far to undo the higher contrast that guidance causes", "--rescale", low=0, high=1
     )
     guidance_interval: tuple[float, float] | None = option(
-        None, "use guidance only at noise levels above LOW, up to HIGH; faster, another picture (default: at all)"
+        None, "use guidance only at noise levels above LOW, up to HIGH; faster (default: at all noise levels)"
     )
     sampler: str | None = option(None, f"one of {', '.join(SAMPLERS)} (default: the model's)")
-    spacing: Spacing | None = option(None, "how the steps are spaced (default: the model's)", "--schedule")
+    spacing: Spacing | None = option(None, "how the noise levels are spaced (default: the model's)", "--schedule")
     width: int | None = option(None, "pixels (default: the model's)", low=1, high=LARGEST)
     height: int | None = option(None, "pixels (default: the model's)", low=1, high=LARGEST)
-    seed: int = option(0, "seed of the first picture, the next has the next; negative: a random one")
+    seed: int = option(0, "seed of the first picture, one more for each further picture; negative: random")
     images: int = option(1, "number of pictures", low=1, high=MOST)
     clip_skip: int | None = option(
-        None, "layer of the text encoder, counted from 1, the last (default: the model's; SDXL: 2)", low=1
+        None, "layer of the text encoder, from the end: 1 is the last (default: the model's; SDXL: 2)", low=1
     )
     sampler_options: Mapping[str, float] = dataclasses.field(
         default_factory=dict,
@@ -109,7 +109,7 @@ class Request:
     source: Source | None = None  # None: start from noise
 
     def __post_init__(self) -> None:
-        """Check what can be checked without a model, and draw the seed if it is to be random."""
+        """Check what can be checked without a model, and draw a random seed for a negative one."""
         check_fields(self)
         if self.sampler is not None and self.sampler not in SAMPLERS:
             raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {self.sampler!r}")
@@ -139,11 +139,11 @@ class Request:
         return [self.seed + i for i in range(self.images)]
 
     def resolved(self, config: ModelConfig, schedule: NoiseSchedule | None = None) -> "Plan":
-        """Make the plan of this request for a model, with its defaults.
+        """Make the plan of this request for one model, with the model's defaults in place of None.
 
-        schedule: the model's noise schedule, if it is not the one that `config.diffusion` describes.
-        Raises ValueError for what the model cannot do: sizes, conditioning, guidance or a text layer that it lacks, and
-        a picture that cannot be read.
+        schedule: the model's noise schedule (default: the one that `config.diffusion` describes).
+        Raises ValueError for a size, conditioning, guidance or text encoder layer that the model does not support, and
+        for a picture that cannot be read.
         """
         for text in config.text:
             text.context_layer(self.clip_skip)
@@ -151,7 +151,7 @@ class Request:
             if config.unet.guidance_dim and getattr(self, name):
                 raise ValueError(
                     f"{name} needs classifier-free guidance, and the model {config.name} has none: its UNet takes the "
-                    "guidance scale as an input; leave it out"
+                    f"guidance scale as an input; leave out {name}"
                 )
         schedule = schedule or NoiseSchedule.from_config(config.diffusion)
         sampler = self.sampler or config.sampler
@@ -167,7 +167,7 @@ class Request:
 
         texts: list[str | None] = [self.prompt]
         if guidance_scale > 1 and not config.unet.guidance_dim:
-            # SDXL base: zeros stand for a negative prompt that is left out. Other models: the empty text does.
+            # Without a negative prompt, SDXL base takes zeros (None), and other models the encoded empty text.
             texts.append(self.negative_prompt if config.zero_negative else self.negative_prompt or "")
         sizes = _resolved_sizes(self.sizes, config, width, height)
         negative = sizes | {"aesthetic_score": sizes.get("negative_aesthetic_score", 0)}
@@ -208,7 +208,7 @@ class Request:
         return found
 
     def _sigmas(self, schedule: NoiseSchedule, sampler: str, spacing: Spacing, steps: int, offset: int) -> Tensor:
-        """List the noise levels of the steps that run."""
+        """Return the noise levels of the steps that run: all, or for image to image often only the last ones."""
         levels = partial(schedule.steps, steps, spacing, offset=offset, final=conventions(sampler).final)
         if self.source is None:
             return levels()
@@ -225,28 +225,28 @@ class Request:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """A request with every choice made, for one model. Make it with `Pipeline.plan`."""
+    """A request with the defaults of one model filled in. `Pipeline.plan` makes it."""
 
-    request: Request  # as it was asked
-    texts: tuple[str | None, ...]  # the prompt, and for guidance the negative one; zeros stand for None
-    sizes: Mapping[str, float]  # the micro-conditioning by name, empty for a model without
-    scalars: tuple[tuple[float, ...], ...]  # for each text the micro-conditioning in the model's order
-    steps: int  # as asked; image to image may run fewer, one per pair of sigmas
+    request: Request  # the original request
+    texts: tuple[str | None, ...]  # the prompt and, for guidance, the negative prompt; None is encoded as zeros
+    sizes: Mapping[str, float]  # the micro-conditioning by name; empty if the model has none
+    scalars: tuple[tuple[float, ...], ...]  # one row per text: the micro-conditioning in the model's order
+    steps: int  # as requested; image to image may run fewer: len(sigmas) - 1
     guidance_scale: float
     guidance_interval: tuple[float, float]  # noise levels low < sigma <= high with guidance
     sampler: str
     spacing: Spacing
-    sigmas: Tensor  # the noise levels, falling: one more than there are steps
+    sigmas: Tensor  # falling noise levels, one more than the steps that run
     width: int  # pixels
     height: int
     latent_shape: tuple[int, int, int]  # c h w
 
     def initial_noise(self) -> Noise:
-        """Return the function whose first draws are for `Pipeline.start`."""
+        """Return a function that draws noise from the seeds. `Pipeline.start` uses the first one or two draws."""
         return seeded_noise(self.request.seeds, self.latent_shape)
 
     def noise(self) -> Noise:
-        """Return the function that draws the sampler's noise: the draws after those of `Pipeline.start`."""
+        """Return a function that draws the sampler's noise: the draws that follow those of `Pipeline.start`."""
         noise = self.initial_noise()
         for _ in range(1 if self.request.source is None else 2):
             noise()
@@ -256,8 +256,8 @@ class Plan:
 def _resolved_sizes(sizes: Sizes, config: ModelConfig, width: int, height: int) -> dict[str, float]:
     """Return the micro-conditioning of the model by name.
 
-    The defaults are those of a whole picture, and the aesthetic scores of diffusers.
-    Raises ValueError for a size or score that the model does not have.
+    The defaults are the sizes of an uncropped picture, and the aesthetic scores that diffusers uses.
+    Raises ValueError for a size or score that the model does not take.
     """
     defaults = Sizes(width, height, 0, 0, width, height, aesthetic_score=6.0, negative_aesthetic_score=2.5)
     resolved = {}
@@ -266,6 +266,6 @@ def _resolved_sizes(sizes: Sizes, config: ModelConfig, width: int, height: int) 
         if name.removeprefix("negative_") in config.micro_conditioning:
             resolved[name] = getattr(defaults, name) if value is None else value
         elif value is not None:
-            known = ", ".join(config.micro_conditioning) or "nothing of the kind"
+            known = ", ".join(config.micro_conditioning) or "no size or score"
             raise ValueError(f"{name} is {value}, and the model {config.name} is conditioned on {known}; leave it out")
     return resolved

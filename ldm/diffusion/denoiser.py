@@ -1,13 +1,14 @@
 """From a network that predicts eps, v or x0 to the function that samplers call.
 
-A sampler asks one question: what are the clean latents x0, given x and the noise level sigma? A `Denoiser` answers it.
-A guided denoiser is made of a UNet in two steps:
+A sampler calls a `Denoiser`: a function that estimates the clean latents x0 from x and its noise level sigma.
+Two steps make a guided denoiser from a UNet:
 
-    network = guided(unet.bind, [with_prompt, without], classifier_free(7.5))   # conditions to one Network
-    denoise = parametrize(network, schedule, "eps")                             # a Network to a Denoiser
+    network = guided(unet.bind, [prompt, negative], classifier_free(7.5))   # UNet and conditions -> Network
+    denoise = parametrize(network, schedule, "eps")                         # Network -> Denoiser
     for step in euler(denoise, x, sigmas): ...
 
 Without guidance the network is `unet.bind(condition)`, or any other function of (z, timesteps).
+`ldm.diffusion.schedule` explains the two forms of noisy latents, x and z.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,12 +20,12 @@ from torch import Tensor
 from ldm.conditioning import Condition, join
 from ldm.diffusion.schedule import NoiseSchedule, factor, to_vp
 
-# (x, sigma) -> x0. x: b c h w, x0 + sigma noise. sigma: 0-d, or one per image: b. Samplers call it.
+# (x, sigma) -> x0. x = x0 + sigma noise: b c h w. sigma: 0-d, or b for one noise level per image.
 Denoiser = Callable[[Tensor, Tensor], Tensor]
-# (z, timesteps) -> eps, v or x0. z: b c h w of unit variance. timesteps: b. Training trains it.
+# (z, timesteps) -> eps, v or x0. z: b c h w of unit variance. timesteps: b. This is the function that is trained.
 Network = Callable[[Tensor, Tensor], Tensor]
-Bind = Callable[[Condition], Network]  # such as `UNet.bind`
-Rule = Callable[[Sequence[Tensor]], Tensor]  # the predictions of several conditions -> one prediction
+Bind = Callable[[Condition], Network]  # condition -> the network with this condition, such as `UNet.bind`
+Rule = Callable[[Sequence[Tensor]], Tensor]  # the predictions for several conditions -> one prediction
 Prediction = Literal["eps", "v", "x0"]
 
 
@@ -35,7 +36,7 @@ def to_x0(prediction: Tensor, x: Tensor, sigma: float | Tensor, kind: Prediction
     v:   x / (1 + sigma^2) - v sigma / sqrt(1 + sigma^2)   (Salimans & Ho 2022, appendix D)
     x0:  the prediction itself
     sigma: one level, or one per image: b.
-    Raises ValueError for another kind.
+    Raises ValueError for an unknown kind.
     """
     s = factor(sigma, x)
     if kind == "eps":
@@ -50,24 +51,24 @@ def to_x0(prediction: Tensor, x: Tensor, sigma: float | Tensor, kind: Prediction
 def parametrize(
     network: Network, schedule: NoiseSchedule, prediction: Prediction = "eps", *, dtype: torch.dtype | None = None
 ) -> Denoiser:
-    """Make a Denoiser of a network that predicts `prediction`.
+    """Make a Denoiser from a network that predicts eps, v or x0, as `prediction` says.
 
-    dtype: the dtype of the network (default: that of x). The latents are cast to it and the prediction is cast back,
-      so that the sampler keeps the precision of x. Timesteps keep the dtype of x, because bf16 cannot hold 999.
-    Raises ValueError for another prediction, and for eps at zero terminal SNR: there the first latents are pure noise,
-    and their eps says nothing about x0.
+    dtype: the dtype of the network (default: the dtype of x). The latents are cast to it and the prediction is cast
+      back, so that the sampler keeps the precision of x. Timesteps keep the dtype of x, because bf16 cannot hold 999.
+    Raises ValueError for an unknown prediction, and for eps at zero terminal SNR: the first x is then pure noise, so
+    that eps tells nothing about x0.
     """
     if prediction not in get_args(Prediction):
         raise ValueError(f"prediction must be one of {get_args(Prediction)}, got {prediction!r}")
     if prediction == "eps" and schedule.zero_terminal_snr:
         raise ValueError(
             "a zero-terminal-SNR schedule needs a network that predicts v or x0, got 'eps'; "
-            "name the network's real prediction, or set zero_terminal_snr=False"
+            "pass the prediction that the network was trained for, or set zero_terminal_snr=False"
         )
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
         t = schedule.timestep(sigma)
-        # One timestep for all images is filled in on the device: a copy from the CPU would wait for the device.
+        # A single timestep is written on the device: a copy from the CPU would wait for the device.
         timesteps = t.to(x) if t.ndim else x.new_full((len(x),), float(t))
         predicted = network(to_vp(x, sigma).to(dtype or x.dtype), timesteps)
         return to_x0(predicted.to(x.dtype), x, sigma, prediction)
@@ -76,12 +77,13 @@ def parametrize(
 
 
 def guided(bind: Bind, conditions: Sequence[Condition], rule: Rule, *, batched: bool = True) -> Network:
-    """Combine the predictions of several conditions by `rule`; with one condition, predict without the rule.
+    """Make a network that combines the predictions for several conditions by `rule`. One condition needs no rule.
 
-    bind: makes the network of a condition, once for all steps, such as `UNet.bind`.
-    rule: takes the predictions in the order of the conditions, in fp32 or better, such as `classifier_free`.
-    batched: call the network once on all conditions, n * b. False calls it n times on b, which is slower and needs
-      less memory for activations.
+    bind: turns a condition into a network, such as `UNet.bind`. It is called here, once for all steps.
+    rule: combines the predictions, such as `classifier_free(7.5)`. They come in the order of the conditions, in fp32 or
+      fp64.
+    batched: run the network once on a batch of all n conditions, n * b. False runs it n times on batches of b, which is
+      slower and needs less memory for activations.
     Raises ValueError for no condition, and for conditions of different shapes in one batch.
     """
     if not conditions:
@@ -89,7 +91,7 @@ def guided(bind: Bind, conditions: Sequence[Condition], rule: Rule, *, batched: 
     if len(conditions) == 1:
         return bind(conditions[0])
     n = len(conditions)
-    # The prompt comes last in the batch, as in diffusers: the results are the same bits.
+    # As in diffusers, the prompt comes last in the batch, so that the results are equal bit for bit.
     networks = [bind(join(conditions[::-1]))] if batched else [bind(condition) for condition in conditions]
 
     def predict(z: Tensor, timesteps: Tensor) -> Tensor:
@@ -98,7 +100,7 @@ def guided(bind: Bind, conditions: Sequence[Condition], rule: Rule, *, batched: 
             predictions = network(torch.cat([z] * n), torch.cat([timesteps] * n)).chunk(n)[::-1]  # n b c h w
         else:
             predictions = tuple(network(z, timesteps) for network in networks)
-        # Guidance multiplies the rounding errors of a difference.
+        # In fp32 at least, because guidance multiplies the rounding error of the difference cond - uncond.
         return rule([p.to(torch.promote_types(p.dtype, torch.float32)) for p in predictions])
 
     return predict
@@ -109,8 +111,8 @@ def classifier_free(scale: float, rescale: float = 0.0) -> Rule:
 
     prediction = uncond + scale (cond - uncond)   (Ho & Salimans 2022, eq. 6, with scale = 1 + w)
 
-    rescale: 0 to 1, how much of the way the result is scaled to the standard deviation of the conditional prediction
-      (Lin et al. 2023, section 3.4). Use 0.7 for zero terminal SNR.
+    rescale: from 0, no change, to 1, which scales the result to the standard deviation of the conditional prediction
+      (Lin et al. 2023, section 3.4). The paper uses 0.7 with zero terminal SNR.
     Raises ValueError for a negative scale and a rescale outside 0 .. 1.
     """
     if not scale >= 0:
@@ -130,10 +132,10 @@ def classifier_free(scale: float, rescale: float = 0.0) -> Rule:
 
 
 def within(interval: tuple[float, float], inside: Denoiser, outside: Denoiser) -> Denoiser:
-    """Call `inside` at noise levels low < sigma <= high of `interval`, and `outside` at all others.
+    """Make a denoiser that calls `inside` at noise levels low < sigma <= high, and `outside` at all other levels.
 
     With a guided denoiser inside and an unguided one outside, this is guidance in a limited interval (Kynkaanniemi et
-    al. 2024). Each level outside costs one prediction instead of two.
+    al. 2024). A step outside of the interval costs one prediction instead of two. sigma: one level for all images.
     Raises ValueError unless 0 <= low < high.
     """
     low, high = interval
@@ -145,9 +147,9 @@ def within(interval: tuple[float, float], inside: Denoiser, outside: Denoiser) -
 def consistency(
     denoise: Denoiser, schedule: NoiseSchedule, *, sigma_data: float = 0.5, timestep_scaling: float = 10.0
 ) -> Denoiser:
-    """Apply the boundary scalings of latent consistency models to their denoiser, for the sampler `lcm`.
+    """Add the boundary scalings of latent consistency models to their denoiser, for the sampler `lcm`.
 
-    f(z, t) = c_skip z + c_out x0, which is z at t = 0 (Luo et al. 2023, eq. 9 and section 4.3), with
+    f(z, t) = c_skip z + c_out x0, which equals z at t = 0 (Luo et al. 2023, eq. 9 and section 4.3), with
     c_skip = d^2 / (s^2 + d^2), c_out = s / sqrt(s^2 + d^2), s = timestep_scaling t, d = sigma_data.
     """
 
@@ -161,5 +163,5 @@ def consistency(
 
 
 def _std(prediction: Tensor) -> Tensor:
-    """Return the standard deviation of each image, b 1 1 1."""
+    """Return the standard deviation over each image, b 1 1 1."""
     return prediction.std(dim=tuple(range(1, prediction.ndim)), keepdim=True)

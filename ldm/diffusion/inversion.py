@@ -1,4 +1,4 @@
-"""DDIM inversion: from clean latents to the noise that `ddim` makes them of."""
+"""DDIM inversion: from clean latents to noise from which `ddim` makes almost the same latents."""
 
 import math
 from collections.abc import Iterator
@@ -11,12 +11,12 @@ from ldm.diffusion.samplers import Step
 
 
 def invert(denoise: Denoiser, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
-    """Walk clean latents up to noise with DDIM inversion (Song et al. 2020, section 4.3).
+    """Turn clean latents into noise with DDIM inversion, one step at a time (Song et al. 2020, section 4.3).
 
-    Sampling with `ddim` from the last x returns to nearly the same latents.
-    x: b c h w, clean latents, taken as being at the level sigmas[0]. sigmas: rising levels above 0, such as the list of
-      a sampler, reversed and without its last level.
-    Raises ValueError, while it runs, for other sigmas.
+    Sampling with `ddim` from the last x returns almost the same latents.
+    x: b c h w, clean latents, treated as if their noise level were sigmas[0].
+    sigmas: rising levels above 0, such as `plan.sigmas[:-1].flip(0)`: the sampler's levels except the last, reversed.
+    The iterator raises ValueError for other sigmas.
     """
     levels = sigmas.tolist()
     if len(levels) < 2 or not all(0 < low < high < math.inf for low, high in pairwise(levels)):

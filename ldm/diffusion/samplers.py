@@ -2,21 +2,22 @@
 
 All have one signature, `sampler(denoise, x, sigmas, *, noise)`:
   denoise   (x, sigma) -> x0, see `ldm.diffusion.denoiser`
-  x         b c h w, x0 + sigmas[0] * noise; `start` makes it of drawn noise
-  sigmas    n + 1 falling levels, see `NoiseSchedule.steps`; the last one is usually 0
-  noise     called for each b c h w of fresh noise, see `seeded_noise`; euler, heun, dpmpp_2m and ddim with eta 0 draw
-            none and may do without
-They are generators: the loop belongs to the caller, and with it progress, previews and stopping. Each raises
-ValueError, while it runs, for sigmas that do not fall and for missing noise.
+  x         b c h w, x0 + sigmas[0] * noise; `start` makes x from drawn noise
+  sigmas    n + 1 falling noise levels, see `NoiseSchedule.steps`; the last level is usually 0
+  noise     a function that returns fresh noise, b c h w, see `seeded_noise`; euler, heun, dpmpp_2m, and ddim with eta 0
+            do not need it
+Samplers are Python generators: the caller writes the loop, shows progress and previews, and may stop early. The loop
+raises ValueError for sigmas that do not fall and for missing noise.
 
-Six of the eight are the same update, `_move`, from x with x0 and fresh noise:
+Six of the eight samplers make the same update, `_move`, with or without these two changes:
 
-                                    with x0                 with x0 extrapolated
-    keeps the predicted noise       euler, ddim             dpmpp_2m
-    renews as much as the SDE       euler_ancestral, ddpm   dpmpp_2m_sde
+                                    x0 as predicted         x0 extrapolated
+    keeps the noise in x (ODE)      euler, ddim             dpmpp_2m
+    renews a part of it (SDE)       euler_ancestral, ddpm   dpmpp_2m_sde
 
-`heun` corrects euler with a second prediction, and `lcm` renews all of the noise. Coefficients are Python floats from
-fp64 levels, and x keeps its dtype. No two large numbers are subtracted, so a level of 4096 costs no digits.
+`heun` corrects euler with a second prediction, and `lcm` replaces all of the noise. Coefficients are Python floats,
+computed from fp64 levels; x keeps its dtype. No formula subtracts two large numbers, so the level 4096 of zero terminal
+SNR costs no precision.
 """
 
 import inspect
@@ -40,15 +41,15 @@ class Step:
 
     index: int  # 0 .. total - 1
     total: int
-    sigma: float  # the noise level of x
+    sigma: float  # the noise level of x, after the step
     x: Tensor  # b c h w, x0 + sigma noise
     x0: Tensor  # b c h w, the estimate of the clean latents that this step used
 
     @property
     def latents(self) -> Tensor:
-        """x at unit variance, x / sqrt(1 + sigma^2). After the last step: the latents of the picture.
+        """x at unit variance, x / sqrt(1 + sigma^2). After the last step, these are the latents of the picture.
 
-        They equal x0 if the last level is 0. DDIM ends at the first timestep, sigma 0.03, as in CompVis and diffusers.
+        If the last level is 0, they equal x0. DDIM ends at timestep 0, sigma 0.03, as in CompVis and diffusers.
         """
         return to_vp(self.x, self.sigma)
 
@@ -59,10 +60,10 @@ Sampler = Callable[..., Iterator[Step]]  # called with (denoise, x, sigmas, *, n
 def seeded_noise(seeds: Sequence[int], shape: Sequence[int]) -> Noise:
     """Make a function that draws fp32 noise, b c h w, on the CPU at each call.
 
-    Image i has its own generator with seeds[i]: its noise depends neither on the batch nor on the device, and equals
-    the noise that diffusers draws with a CPU generator. The first draw is the initial noise of a picture, the later
-    ones belong to the sampler.
-    shape: c h w. torch uses the lowest 32 bits of a seed.
+    Image i has its own generator with seeds[i]. Its noise depends neither on the batch nor on the device, and equals
+    the noise that diffusers draws with a CPU generator. In text to image, the first draw is the initial noise, and the
+    sampler takes the later draws.
+    shape: c h w. torch uses only the lowest 32 bits of a seed.
     Raises ValueError for no seeds and for a seed outside 0 .. 2^64 - 1.
     """
     if not seeds:
@@ -85,7 +86,7 @@ def seeded_noise(seeds: Sequence[int], shape: Sequence[int]) -> Noise:
 def euler(denoise: Denoiser, x: Tensor, sigmas: Tensor, *, noise: Noise | None = None) -> Iterator[Step]:
     """Integrate the probability-flow ODE with Euler's method (Karras et al. 2022, eq. 3).
 
-    x' = x + (sigma' - sigma) (x - x0) / sigma, which is DDIM with eta 0 under another name.
+    x' = x + (sigma' - sigma) (x - x0) / sigma. This equals DDIM with eta 0.
     """
     yield from ddim(denoise, x, sigmas, noise=noise)
 
@@ -95,7 +96,7 @@ def ddim(
 ) -> Iterator[Step]:
     """Sample with DDIM (Song et al. 2020, eq. 12), in the sigma form of `schedule.py`.
 
-    eta: 0 draws no noise and is deterministic, 1 renews as much noise as DDPM (their eq. 16).
+    eta: 0 adds no fresh noise, 1 adds as much as DDPM (eq. 16).
     Raises ValueError for an eta outside 0 .. 1.
     """
     if not 0 <= eta <= 1:
@@ -107,18 +108,18 @@ def ddim(
 
 
 def ddpm(denoise: Denoiser, x: Tensor, sigmas: Tensor, *, noise: Noise) -> Iterator[Step]:
-    """Sample from the DDPM posterior (Ho et al. 2020, eq. 6-7), over any list of levels.
+    """Sample from the DDPM posterior (Ho et al. 2020, eq. 6-7), over any list of noise levels.
 
-    The variance is the smaller one of the paper, beta-tilde: this is DDIM with eta 1.
+    The variance is beta-tilde, the smaller of the paper's two choices. This equals DDIM with eta 1.
     """
     yield from ddim(denoise, x, sigmas, noise=noise, eta=1.0)
 
 
 def euler_ancestral(denoise: Denoiser, x: Tensor, sigmas: Tensor, *, noise: Noise, eta: float = 1.0) -> Iterator[Step]:
-    """Take an Euler step below the next level, then add the noise that is missing (k-diffusion).
+    """Take an Euler step down to a level below the next level, then add noise up to the next level (k-diffusion).
 
-    down^2 = sigma'^2 - up^2, up = eta sigma' sqrt(1 - sigma'^2 / sigma^2). With eta 1 this is `ddpm`. Other programs
-    give the two different lists of levels.
+    down^2 = sigma'^2 - up^2, up = eta sigma' sqrt(1 - sigma'^2 / sigma^2). With eta 1 the steps equal those of `ddpm`,
+    but other programs start the two samplers differently, see `start`.
     Raises ValueError for an eta outside 0 .. 1.
     """
     yield from ddim(denoise, x, sigmas, noise=noise, eta=eta)
@@ -127,9 +128,9 @@ def euler_ancestral(denoise: Denoiser, x: Tensor, sigmas: Tensor, *, noise: Nois
 def heun(denoise: Denoiser, x: Tensor, sigmas: Tensor, *, noise: Noise | None = None) -> Iterator[Step]:
     """Integrate the ODE with Heun's method (Karras et al. 2022, algorithm 1): two predictions a step.
 
-    The correction adds (sigma - sigma') / (2 sigma') (x0' - x0) to Euler's step. A step to 0 stays Euler's. So does a
-    step that falls more than a hundredfold, which is the first one at zero terminal SNR: the correction is not valid
-    over this distance. (diffusers applies it there, with a factor in the hundreds.)
+    The correction adds (sigma - sigma') / (2 sigma') (x0' - x0) to Euler's step. A step to 0 has no correction. Neither
+    has a step to less than 1/100 of the level, the first step at zero terminal SNR: the correction is not valid over
+    this distance. (diffusers applies the correction there, with a factor in the hundreds.)
     """
     for i, sigma, target in _levels(sigmas):
         x0 = denoise(x, sigmas[i])
@@ -142,7 +143,7 @@ def heun(denoise: Denoiser, x: Tensor, sigmas: Tensor, *, noise: Noise | None = 
 def dpmpp_2m(denoise: Denoiser, x: Tensor, sigmas: Tensor, *, noise: Noise | None = None) -> Iterator[Step]:
     """Solve the ODE with DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): one prediction a step.
 
-    In sigma space it is DDIM with x0 extrapolated by half a step in log sigma.
+    In sigma space this is DDIM with x0 extrapolated half a step ahead in log sigma.
     """
     yield from _multistep(denoise, x, sigmas, eta=0.0, noise=noise)
 
@@ -150,7 +151,7 @@ def dpmpp_2m(denoise: Denoiser, x: Tensor, sigmas: Tensor, *, noise: Noise | Non
 def dpmpp_2m_sde(denoise: Denoiser, x: Tensor, sigmas: Tensor, *, noise: Noise) -> Iterator[Step]:
     """Solve the SDE with SDE-DPM-Solver++(2M) (Lu et al. 2022, section 5; midpoint form).
 
-    In sigma space it is DDPM towards x0 extrapolated half a step ahead in log sigma.
+    In sigma space this is DDPM with x0 extrapolated half a step ahead in log sigma.
     """
     yield from _multistep(denoise, x, sigmas, eta=1.0, noise=noise)
 
@@ -181,7 +182,7 @@ SAMPLERS: dict[str, Sampler] = {
 
 @dataclass(frozen=True)
 class Conventions:
-    """What other programs do together with a sampler, beside its steps."""
+    """Settings that other programs tie to the name of a sampler, in addition to its steps."""
 
     final: Final = "zero"  # the last level, see `NoiseSchedule.steps`
     unit_variance: bool = True  # start from sqrt(1 + sigma^2) noise; False: from sigma noise, see `start`
@@ -192,7 +193,7 @@ class Conventions:
 # A sampler without an entry has the defaults.
 CONVENTIONS: dict[str, Conventions] = {
     "ddpm": Conventions(a1111="DDPM"),
-    # CompVis' DDIM, and each scheduler config published since, ends at the first timestep.
+    # CompVis' DDIM, and every scheduler config published since, ends at timestep 0.
     "ddim": Conventions(final="first", a1111="DDIM"),
     "euler": Conventions(unit_variance=False, a1111="Euler"),
     "euler_ancestral": Conventions(unit_variance=False, a1111="Euler a"),
@@ -204,7 +205,7 @@ CONVENTIONS: dict[str, Conventions] = {
 
 
 def conventions(sampler: str) -> Conventions:
-    """Look up the conventions of a sampler, also of one that has no entry."""
+    """Return the conventions of a sampler: the defaults if it has no entry."""
     return CONVENTIONS.get(sampler, Conventions())
 
 
@@ -215,10 +216,10 @@ def options(sampler: Sampler) -> list[str]:
 
 
 def start(noise: Tensor, sigma: float | Tensor, *, sampler: str, spacing: str) -> Tensor:
-    """Make the x at which `sampler` starts, at the level `sigma`, of drawn noise: b c h w.
+    """Scale drawn noise, b c h w, to the x from which `sampler` starts at the noise level `sigma`.
 
-    x is sqrt(1 + sigma^2) noise, because the data have unit variance. k-diffusion starts from sigma noise, which is
-    0.2 % less. So does diffusers, except with "leading" steps, and so do we: a seed means the same picture.
+    x is sqrt(1 + sigma^2) noise, because the data have unit variance. k-diffusion's samplers start from sigma noise,
+    0.2 % less; diffusers too, except with "leading" spacing. We do the same, so that a seed gives the same picture.
     """
     if not conventions(sampler).unit_variance and not spacing.startswith("leading"):
         return noise * float(sigma)
@@ -260,7 +261,7 @@ def _drawn(noise: Noise | None, *, like: Tensor) -> Tensor:
 
 
 def _levels(sigmas: Tensor) -> Iterator[tuple[int, float, float]]:
-    """Yield the index of each step, and the levels from which and to which it leads."""
+    """Yield the index, the start level and the end level of each step."""
     levels = sigmas.tolist() if sigmas.ndim == 1 else []
     pairs = list(pairwise(levels))
     if not pairs or not all(math.inf > high > low >= 0 for high, low in pairs):

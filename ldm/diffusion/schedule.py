@@ -1,25 +1,25 @@
-"""The forward process, and the lists of noise levels for sampling.
+"""The noise schedule of the forward process, and the lists of noise levels for sampling.
 
-A noisy latent is written in two ways, and this file converts between them:
+Noisy latents have two forms, and this file converts between them:
 
-    alpha-bar   z = sqrt(a) x0 + sqrt(1 - a) noise    (Ho et al. 2020, eq. 4; unit variance, "VP")
-    sigma       x = x0 + sigma noise                  (Karras et al. 2022; growing variance, "VE")
+    z = sqrt(a) x0 + sqrt(1 - a) noise    with alpha-bar a (Ho et al. 2020, eq. 4; unit variance, "VP")
+    x = x0 + sigma noise                  with noise level sigma (Karras et al. 2022; growing variance, "VE")
 
-The second is the first divided by sqrt(a), with sigma = sqrt((1 - a) / a). `to_vp` turns x into z, and `to_ve` back.
-Networks and training use z. Samplers use x, where most of them become "mix x and x0". A DDIM step (Song et al. 2020,
-eq. 12 and 16)
+x is z / sqrt(a), with sigma = sqrt((1 - a) / a). `to_vp` turns x into z, and `to_ve` turns z into x.
+Networks and training use z. Samplers use x, because in this form most of them only mix x and x0. A DDIM step in z is
+(Song et al. 2020, eq. 12 and 16)
 
     z' = sqrt(a') x0 + sqrt(1 - a' - s^2) eps + s noise,
     s  = eta sqrt((1 - a') / (1 - a)) sqrt(1 - a / a')
 
-divided by sqrt(a') is, because a / a' = (1 + sigma'^2) / (1 + sigma^2),
+The same step in x follows by division by sqrt(a'), because a / a' = (1 + sigma'^2) / (1 + sigma^2):
 
     x' = x0 + sqrt(sigma'^2 - up^2) eps + up noise,
     up = eta sigma' sqrt(1 - sigma'^2 / sigma^2)
 
-This line is DDIM and Euler (eta = 0), and DDPM and ancestral sampling (eta = 1).
+This step is DDIM and Euler with eta = 0, and DDPM and ancestral sampling with eta = 1.
 
-The options of other libraries' schedulers are here the contents of a list of sigmas, see `NoiseSchedule.steps`.
+Spacing, offset and final level are scheduler options in other libraries. Here they only change the list of sigmas.
 """
 
 import math
@@ -35,13 +35,13 @@ Spacing = Literal[
 ]  # fmt: skip
 Final = Literal["zero", "first"]
 
-SMALLEST_ALPHA = 2.0**-24  # stands for 0 at zero terminal SNR: sigma is 4096, not infinite, as in diffusers
-LARGEST_SIGMA = 1e6  # beyond, a latent in fp32 holds nothing of x0
-LCM_TIMESTEPS = 50  # a latent consistency model is distilled on: 999 979 .. 39 19
+SMALLEST_ALPHA = 2.0**-24  # replaces 0 at zero terminal SNR, as in diffusers: sigma is 4096, not infinite
+LARGEST_SIGMA = 1e6  # above this level, x in fp32 holds almost nothing of x0
+LCM_TIMESTEPS = 50  # the number of timesteps that LCMs are distilled on: 999 979 .. 39 19
 
 
 class NoiseSchedule:
-    """The discrete forward process. The defaults are those of every official Stable Diffusion.
+    """The discrete noise schedule. The defaults are those of every official Stable Diffusion.
 
     Its tables are fp64 on the CPU, with one entry per training timestep 0 .. timesteps - 1. They cannot be assigned.
       alphas_cumprod   a_t, the product of 1 - beta up to t; falling
@@ -62,10 +62,10 @@ class NoiseSchedule:
         betas: "scaled_linear" spaces sqrt(beta) evenly (LDM), "linear" spaces beta evenly (DDPM), "cosine" follows
           Nichol & Dhariwal 2021, eq. 17, without beta_start and beta_end. A tensor holds the beta of each timestep; the
           three arguments after it are then not used.
-        zero_terminal_snr: shift and stretch sqrt(a) until the last timestep is pure noise (Lin et al. 2023,
+        zero_terminal_snr: shift and scale sqrt(a), so that the last timestep is pure noise (Lin et al. 2023,
           algorithm 1). Its sigma is 4096.
         Raises ValueError for unknown `betas`, betas outside 0 < beta < 1, beta_start > beta_end, fewer than two
-        timesteps, and a schedule without signal before the last timestep.
+        timesteps, and a schedule that leaves no signal before the last timestep.
         """
         beta = _betas(betas, beta_start, beta_end, timesteps)
         alphas_cumprod = torch.cumprod(1 - beta, dim=0)
@@ -83,7 +83,7 @@ class NoiseSchedule:
 
     @classmethod
     def from_config(cls, config: Any) -> "NoiseSchedule":
-        """Build the schedule that a `DiffusionConfig` describes, or any object with the names of these arguments."""
+        """Build the schedule from a `DiffusionConfig`, or from any object that has the five attributes below."""
         names = "betas", "beta_start", "beta_end", "timesteps", "zero_terminal_snr"
         return cls(**{name: getattr(config, name) for name in names})
 
@@ -98,7 +98,7 @@ class NoiseSchedule:
         return self._sigmas
 
     def __len__(self) -> int:
-        """Count the training timesteps."""
+        """Return the number of training timesteps."""
         return len(self.sigmas)
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -118,14 +118,14 @@ class NoiseSchedule:
         return signal * noise - std * x0
 
     def snr(self, t: Tensor) -> Tensor:
-        """Look up the signal-to-noise ratio a_t / (1 - a_t) of integers `t`, fp32."""
+        """Look up the signal-to-noise ratio a_t / (1 - a_t), fp32, of timesteps `t`: integers of any shape."""
         ratio = self.alphas_cumprod / (1 - self.alphas_cumprod)
         return ratio.to(t.device, torch.float32)[t]
 
     def sigma(self, t: float | Tensor) -> Tensor:
         """Look up the noise level of timesteps `t`, which may be fractions. The result is fp64 on the CPU.
 
-        Between table entries it is linear in sigma, as in diffusers.
+        Between table entries, sigma is interpolated linearly, as in diffusers.
         Raises ValueError for a timestep outside 0 .. timesteps - 1.
         """
         t = torch.as_tensor(t, dtype=torch.float64, device="cpu")
@@ -138,9 +138,9 @@ class NoiseSchedule:
     def timestep(self, sigma: float | Tensor) -> Tensor:
         """Find the timestep with noise level `sigma`, usually a fraction. The result is fp64 on the CPU.
 
-        Table entries give exactly their integer. Between them it is linear in log sigma, as in k-diffusion and in
-        diffusers' Karras lists: timestep(sigma(t)) of a fraction t differs from t by at most 0.05. A level beyond the
-        table gives the first or the last timestep.
+        Levels in the table give exactly their integer. Between them, the timestep is linear in log sigma, as in
+        k-diffusion and in diffusers' Karras lists. So timestep(sigma(t)) differs from a fraction t by up to 0.05.
+        A level outside the table gives the first or the last timestep.
         """
         sigma = torch.as_tensor(sigma, dtype=torch.float64, device="cpu")
         sigma = sigma.clamp(self.sigmas[0], self.sigmas[-1])
@@ -160,7 +160,7 @@ class NoiseSchedule:
         """List the levels of `n` sampling steps: n + 1 strictly falling sigmas, fp64.
 
         n: 1 to timesteps; for "lcm" 1 to 50. A single step starts at the last timestep.
-        spacing, with the timesteps of 10 steps of 1000:
+        spacing, each with its timesteps for 10 steps of 1000:
           "leading"   901 801 .. 101 1, multiples of timesteps // n plus `offset`: for Stable Diffusion 1, 2 and XL.
                       If the offset would exceed the last timestep (1000 steps), it is lowered.
           "trailing"  999 899 .. 199 99, from the end down (Lin et al. 2023, section 3.3): for Turbo models and zero
@@ -170,13 +170,13 @@ class NoiseSchedule:
           "exponential"  999 882.3 .. 5.1 0, evenly in log sigma.
           "lcm"       999 899 .. 199 99, taken from the 50 timesteps of latent consistency models (Luo et al. 2023,
                       section 4.3). 4 steps are 999 759 499 259.
-          "leading_karras" and the like: the curve of the second word from the first to the last level of the list of
-                      the first word, as diffusers' Euler samplers do.
-        offset: timesteps added in "leading".
+          "leading_karras" and similar: the ends of the first word's list, with the curve of the second word between
+                      them, as in diffusers' Euler samplers.
+        offset: the number that "leading" adds to its timesteps.
         final: the last level. "zero": clean latents. "first": the level of timestep 0, as in CompVis and in diffusers'
-          `set_alpha_to_one=False`; a list with its last step at this level ends at zero.
-        start: the first level, instead of the last timestep's. The timesteps, or the curve, are scaled to it.
-        Raises ValueError for an n, spacing, offset, final or start outside these.
+          `set_alpha_to_one=False`. If the last step already starts at this level, the list ends at zero.
+        start: the first level (default: as `spacing` gives it). The timesteps, or the curve, are scaled to this level.
+        Raises ValueError for an n, spacing, offset, final or start that is not allowed.
         """
         if not 1 <= n <= len(self):
             raise ValueError(f"steps must lie in 1 .. {len(self)}, got {n}")
@@ -213,8 +213,8 @@ class NoiseSchedule:
             lowered = (n - 1) * (total // n)
             t = lowered - i * (total // n) + min(offset, total - 1 - lowered)
         elif spacing == "trailing":
-            stride = (total - total / n) - total  # rounded as numpy's arange does: ties as in diffusers,
-            t = (total + i * stride).round() - 1  # which matters for 48 steps
+            stride = (total - total / n) - total  # rounds as numpy's arange does, so that ties
+            t = (total + i * stride).round() - 1  # are as in diffusers, such as those of 48 steps
         elif spacing == "lcm":
             k = LCM_TIMESTEPS - (i * LCM_TIMESTEPS / n).floor()
             t = k * (total // LCM_TIMESTEPS) - 1
@@ -222,15 +222,15 @@ class NoiseSchedule:
             t = torch.linspace(total - 1, 0, n, dtype=torch.float64)
         if start is None:
             return self.sigma(t)
-        # The inverse of `sigma`. `timestep` interpolates in another way, and its level could lie above `start`.
+        # Invert `self.sigma`. `self.timestep` interpolates differently, so that a level could lie above `start`.
         above = int(torch.searchsorted(self.sigmas, start).clamp(min=1))
         low, high = self.sigmas[above - 1 : above + 1].tolist()
         levels = self.sigma(t / t[0] * (above - (high - start) / (high - low)))
-        levels[0] = start  # without rounding
+        levels[0] = start  # exactly
         return levels
 
     def _signal_and_std(self, t: Tensor, *, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return sqrt(a_t) and sqrt(1 - a_t) as factors of `like`."""
+        """Return sqrt(a_t) and sqrt(1 - a_t) in a shape that multiplies `like`."""
         signal, std = self.alphas_cumprod.sqrt().to(like)[t], (1 - self.alphas_cumprod).sqrt().to(like)[t]
         return per_image(signal, like), per_image(std, like)
 
@@ -244,12 +244,12 @@ def to_vp(x: Tensor, sigma: float | Tensor) -> Tensor:
 
 
 def to_ve(z: Tensor, sigma: float | Tensor) -> Tensor:
-    """Undo `to_vp`: x = z sqrt(1 + sigma^2). Drawn noise becomes the start of sampling at the level sigma."""
+    """Undo `to_vp`: x = z sqrt(1 + sigma^2). For drawn noise z, this x is the start of sampling at the level sigma."""
     return z * (1 + factor(sigma, z) ** 2) ** 0.5
 
 
 def factor(number: float | Tensor, like: Tensor) -> Any:
-    """Return `number` as a factor of `like`: a float, or for one number per image a tensor b 1 1 1."""
+    """Return `number` in a form that multiplies `like`: a float, or for one number per image a tensor b 1 1 1."""
     if isinstance(number, Tensor) and number.ndim:
         return per_image(number.to(like), like)
     return float(number)

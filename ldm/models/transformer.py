@@ -12,7 +12,7 @@ from ldm.models.attention import Attend, sdpa
 
 
 class KeysValues(NamedTuple):
-    """The projected context of a cross-attention, b h m d each. They are the same at every step of sampling."""
+    """The keys and values of a cross-attention, b h m d each. They are the same at every sampling step."""
 
     keys: Tensor
     values: Tensor
@@ -21,8 +21,8 @@ class KeysValues(NamedTuple):
 class Attention(nn.Module):
     """Multi-head cross-attention from x to a context, or self-attention without a context.
 
-    upcast: compute attention in fp32 if the network is in fp16. SD 2.1 needs this: at 768 pixels its scores exceed the
-      range of fp16.
+    upcast: compute attention in fp32 if the network is in fp16. SD 2.1 needs this, because at 768 pixels its attention
+      scores exceed the range of fp16.
     """
 
     def __init__(self, dim: int, heads: int, context_dim: int | None = None, *, upcast: bool = False) -> None:
@@ -94,8 +94,8 @@ class SpatialTransformer(nn.Module):
         self, dim: int, heads: int, context_dim: int, *, depth: int, linear: bool, groups: int, upcast: bool = False
     ) -> None:
         super().__init__()
-        self.linear = linear  # SD 2 and SDXL have linear projections, SD 1 has 1x1 convolutions: the same numbers
-        self.norm = nn.GroupNorm(groups, dim, eps=1e-6)  # 1e-5 in the UNet's other norms
+        self.linear = linear  # linear projections (SD 2, SDXL) or 1x1 convolutions (SD 1), with the same result
+        self.norm = nn.GroupNorm(groups, dim, eps=1e-6)  # the other norms of the UNet have 1e-5
         self.proj_in = nn.Linear(dim, dim) if linear else nn.Conv2d(dim, dim, 1)
         self.blocks = nn.ModuleList(TransformerBlock(dim, heads, context_dim, upcast=upcast) for _ in range(depth))
         self.proj_out = nn.Linear(dim, dim) if linear else nn.Conv2d(dim, dim, 1)

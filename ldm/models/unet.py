@@ -16,7 +16,7 @@ from ldm.models.layers import ResBlock
 from ldm.models.transformer import KeysValues, SpatialTransformer
 
 StageContext = Tensor | list[KeysValues]  # b n d, or the keys and values of each block of one stage
-Context = Tensor | Sequence[StageContext]  # b n d for all stages, or one for each, such as `Encoder.project` makes
+Context = Tensor | Sequence[StageContext]  # b n d for all stages, or a list with one entry per stage, see `project`
 
 
 class Stage(nn.Module):
@@ -45,7 +45,7 @@ class Stage(nn.Module):
             x = self.transformer(x, context)
         if self.downsample is not None:
             x = self.downsample(x)
-        if self.upsample is not None:  # to the size of the next skip, which is not the double if odd
+        if self.upsample is not None:  # to the size of the next skip, which may be odd and so not exactly double
             x = self.upsample(F.interpolate(x, size=size, mode="nearest"))
         return x
 
@@ -71,7 +71,7 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The half of the network that UNet and ControlNet share: embeddings, `down` and `mid`."""
+    """The first part of the network, which UNet and ControlNet share: embeddings, `down` and `mid`."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ class Encoder(nn.Module):
     def embed(
         self, timesteps: Tensor, vector: Tensor | None, dtype: torch.dtype, guidance: Tensor | None = None
     ) -> Tensor:
-        """Embed timesteps: b and, where the model has them, vector: b vector_dim and guidance: b, as b emb_dim."""
+        """Embed timesteps: b, vector: b vector_dim and guidance: b, if the model takes them. Returns b emb_dim."""
         embedded = timestep_embedding(timesteps, self.config.channels[0]).to(dtype)
         if self.guidance_embed is not None:
             if guidance is None:
@@ -139,7 +139,7 @@ class Encoder(nn.Module):
         return emb
 
     def encode(self, x: Tensor, emb: Tensor, context: Context) -> tuple[Tensor, list[Tensor]]:
-        """Run `down` and `mid`: x b c h w to the middle's output and one skip per `down` stage."""
+        """Run `down` and `mid` on x: b c h w. Return the output of `mid`, and one skip per `down` stage."""
         *contexts, middle = _per_stage(context, len(self.down) + 1)
         skips = []
         for stage, stage_context in zip(self.down, contexts, strict=True):
@@ -152,16 +152,16 @@ class Encoder(nn.Module):
         return [*self.down, self.mid]
 
     def project(self, context: Tensor) -> list[list[KeysValues]]:
-        """Project context: b n d to the keys and values of every cross-attention, with a list for each of `stages`.
+        """Project context: b n d to the keys and values of every cross-attention, as one list for each of `stages`.
 
-        `forward` takes the result in place of the context, as long as the weights do not change.
+        `forward` accepts the result in place of the context. The result is valid until the weights change.
         """
         transformers = [stage.transformer for stage in self.stages()]
         return [[] if part is None else part.project(context) for part in transformers]  # type: ignore[union-attr, operator]
 
 
 class UNet(Encoder):
-    """The denoising UNet. It predicts eps, v or x0, depending on its training."""
+    """The denoising UNet. Its training decides whether it predicts eps, v or x0."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__(config)
@@ -190,10 +190,10 @@ class UNet(Encoder):
         return [*super().stages(), *self.up]
 
     def bind(self, condition: Condition) -> Callable[..., Tensor]:
-        """Return the network of one condition: a function (z, timesteps, residuals=None) -> prediction.
+        """Return the UNet with a fixed condition: a function (z, timesteps, residuals=None) -> prediction.
 
-        The keys and values of the condition's context are computed here, once for all steps. The function is valid
-        until the weights change.
+        The keys and values of the context are computed here, once for all steps. The function is valid until the
+        weights change.
         """
         context = self.project(condition.context)
 
@@ -211,14 +211,14 @@ class UNet(Encoder):
         residuals: Sequence[Tensor] | None = None,
         guidance: Tensor | None = None,
     ) -> Tensor:
-        """Predict from noisy latents.
+        """Predict eps, v or x0, b out_channels h w, from noisy latents.
 
-        x: b in_channels h w, of unit variance. timesteps: b, 0 .. 999, fractions allowed.
-        context: b n context_dim, or `project` of it. vector: b vector_dim, for models that have one.
-        residuals: the outputs of a ControlNet, one per `down` stage and one for the middle, added to the skips and the
-          middle. guidance: b, the guidance scale - 1, for models that were distilled with it
-          (`UNetConfig.guidance_dim`). Returns b out_channels h w.
-        Raises ValueError if a needed vector or guidance is missing.
+        x: b in_channels h w, of unit variance: z in `ldm.diffusion`. timesteps: b, 0 .. 999, fractions allowed.
+        context: b n context_dim, or the result of `project`. vector: b vector_dim, for models with `vector_dim` (SDXL).
+        residuals: the outputs of a ControlNet, one per `down` stage and one for `mid`. They are added to the skips and
+          to the output of `mid`.
+        guidance: b, the guidance scale - 1, for models with `guidance_dim` (LCM).
+        Raises ValueError if a vector or guidance is missing that the model needs.
         """
         contexts = _per_stage(context, len(self.stages()))
         emb = self.embed(timesteps, vector, x.dtype, guidance)

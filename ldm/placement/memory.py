@@ -1,6 +1,6 @@
-"""`Placement`: the device, precision and memory of a model as one value.
+"""`Placement`: the device, precision and memory use of a model, in one dataclass.
 
-Each optional mode has its own module in this folder, which is imported when the mode is chosen.
+Each optional mode has its own module in this folder, which is imported only if the mode is chosen.
 """
 
 import dataclasses
@@ -22,14 +22,15 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 @dataclass(frozen=True)
 class Placement:
-    """The device, precision and memory of the networks. Samplers and schedules always compute in fp32 and fp64.
+    """The device, precision and memory use of the networks. The sampler keeps x in fp32, whatever is chosen here.
 
     `ldm.placement.choice.choose` fills in fields that are None. Dtypes may be given by name: "bfloat16".
-    All fields change time and memory. Some also change the numbers:
-    - dtype, vae_dtype and vae_memory="tiles" change the precision;
-    - attention, guidance, vae_memory="slabs", compile and packed change the last bits, because sums have another order;
-    - device changes the last bits, offload and cuda_graph change nothing.
-    Raises ValueError for a dtype or a word that is not allowed.
+    All fields change speed or memory. They differ in the effect on the results:
+    - dtype and vae_dtype change the rounding, and vae_memory="tiles" is an approximation;
+    - device, attention, guidance, vae_memory="slabs", compile and packed change the last bits, because the order of
+      summation differs;
+    - offload and cuda_graph change nothing.
+    Raises ValueError for a value that is not allowed.
     """
 
     device: str | torch.device | None = option(None, "cpu, cuda, cuda:N or mps (default: the GPU if there is one)")
@@ -37,28 +38,28 @@ class Placement:
         None, f"dtype of the UNet and text encoder: {', '.join(DTYPES)} (default: float16 on CUDA, else float32)"
     )
     vae_dtype: torch.dtype | None = option(
-        None, "dtype of the VAE (default: as --dtype; bfloat16 or float32 for SDXL, which overflows in float16)"
+        None, "dtype of the VAE (default: as --dtype, but not float16 for SDXL, whose VAE overflows in float16)"
     )
     attention: Literal["sdpa", "sliced", "math"] | None = option(
-        None, "sdpa: fused kernels, sliced: little memory, math: the formula (default: sdpa if a kernel exists)"
+        None, "sdpa: fused kernels; sliced: little memory; math: the formula (default: sdpa, sliced if no kernel fits)"
     )
     guidance: Literal["batched", "sequential"] = option(
         "batched",
-        "batched: one call of the UNet with and without the prompt; sequential: two calls, half of the memory",
+        "batched: one UNet call for prompt and negative prompt; sequential: one call each, half of the memory",
         "--guidance-passes",
     )
     vae_memory: Literal["whole", "slabs", "tiles"] = option(
-        "whole", "how the VAE works: whole, in slabs (exact, slower, a quarter of the memory) or in tiles (inexact)"
+        "whole", "how the VAE works: whole; in slabs: exact, slower, a quarter of the memory; in tiles: approximate"
     )
     offload: Literal["model", "blocks"] | None = option(
-        None, "model: the GPU holds only the network that works; blocks: and of the UNet only two stages (default: off)"
+        None, "model: the GPU holds only the network at work; blocks: also only two stages of the UNet (default: off)"
     )
     cuda_graph: bool = option(False, "record the calls of the UNet on CUDA and replay them")
     compile: bool = option(False, "compile the blocks of UNet and VAE at their first call, which takes minutes")
-    packed: bool = option(False, "keep weights in the order that a CPU computes in: faster (default: yes on a CPU)")
+    packed: bool = option(False, "keep weights in oneDNN's memory format: faster (default of the command on a CPU: on)")
 
     def __post_init__(self) -> None:
-        """Turn the names of dtypes into dtypes, and check the words."""
+        """Turn the names of dtypes into dtypes, and check all fields."""
         for name in ("dtype", "vae_dtype"):
             given = getattr(self, name)
             word = str(given).removeprefix("torch.")
@@ -68,9 +69,9 @@ class Placement:
         check_fields(self)
 
     def resolve(self, config: ModelConfig | None = None) -> "Placement":
-        """Fill in the fields that are None, and check that this machine can follow.
+        """Fill in the fields that are None, and check that this machine supports all fields.
 
-        config: without it, vae_dtype and attention stay None.
+        config: the model. vae_dtype and attention depend on the model, and stay None without it.
         Raises ValueError for an unknown or absent device, fp16 on a CPU, and for modes that exclude each other.
         """
         from ldm.placement.choice import choose, packable
@@ -84,27 +85,27 @@ class Placement:
             if getattr(self, name) and device.type != "cuda":
                 raise ValueError(f"{name} needs a CUDA device, and the device is {device}: leave out {name}")
         if self.offload and self.cuda_graph:
-            raise ValueError("a CUDA graph needs weights that stay where they are: leave out offload or cuda_graph")
+            raise ValueError("a CUDA graph needs weights that stay on the GPU: leave out offload or cuda_graph")
         if self.packed and not packable(device, dtype, vae_dtype, self.compile):
             raise ValueError(
                 "packed weights need a CPU, a PyTorch with oneDNN, for bfloat16 a processor that oneDNN supports, and "
-                f"blocks that are not compiled; the device is {device}: leave out packed"
+                f"compile=False; the device is {device}: leave out packed"
             )
         return dataclasses.replace(self, **chosen)
 
     @classmethod
     def fast(cls, **chosen: Any) -> "Placement":
-        """Return the placement of the `ldm` command: the `chosen` fields, and the fastest values for the others."""
+        """Return the placement that the `ldm` command uses: the `chosen` fields, and fast defaults for the others."""
         from ldm.placement.choice import choose
 
         return cls(**(choose(cls(**chosen), fast=True) | chosen)).resolve()
 
     def apply(self, networks: Mapping[str, nn.Module]) -> None:
-        """Set up the networks of a model as this resolved placement says, on the device where they are, once.
+        """Apply this resolved placement to the networks of a model, once. It moves no network to another device.
 
-        networks: by name, "unet", "vae", "text_encoder" and others such as a ControlNet; a text encoder is only pinned.
-        The order is fixed: LoRA weights are merged before this call; then attention and memory format, compile, pack,
-        pin for offload. CUDA graphs are recorded last, while sampling.
+        networks: by name, "unet", "vae", "text_encoder" and others such as a ControlNet.
+        The order is fixed: merge LoRA weights before this call. This call sets attention and memory format, compiles,
+        packs, and pins memory for offload; a text encoder is only pinned. CUDA graphs are recorded later, in sampling.
         """
         cuda = torch.device(self.device or "cpu").type == "cuda"
         if "vae" in networks:
@@ -113,7 +114,7 @@ class Placement:
             if self.attention is not None:
                 set_attention(network, ATTENTION[self.attention])
             if cuda and next(network.parameters()).dtype != torch.float32:
-                # Tensor cores compute in channels last. From other formats cuDNN reorders for each convolution.
+                # Tensor cores need channels last. cuDNN would convert other formats for each convolution.
                 network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             if self.compile:
                 from ldm.placement.compiled import compile_blocks
@@ -130,9 +131,9 @@ class Placement:
                 pin(network)
 
     def at_work(self, network: nn.Module) -> AbstractContextManager[object]:
-        """Return a context manager that keeps `network` on the device, with all weights that it has on entering.
+        """Return a context manager that keeps `network` on the device. Weights that are added inside are not moved.
 
-        It may be entered several times and left in any order. The network leaves the device with the last exit.
+        Several users may enter it and leave in any order. The network leaves the device when the last one leaves.
         """
         if self.offload is None:
             return nullcontext()
@@ -142,7 +143,7 @@ class Placement:
         return (Streamed if by_stages else Moved)(network, self.device or "cuda")
 
     def decoder(self) -> Callable[[VAE, Tensor], Tensor]:
-        """Return the function that `vae_memory` names: (vae, latents: b c h w) -> images: b 3 h*f w*f."""
+        """Return the decoder that `vae_memory` selects: (vae, latents: b c h w) -> images: b 3 h*f w*f."""
         if self.vae_memory == "whole":
             return lambda vae, latents: vae.decode(latents)
         from ldm.placement import slabs, tiles
@@ -150,7 +151,7 @@ class Placement:
         return slabs.decode_slabs if self.vae_memory == "slabs" else tiles.decode_tiles
 
     def encoder(self) -> Callable[[VAE, Tensor], Gaussian]:
-        """Return the function that `vae_memory` names: (vae, images: b 3 h w) -> distribution of b c h/f w/f."""
+        """Return the encoder that `vae_memory` selects: (vae, images: b 3 h w) -> Gaussian over b c h/f w/f."""
         if self.vae_memory == "whole":
             return lambda vae, images: vae.encode(images)
         from ldm.placement import slabs, tiles
