@@ -1,4 +1,4 @@
-"""Why a network returned NaN or Inf, as an error message."""
+"""An error message that says why a network returned NaN or Inf."""
 
 import math
 from collections.abc import Iterator
@@ -15,10 +15,10 @@ NAMES = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder"}
 def not_finite(
     pipe: Any, name: str, *, plan: Plan | None = None, index: int = 0, peak: float = 0.0
 ) -> FloatingPointError:
-    """Return the error to raise. It names a damaged weight, or else the range of float16, or else the usual causes.
+    """Return the error to raise. It names a damaged weight; if there is none, the range of float16, or usual causes.
 
-    name: of the network of `pipe`: "unet", "vae" or "text_encoder".
-    plan, index: for the UNet, the run and its first step that was not finite. peak: for the VAE, its largest latent.
+    name: the network of `pipe`: "unet", "vae" or "text_encoder".
+    plan, index: for the UNet, the plan and the first step that was not finite. peak: for the VAE, the largest latent.
     """
     network, file = getattr(pipe, name), pipe.paths.get(name)
     shown, dtype, largest = NAMES[name], next(network.parameters()).dtype, 0.0
@@ -37,24 +37,25 @@ def not_finite(
     if dtype == torch.float16:
         option = "vae_dtype" if name == "vae" else "dtype"
         return FloatingPointError(
-            f"{gave}, which ends at 65504 (its weights reach {largest:.3g}): load the model with {option} float32"
+            f"{gave}, whose largest number is 65504 (the largest weight is {largest:.3g}): load the model with "
+            f"{option} float32"
         )
     causes = {
-        "unet": f"a UNet that does not predict {pipe.config.diffusion.prediction} (see `prediction`), an own sampler or"
-        " denoiser, or parts of different models",
+        "unet": f"a UNet that does not predict {pipe.config.diffusion.prediction} (see `prediction`), a custom sampler"
+        " or denoiser, or parts of different models",
         "vae": f"latents up to {peak:.3g}, where 5 is usual, or a VAE of another kind of model",
         "text_encoder": "an activation that overflows",
     }[name]
     if plan is not None and len(plan.texts) > 1:
-        causes = f"too strong a guidance (guidance_scale {plan.guidance_scale:g}), {causes}"
+        causes = f"too much guidance (guidance_scale {plan.guidance_scale:g}), {causes}"
     return FloatingPointError(f"{gave}, from finite weights (up to {largest:.3g}); usual causes: {causes}")
 
 
 def _weights(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the weights by name, except those of other tensor classes, such as quantized weights."""
+    """Yield the weights by name, except weights of other tensor classes, such as quantized weights."""
     for prefix, module in network.named_modules():
         for name, weight in module.named_parameters(prefix, recurse=False):
             if type(weight) is nn.Parameter:
                 yield name, weight
-        if callable(dense := getattr(module, "dense", None)):  # a packed layer, whose weight is no parameter
+        if callable(dense := getattr(module, "dense", None)):  # a packed layer, whose weight is not a parameter
             yield f"{prefix}.weight", dense()

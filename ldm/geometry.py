@@ -15,11 +15,11 @@ def target_size(
     width: int | None = None,
     height: int | None = None,
 ) -> tuple[int, int]:
-    """Return the width and height of the image to make from a picture, where `width` or `height` may be given.
+    """Return the width and height of the image to make from a picture.
 
-    The two have the picture's aspect ratio and, if neither is given, the area of a square of `area_side` pixels. A side
-    that is not given is then rounded to the nearest multiple of `factor`, at least `factor` and at most
-    area_side^2 / factor, so that a long strip does not get more pixels than the square.
+    width, height: the sides that the user chose. A side that is None follows from the picture's aspect ratio. If both
+    are None, the image has the area of a square of `area_side` pixels. A side that was None is rounded to the nearest
+    multiple of `factor`, at least `factor` and at most area_side^2 / factor: the limit for long, thin pictures.
     """
     if not picture_width or not picture_height:
         raise ValueError(f"the picture has no pixels: its size is {picture_width} x {picture_height}")
@@ -35,10 +35,10 @@ def target_size(
 
 
 def fit(picture: Image.Image, width: int, height: int, resize: str = "crop") -> Image.Image:
-    """Give an RGB picture another size, by Lanczos resampling. A picture of this size already is returned unchanged.
+    """Resize an RGB picture by Lanczos resampling. A picture that already has this size is returned unchanged.
 
-    resize: "crop" keeps the aspect ratio: it scales the picture until both sides cover the new size, and keeps the
-    middle. "stretch" scales each side by itself, so that the aspect ratio changes.
+    resize: "crop" keeps the aspect ratio: it scales the picture until the picture covers the new size, and keeps the
+    middle. "stretch" scales width and height independently, so that the aspect ratio changes.
     """
     if 0 in picture.size:
         raise ValueError(f"the picture has no pixels: its size is {picture.width} x {picture.height}")
@@ -50,7 +50,7 @@ def fit(picture: Image.Image, width: int, height: int, resize: str = "crop") -> 
 
 
 def grid(pictures: Sequence[Image.Image]) -> Image.Image:
-    """Paste equally large `pictures` row by row into one that is as square as their number allows."""
+    """Paste `pictures` of one size row by row into a single picture with about as many columns as rows."""
     columns = math.ceil(math.sqrt(len(pictures)))
     width, height = pictures[0].size
     sheet = Image.new("RGB", (columns * width, math.ceil(len(pictures) / columns) * height))

@@ -1,4 +1,4 @@
-"""Tensors to 8-bit pictures and back."""
+"""Image tensors to 8-bit PIL pictures, and back."""
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 def to_pil(images: Tensor) -> list[Image.Image]:
     """Turn images: b 3 h w in [-1, 1] into 8-bit pictures, clamped and rounded to the nearest level.
 
-    CompVis' scripts round down instead, and their pictures are up to one level darker.
+    CompVis' scripts round down instead, so that their pictures are up to one level darker.
     """
     levels = (images.float() * 0.5 + 0.5).clamp(0, 1) * 255
     array = rearrange(levels.round(), "b c h w -> b h w c").byte().cpu().numpy()
@@ -18,7 +18,7 @@ def to_pil(images: Tensor) -> list[Image.Image]:
 
 
 def to_tensor(picture: Image.Image) -> Tensor:
-    """Turn an RGB picture into an image: 1 3 h w in [-1, 1], fp32. `to_pil` turns it into the same picture again.
+    """Turn an RGB picture into an image: 1 3 h w in [-1, 1], fp32. `to_pil` turns the image into the same picture.
 
     Raises ValueError for a picture of another mode.
     """

@@ -21,31 +21,31 @@ from ldm.record import ModelChoice, Record, digest, remember
 from ldm.refiner import plan_both, stream_both
 from ldm.request import Request
 
-Watch = Callable[[Iterator[Step], int], Iterable[Step]]  # the steps and their number -> the steps, such as a tqdm bar
+Watch = Callable[[Iterator[Step], int], Iterable[Step]]  # (steps, their number) -> the same steps, such as a tqdm bar
 
 
 @dataclass(frozen=True)
 class Job:
-    """What to make, with which model, on which device.
+    """A request for pictures, with the model and the placement to use.
 
-    The request says the task: with a source picture it is image to image.
+    A request with a source picture is image to image, any other text to image.
     """
 
     request: Request
     model: ModelChoice = ModelChoice()
     placement: Placement = field(default_factory=Placement)
     grid: bool = False  # one file with all the pictures
-    picture: int | None = None  # write only this one of the request's pictures
-    sha256: Mapping[str, str] = field(default_factory=dict)  # the digests that these paths of the job must have
+    picture: int | None = None  # the index of the only picture to write; None: all
+    sha256: Mapping[str, str] = field(default_factory=dict)  # the expected digests, by the names of `paths`
 
     @property
     def count(self) -> int:
-        """The number of files."""
+        """The number of picture files to write."""
         return 1 if self.grid or self.picture is not None else self.request.images
 
     @property
     def paths(self) -> dict[str, Path]:
-        """The files and folders that the job reads: of the models, and the source picture."""
+        """The files and folders that the job reads, by name: those of the models, and the source picture."""
         source = self.request.source
         own = {"source": Path(source.image)} if source and isinstance(source.image, str | Path) else {}
         return self.model.paths | own
@@ -60,7 +60,7 @@ class Models(NamedTuple):
 
 @dataclass(frozen=True)
 class Result:
-    """The files of a job, the seed of each, how it was made, and the seconds that its parts took."""
+    """The files of a job, the seed of each file, the record of the run, and the seconds that each part took."""
 
     files: list[Path]
     seeds: list[int]
@@ -86,8 +86,8 @@ def run(job: Job, models: Models, outputs: Outputs, watch: Watch = lambda steps,
     """Make the pictures of `job` with its loaded models, and write them.
 
     watch: wraps the iterator over the steps, to show progress.
-    Raises ValueError for a request that the models cannot follow and for files with other digests than the job names,
-    and FloatingPointError for pictures that are not finite; then nothing is written.
+    Raises ValueError for a request that the models do not support and for files whose digests are not those in
+    `job.sha256`, and FloatingPointError for pictures that are not finite. In these cases no picture is written.
     """
     request, (base, refiner) = job.request, models
     seconds: dict[str, float] = {}
@@ -97,8 +97,8 @@ def run(job: Job, models: Models, outputs: Outputs, watch: Watch = lambda steps,
             if digests[name].result() != sha256:
                 what, flag = name.replace("_", " "), name.replace("_", "-")
                 raise ValueError(
-                    f"{job.paths[name]} is not the {what} that made the picture; to use it all the same, name it with "
-                    f"--{flag}"
+                    f"{job.paths[name]} is not the {what} that made the picture; to use this {what} nevertheless, pass "
+                    f"the path with --{flag}"
                 )
         with timed("sample", seconds):
             if refiner is None:
@@ -130,9 +130,9 @@ def _save(job: Job, pictures: list[Image.Image], chosen: list[int], record: Reco
 
 @contextmanager
 def timed(part: str, seconds: dict[str, float]) -> Iterator[None]:
-    """Note in `seconds` how long the block took."""
+    """Store in `seconds[part]` how long the block took."""
     start = time.perf_counter()
     yield
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        torch.cuda.synchronize()  # steps are queued long before they are done
+        torch.cuda.synchronize()  # the GPU may still work on steps that Python has queued
     seconds[part] = round(time.perf_counter() - start, 3)

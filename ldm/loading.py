@@ -1,4 +1,4 @@
-"""From a path to a `Pipeline`: identify the model, read it, and place it on the device."""
+"""From a path to a `Pipeline`: identify the model, read the weights, and move the networks to the device."""
 
 import os
 from pathlib import Path
@@ -22,16 +22,16 @@ def load(
     unet: str | Path | None = None,
     text_encoder: str | Path | None = None,
 ) -> Pipeline:
-    """Load a model: a folder of ours or of diffusers, or a single .safetensors file of the official layout.
+    """Load a model from a folder in diffusers' layout, or from a single .safetensors file in the official layout.
 
     path: the default is the small model that ships with the package.
-    placement: device, precision and memory, see `Placement`. `Placement.fast()` is what the command uses.
-    prediction: what the UNet predicts, if the file does not say it or says it wrongly.
-    ema: take the averaged copy of the UNet from a file that holds both.
+    placement: device, precision and memory, see `Placement`. The command uses `Placement.fast()`.
+    prediction: what the UNet predicts, if the file says nothing or is wrong.
+    ema: take the averaged copy (EMA) of the UNet from a file that holds both copies.
     vae, unet, text_encoder: a file or folder to take this part from, instead of from `path`.
     The weights do not require gradients. Call `pipe.unet.requires_grad_()` to train.
     Raises ValueError for a model that is absent, damaged or not supported, for parts that do not fit together, and for
-    a placement that this machine cannot follow.
+    a placement that this machine does not support.
     """
     if placement is not None and not isinstance(placement, Placement):
         raise ValueError(
@@ -57,7 +57,7 @@ def load(
 
 
 def locate(path: str | Path) -> Path:
-    """Return `path`, or the place of the bundled model if `path` is its name and no file here has this name.
+    """Return `path`. If it is "weights/tiny" and does not exist here, return the folder of the bundled model.
 
     Raises ValueError for a value that is not a path.
     """

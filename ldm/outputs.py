@@ -1,4 +1,4 @@
-"""The picture files of a job: checked before the work, and each name is taken only when its picture is saved."""
+"""The picture files of a job: all paths are checked before the work, and each file is created with its picture."""
 
 import itertools
 import re
@@ -19,8 +19,8 @@ DEFAULT = Path("out.png")
 class Outputs:
     """The PNG files of one job, numbered if there are several.
 
-    Without `out` they are out.png, or out-00001.png and so on from the first free number. With `out` the files must not
-    exist, unless `overwrite` is set. records: write into each PNG how it was made.
+    Without `out` the files are out.png, or out-00001.png and so on; if a name is taken, the next free number is used.
+    With `out` the files must not exist, unless `overwrite` is set. records: write into each PNG how it was made.
     """
 
     out: Path | None
@@ -30,7 +30,7 @@ class Outputs:
 
     @property
     def wanted(self) -> list[Path]:
-        """The paths of the files, unless another program creates one of them during the work."""
+        """The paths of the files. `save` takes another path if a file exists there in the meantime."""
         path = self.out or DEFAULT
         return [path] if self.count == 1 else [_numbered(path, i + 1) for i in range(self.count)]
 
@@ -56,7 +56,7 @@ class Outputs:
         clear_temporary(path.parent)
 
     def save(self, index: int, picture: Image.Image, texts: Mapping[str, str]) -> Path:
-        """Write picture `index` of `count` and return its path, with the next free number if the name is taken."""
+        """Write picture `index` and return its path: the wanted path, or the next free number if that is taken."""
         wanted = self.wanted[index]
         for file in itertools.chain([wanted], _free_numbers(wanted if self.out else DEFAULT)):
             if self.overwrite or not _present(file):
@@ -67,7 +67,7 @@ class Outputs:
 
 
 def _free_numbers(path: Path) -> Iterator[Path]:
-    """Yield `path` with the numbers after the largest in its folder."""
+    """Yield `path` with numbers that are larger than all numbers of such files in its folder."""
     pattern = re.compile(re.escape(path.stem) + r"-(\d{5,})\.png", re.IGNORECASE)
     found = [pattern.fullmatch(file.name) for file in path.parent.iterdir()]
     last = max((int(match[1]) for match in found if match), default=0)
@@ -79,7 +79,7 @@ def _numbered(path: Path, number: int) -> Path:
 
 
 def _present(file: Path) -> bool:
-    """Whether `file` exists, also as a broken link. Unlike `exists`, an impossible name raises OSError."""
+    """Whether `file` exists, also as a broken link. Unlike `Path.exists`, this raises OSError for impossible names."""
     try:
         file.lstat()
     except FileNotFoundError:

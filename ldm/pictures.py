@@ -1,4 +1,4 @@
-"""Picture files: reading any of the usual kinds as 8-bit RGB, and PNG files with text chunks about their making."""
+"""Picture files: read the usual formats as 8-bit RGB, and write PNG files with text chunks."""
 
 import io
 import json
@@ -16,7 +16,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageChops, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # the only formats that are read
-MAX_PIXELS = 2**27  # the most that a picture may have: 134 million, which take 400 MB as RGB
+MAX_PIXELS = 2**27  # the most pixels that a picture may have: 134 million, which take 400 MB as RGB
 
 
 def save_png(
@@ -37,7 +37,7 @@ def save_png(
     try:
         with open(temporary, "xb") as file:
             file.write(encoded.getbuffer())
-        if not overwrite:  # claim the name with an empty file: a hard link does it in one step, but not everywhere
+        if not overwrite:  # reserve the name with an empty file, because not every file system has hard links
             path.touch(exist_ok=False)
         os.replace(temporary, path)
     except FileExistsError:
@@ -49,7 +49,7 @@ def save_png(
 
 
 def clear_temporary(folder: Path) -> None:
-    """Remove the temporary files, an hour old or older, that a killed `save_png` left in `folder`."""
+    """Remove the temporary files in `folder` that a killed `save_png` left there an hour ago or earlier."""
     for file in folder.glob(".ldm-*"):
         if re.fullmatch(r"\.ldm-[0-9a-f]{16}(\.png)?", file.name):
             with suppress(OSError):  # another user's file, or a file that is gone by now
@@ -62,8 +62,8 @@ def open_picture(path: str | Path) -> Iterator[Image.Image]:
     """Open the picture file at `path` for a block of code that decodes it.
 
     Only FORMATS are read, whatever the file's name says. Without this limit Pillow starts Ghostscript for EPS files.
-    Raises ValueError for a file that is absent, not a regular file, of another format, damaged, or of more than
-    MAX_PIXELS. An error of the decoder inside the block becomes such a ValueError, too.
+    Raises ValueError for a file that is absent, not a regular file, of another format, damaged, or larger than
+    MAX_PIXELS. If the decoder fails inside the block, this also becomes a ValueError.
     """
     path = Path(path)
     try:
@@ -96,12 +96,12 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 
     - The rotation in the EXIF data is applied.
     - Gray levels of 12 or 16 bits are scaled to 8 bits.
-    - A color profile is applied, so that the colors become those of sRGB. A damaged profile, and one for other
-      channels than the picture has, is ignored. So is every profile where Pillow was built without LittleCMS.
+    - A color profile is applied, so that the colors become those of sRGB. A profile is ignored if it is damaged or
+      made for other channels than the picture has, or if Pillow was built without LittleCMS.
     - Transparent pixels are laid over white.
-    - Of an animation or of several pages, the first is taken.
+    - Of an animation, or a file with several pages, the first frame or page is taken.
 
-    Raises ValueError for pixels of 32 bits, and for signed ones: the levels of black and white are unknown.
+    Raises ValueError for pixels with 32 bits or a sign, because their levels of black and white are unknown.
     """
     picture = ImageOps.exif_transpose(_eight_bits(picture))
     transparent = picture.convert("RGBA") if picture.has_transparency_data else None
@@ -109,12 +109,12 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     rgb = _to_srgb((transparent or picture).convert(channels), picture.info.get("icc_profile"))
     if transparent:
         rgb = Image.composite(rgb, Image.new("RGB", rgb.size, "white"), transparent.getchannel("A"))
-    rgb.info = {}  # a profile in it is no longer that of the pixels
+    rgb.info = {}  # the profile does not describe the new pixels
     return rgb
 
 
 def _eight_bits(picture: Image.Image) -> Image.Image:
-    """Scale gray levels of 12 or 16 bits to 8, where Pillow would clip them. Return other pictures as they are."""
+    """Scale gray levels of 12 or 16 bits to 8 bits; Pillow would clip them. Return other pictures unchanged."""
     if picture.mode in ("I", "F"):
         raise ValueError(
             f"its pixels are signed or have 32 bits (mode {picture.mode}), so the levels of black and white are "
@@ -125,7 +125,7 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
     tags = getattr(picture, "tag_v2", {})  # of a TIFF
     white = 2 ** tags.get(ExifTags.Base.BitsPerSample, (16,))[0] - 1
     levels = (np.asarray(picture).astype(np.uint32) * 255 + white // 2) // white
-    if tags.get(ExifTags.Base.PhotometricInterpretation) == 0:  # white is 0; Pillow inverts only 8 bits
+    if tags.get(ExifTags.Base.PhotometricInterpretation) == 0:  # white is 0, and Pillow inverts only 8-bit levels
         levels = 255 - levels
     gray = Image.fromarray(levels.astype(np.uint8))
     gray.info = {key: value for key, value in picture.info.items() if key != "transparency"}
@@ -135,7 +135,7 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
 def _to_srgb(picture: Image.Image, profile: bytes | None) -> Image.Image:
     """Turn a picture of mode L, RGB or CMYK into sRGB. `profile` is its ICC color profile.
 
-    A profile that changes no level by more than 2 is not applied: it is one of the many that describe sRGB itself.
+    A profile that changes no level by more than 2 is not applied, because many profiles only describe sRGB itself.
     """
     rgb = picture.convert("RGB")
     if not profile:
@@ -152,8 +152,8 @@ def _to_srgb(picture: Image.Image, profile: bytes | None) -> Image.Image:
 def read_texts(path: str | Path) -> dict[str, str]:
     """Return the text chunks of the picture at `path`, empty if it has none.
 
-    JPEG and WebP have no text chunks. A1111 writes its parameters into the EXIF UserComment of such a file, which is
-    returned under the key "parameters".
+    JPEG and WebP have no text chunks. In these files A1111 writes its parameters into the EXIF field UserComment, which
+    is returned under the key "parameters".
     Raises ValueError as `open_picture` does.
     """
     with open_picture(path) as picture:
@@ -183,5 +183,5 @@ def _quoted(value: str) -> str:
 
 
 def _printable(text: str) -> str:
-    """`text` without the control characters that a PNG text chunk must not hold."""
+    """Return `text` without the control characters that a PNG text chunk must not hold."""
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")

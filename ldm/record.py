@@ -1,4 +1,4 @@
-"""The record in a picture: how to make it again bit for bit, as JSON in a text chunk of its PNG."""
+"""The record in a picture: how to make the picture again bit for bit, as JSON in a text chunk of the PNG file."""
 
 import dataclasses
 import hashlib
@@ -19,23 +19,23 @@ from ldm.placement.memory import Placement
 from ldm.request import Plan, Request, Sizes
 from ldm.strict import from_dict
 
-KEY = "ldm"  # of the PNG's text chunk
-OTHERS = {  # the text chunks of other programs
+KEY = "ldm"  # the key of our text chunk
+OTHERS = {  # the keys of other programs' text chunks
     "parameters": "AUTOMATIC1111's web UI, or of a program that writes as it does",
     "workflow": "ComfyUI",
     "invokeai_metadata": "InvokeAI",
     "sd-metadata": "InvokeAI",
 }
 MODEL_AND_PARTS = ("model", "prediction", "ema", "vae", "unet", "text_encoder")  # all but the refiner
-UNRECORDED = ("offload", "cuda_graph")  # fields of a Placement that change no number
+UNRECORDED = ("offload", "cuda_graph")  # fields of a Placement that do not change the results
 
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """Which model to use: what `ldm.load` takes beside the placement, and an SDXL refiner."""
+    """The choice of the model: the arguments of `ldm.load` except the placement, and an SDXL refiner."""
 
     model: str = option(BUNDLED, "a folder or .safetensors file")
-    prediction: Prediction | None = option(None, "what the UNet predicts, if its file says it wrongly")
+    prediction: Prediction | None = option(None, "what the UNet predicts, if its file says nothing or is wrong")
     ema: bool = option(False, "use the averaged copy of the UNet, from a file that holds both")
     vae: str | None = option(None, "a file or folder to take the VAE from")
     unet: str | None = option(None, "a file or folder to take the UNet from")
@@ -45,14 +45,14 @@ class ModelChoice:
 
     @property
     def paths(self) -> dict[str, Path]:
-        """The files and folders of the model and of each part from elsewhere, by field."""
+        """The files and folders of the model, its replaced parts and the refiner, by the name of the field."""
         named = {n: getattr(self, n) for n in ("model", "vae", "unet", "text_encoder", "refiner")}
         return {name: locate(path) for name, path in named.items() if path is not None}
 
 
 @dataclass(frozen=True)
 class Environment:
-    """What can change the last bits of a number, beside the inputs: versions, hardware and threads."""
+    """Versions, hardware and number of threads: they can change the last bits of the results."""
 
     ldm: str
     torch: str
@@ -62,11 +62,11 @@ class Environment:
 
 @dataclass(frozen=True)
 class Record:
-    """How a picture was made: what was asked, and the values that the model chose.
+    """How a picture was made: the request, the model, and the defaults that the model filled in.
 
-    resolved: the main fields of the `Plan`. name, why: what the model was identified as, and why.
-    sha256: the digest of each path in `model.paths`, and of the source picture. placement: in words.
-    picture: the index of the picture, or None for a grid of all.
+    resolved: the main fields of the `Plan`. name, why: the name of the identified model, and how it was identified.
+    sha256: the digest of each path in `model.paths`, and of the source picture.
+    placement: its fields, with device and dtypes as text. picture: the index of the picture; None: a grid of all.
     """
 
     task: Literal["txt2img", "img2img"]
@@ -91,7 +91,7 @@ class Record:
         return table
 
     def texts(self, picture: int | None) -> dict[str, str]:
-        """Return the PNG text chunks of that picture, or of a grid of all: A1111's `parameters` and ours."""
+        """Return the PNG text chunks for this picture, or for a grid of all (None): A1111's `parameters`, and ours."""
         request, resolved, vae = self.request, self.resolved, self.model.vae
         parameters = a1111_parameters(
             request.prompt,
@@ -116,7 +116,7 @@ class Record:
 
 
 def remember(plan: Plan, choice: ModelChoice, pipe: ldm.Pipeline, sha256: Mapping[str, str]) -> Record:
-    """Describe the run of `plan` with `pipe`, which was loaded from `choice` with a placement."""
+    """Make the record of a run of `plan` with `pipe`, which was loaded from `choice`."""
     chosen = {f.name: getattr(pipe.placement, f.name) for f in dataclasses.fields(Placement)}
     device = torch.device(pipe.placement.device or "cpu")
     words = {n: v if isinstance(v, bool | None) else str(v).removeprefix("torch.") for n, v in chosen.items()}
@@ -141,7 +141,7 @@ def remember(plan: Plan, choice: ModelChoice, pipe: ldm.Pipeline, sha256: Mappin
 
 
 def environment(device: torch.device) -> Environment:
-    """Describe this process, computing on `device`."""
+    """Return the versions, hardware and number of threads of this process, if it computes on `device`."""
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)
     else:
@@ -152,7 +152,7 @@ def environment(device: torch.device) -> Environment:
 def recall(path: str | Path) -> Record:
     """Read the record in the PNG at `path`.
 
-    Raises ValueError for a file that is not a picture, has no record, or has one that this version cannot follow.
+    Raises ValueError for a file that is not a picture, has no record, or has a record that this version cannot repeat.
     """
     texts = read_texts(path)
     for key, program in OTHERS.items():
@@ -178,7 +178,7 @@ def recall(path: str | Path) -> Record:
         Placement(**record.placement)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"{error}; ldm {ldm.__version__} cannot follow this record: give the prompt and options yourself"
+            f"{error}; ldm {ldm.__version__} cannot repeat this record: give the prompt and options yourself"
         ) from error
     if record.picture is not None and not 0 <= record.picture < record.request.images:
         raise ValueError(
@@ -188,7 +188,7 @@ def recall(path: str | Path) -> Record:
 
 
 def _upgraded(table: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert a record of the first version, which held the model's choices as if they had been asked."""
+    """Convert a record in the first format, which stored the model's defaults as if the user had asked for them."""
     used, request = dict(table["model"]), dict(table["request"])
     if table["placement"].get("int8"):
         raise ValueError("the picture was made with weights in int8, which this version does not have")
@@ -208,9 +208,9 @@ def _upgraded(table: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def digest(path: str | Path) -> str:
-    """Return the sha256 that identifies a model: the file's own, or of the list of a folder's files and theirs.
+    """Return the sha256 of a file, or for a folder the sha256 of the list of its files with their digests.
 
-    A folder's files are those that can change a picture: .safetensors, .json and .txt, in it and below.
+    The list has the files in and below the folder that can change a picture: .safetensors, .json and .txt.
     """
     path = Path(path)
     if not path.is_dir():

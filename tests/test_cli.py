@@ -353,7 +353,9 @@ def test_repeating_with_another_file_in_place_of_a_part_is_refused(txt2img, othe
     files.save_vae(vae, other_vae, image_size=32)
     code, _, err = txt2img("--from", "a.png", model=False)
     assert code == 2
-    assert err == ("ldm: error: vae is not the vae that made the picture; to use it all the same, name it with --vae\n")
+    assert err == (
+        "ldm: error: vae is not the vae that made the picture; to use this vae nevertheless, pass the path with --vae\n"
+    )
     assert txt2img("--from", "a.png", "--vae", other_vae, model=False)[0] == 0
 
 
@@ -697,7 +699,7 @@ def test_a_record_of_the_first_words_only_is_refused_in_plain_words(txt2img):
     save_png(Image.new("RGB", (1, 1)), "x.png", {"ldm": '{"task": "txt2img"}'})
     assert txt2img("--from", "x.png", model=False)[2] == (
         "ldm: error: the record in x.png lacks request, model, sha256, environment, placement; "
-        f"ldm {ldm.__version__} cannot follow this record: give the prompt and options yourself\n"
+        f"ldm {ldm.__version__} cannot repeat this record: give the prompt and options yourself\n"
     )
 
 

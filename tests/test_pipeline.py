@@ -525,7 +525,7 @@ def test_inf_in_fp16_weights_may_be_of_the_cast_and_asks_for_fp32_first(part, op
     pipe = SimpleNamespace(paths={}, **{part: network})
     network.weight.data.fill_(math.inf)
     assert str(not_finite(pipe, part)).endswith(
-        "gave numbers that are not finite in float16, which ends at 65504 (its weights reach inf): "
+        "gave numbers that are not finite in float16, whose largest number is 65504 (the largest weight is inf): "
         f"load the model with {option} float32"
     )
     network.weight.data.fill_(math.nan)
