@@ -79,10 +79,10 @@ def test_what_a_model_is_taken_for_and_why_is_said_but_for_the_bundled_one(model
 
 def test_every_option_reaches_the_request_and_is_reported(txt2img):
     code, out, _ = txt2img(
-        *("a frog", "--negative", "bad", "--steps", "3", "--sampler", "euler_ancestral"),
-        *("--schedule", "karras", "--guidance", "2", "--rescale", "0.5", "--seed", "9"),
-        *("--images", "2", "--width", "36", "--height", "20", "--dtype", "bfloat16"),
-        *("--vae-dtype", "bfloat16", "--attention", "sliced", "--out", "frog.png", "--json"),
+        "a frog",
+        *"--negative bad --steps 3 --sampler euler_ancestral --schedule karras --guidance 2 --rescale 0.5".split(),
+        *"--seed 9 --images 2 --width 36 --height 20 --dtype bfloat16 --vae-dtype bfloat16".split(),
+        *"--attention sliced --out frog.png --json".split(),
     )
     results = json.loads(out)
     assert code == 0
@@ -660,7 +660,7 @@ def test_what_a_kill_left_long_ago_is_cleared_and_nothing_else(txt2img, here):
     for name in names:
         os.utime(name, (0, 0))
     assert txt2img("a frog")[0] == 0
-    assert sorted(os.listdir(here)) == [*(".ldm-fedcba9876543210", ".ldm-notes", "ldm-old.png", "out.png")]
+    assert sorted(os.listdir(here)) == [".ldm-fedcba9876543210", ".ldm-notes", "ldm-old.png", "out.png"]
 
 
 def test_what_cannot_be_a_source_is_said(txt2img, here):

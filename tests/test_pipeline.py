@@ -146,7 +146,7 @@ def test_what_a_request_leaves_open_is_the_models_own_choice():
     turbo = Request("a frog").resolved(SD_TURBO)
     assert (turbo.steps, turbo.sampler, turbo.spacing) == (4, "euler_ancestral", "trailing")
     assert (turbo.guidance_scale, turbo.texts) == (0.0, ("a frog",))
-    chosen = Request(*("a frog", "bad", 2, 0.0, 0.5), sampler="ddim", spacing="karras", width=8, height=16)
+    chosen = Request("a frog", "bad", 2, 0.0, 0.5, sampler="ddim", spacing="karras", width=8, height=16)
     plan = chosen.resolved(SD15)
     assert plan.request is chosen
     assert (plan.steps, plan.sampler, plan.spacing) == (2, "ddim", "karras")

@@ -151,8 +151,8 @@ FAMILIES: dict[str, Family] = {  # by the names of our presets
         unet=_XL_UNET
         | {
             "block_out_channels": (384, 768, 1536, 1536),
-            "down_block_types": (*("DownBlock2D", "CrossAttnDownBlock2D"), *("CrossAttnDownBlock2D", "DownBlock2D")),
-            "up_block_types": (*("UpBlock2D", "CrossAttnUpBlock2D"), *("CrossAttnUpBlock2D", "UpBlock2D")),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
             "transformer_layers_per_block": 4,
             "attention_head_dim": (6, 12, 24, 24),
             "cross_attention_dim": 1280,

@@ -166,8 +166,13 @@ def test_a_damaged_picture_is_named_when_it_is_reached(tmp_path):
 @pytest.mark.parametrize(
     "line",
     [
-        *("{", '"word"', '{"file_name": "a.png"}', '{"text": "a"}', "7"),
-        *('{"file_name": 3, "text": "a"}', '{"file_name": "a.png", "text": null}'),
+        "{",
+        '"word"',
+        '{"file_name": "a.png"}',
+        '{"text": "a"}',
+        "7",
+        '{"file_name": 3, "text": "a"}',
+        '{"file_name": "a.png", "text": null}',
     ],
 )
 def test_a_bad_line_of_the_metadata_is_named_by_number(tmp_path, line):
