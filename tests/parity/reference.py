@@ -309,6 +309,7 @@ _SIZES = {  # diffusers' names for the fields of Sizes
     "crops_coords_top_left": ("crop_top", "crop_left"),
     "target_size": ("target_height", "target_width"),
 }
+SCORES = ("aesthetic_score", "negative_aesthetic_score")  # the same names in both; for the refiner alone
 # Their lists differ from those of all other classes, so they are told the timesteps of the others.
 _OWN_SPACING = ("dpmpp_2m", "dpmpp_2m_sde", "lcm")
 
@@ -330,28 +331,13 @@ def pictures(pipe: Any, request: ldm.Request) -> tuple[np.ndarray, Tensor]:
 
     Returns the pictures, b h w 3 bytes, and the latents that they were decoded from, b c h w fp32.
     """
-    told, negative = _schedule(pipe, request), request.negative_prompt
-    generators = [torch.Generator("cpu").manual_seed(seed) for seed in request.seeds]
-    options: Json = told | {
-        "prompt": [request.prompt] * request.images,
-        "negative_prompt": None if negative is None else [negative] * request.images,
-        "guidance_scale": request.guidance_scale,
-        "guidance_rescale": request.guidance_rescale,
-        "generator": generators,
-    }
-    for name, parts in _SIZES.items():
-        if getattr(request.sizes, parts[0]) is not None:
-            options[name] = tuple(getattr(request.sizes, part) for part in parts)
-    for name in ("aesthetic_score", "negative_aesthetic_score"):
-        if getattr(request.sizes, name) is not None:
-            options[name] = getattr(request.sizes, name)
+    told = schedule(pipe, request)
+    options: Json = told | asked(request) | {"guidance_rescale": request.guidance_rescale}
     if isinstance(pipe, diffusers.StableDiffusionXLImg2ImgPipeline):
-        # As SDXL's own pipeline does, and we with both: the crop is that of the negative prompt too.
-        options["negative_crops_coords_top_left"] = options.get("crops_coords_top_left", (0, 0))
         # It starts from an image; latents that are given are taken as they are, at the strength of pure noise.
         pipe.scheduler.set_timesteps(**told)
         shape = (1, 4, request.height // 8, request.width // 8)
-        noise = torch.cat([torch.randn(shape, generator=g) for g in generators])
+        noise = torch.cat([torch.randn(shape, generator=g) for g in options["generator"]])
         noise = (noise * pipe.scheduler.init_noise_sigma).to(pipe.device, pipe.unet.dtype)
         options |= {"image": noise, "latents": noise, "strength": 1.0}
     else:
@@ -366,7 +352,27 @@ def pictures(pipe: Any, request: ldm.Request) -> tuple[np.ndarray, Tensor]:
     return np.stack([np.asarray(picture) for picture in out.images]), last[0].float().cpu()
 
 
-def _schedule(pipe: Any, request: ldm.Request) -> Json:
+def asked(request: ldm.Request) -> Json:
+    """Name the texts, the guidance scale, the sizes and a generator for each picture as diffusers does."""
+    negative = request.negative_prompt
+    options: Json = {
+        "prompt": [request.prompt] * request.images,
+        "negative_prompt": None if negative is None else [negative] * request.images,
+        "guidance_scale": request.guidance_scale,
+        "generator": [torch.Generator("cpu").manual_seed(seed) for seed in request.seeds],
+    }
+    for name, parts in _SIZES.items():
+        if getattr(request.sizes, parts[0]) is not None:
+            options[name] = tuple(getattr(request.sizes, part) for part in parts)
+    if "crops_coords_top_left" in options:  # we crop the negative prompt alike, as diffusers does for SDXL base alone
+        options["negative_crops_coords_top_left"] = options["crops_coords_top_left"]
+    for name in SCORES:
+        if getattr(request.sizes, name) is not None:
+            options[name] = getattr(request.sizes, name)
+    return options
+
+
+def schedule(pipe: Any, request: ldm.Request) -> Json:
     """Give the pipeline its scheduler; returns what to tell it of the steps."""
     kind, options = SCHEDULERS[request.sampler]
     noise = {k: v for k, v in pipe.scheduler.config.items() if k in (*NOISE, "prediction_type")}

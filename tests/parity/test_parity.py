@@ -1,7 +1,6 @@
 """The same weights, seeds and settings give the same numbers and pictures as diffusers, in every official family."""
 
 import dataclasses
-from functools import cache
 
 import pytest
 import torch
@@ -23,30 +22,6 @@ pytestmark = [  # of diffusers' own making
 ]
 RELATIVE = 1e-5  # of the largest value, in fp32: both may sum in their own order
 LEVELS = 1  # a value that lies on the boundary of two levels may be rounded to either
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Where diffusers saved a small random model of the family of that name."""
-
-    @cache
-    def build(name):
-        folder = tmp_path_factory.mktemp(name)
-        reference.build(folder, reference.small(FAMILIES[name]))
-        return folder
-
-    return build
-
-
-@pytest.fixture(scope="module")
-def both(folder):
-    """That model, loaded by us and by diffusers."""
-    return cache(
-        lambda name, dtype=torch.float32: (
-            ldm.load(folder(name), ldm.Placement("cpu", dtype=dtype, vae_dtype=dtype)),
-            reference.load(folder(name), dtype),
-        )
-    )
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=slow_if_as_another(name)) for name in FAMILIES])
