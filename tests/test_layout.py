@@ -36,7 +36,7 @@ PACKAGES = {  # what each part of ldm may import of ldm, beside itself
     "refiner": {"config", "diffusion", "pipeline", "request"},
     "outputs": {"pictures"},
     "pictures": {"atomic"},
-    "record": {"", "config", "diffusion", "loading", "pictures", "placement", "request", "strict"},
+    "record": {"", "config", "diffusion", "loading", "pictures", "placement", "refiner", "request", "strict"},
     "jobs": {"diffusion", "geometry", "loading", "outputs", "pipeline", "placement", "record", "refiner", "request"},
     "training": {
         *("atomic", "checkpoint", "conditioning", "config", "diffusion", "geometry", "images", "models", "pictures"),
