@@ -4,7 +4,6 @@ from typing import Any
 
 import diffusers
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -58,7 +57,9 @@ def ours(pipe: ldm.Pipeline, request: ldm.Request) -> tuple[np.ndarray, int]:
     return _array(pipe.decode(last.latents)), last.total
 
 
-def theirs_in_two_stages(base: Any, refiner: Any, request: ldm.Request, handover: float) -> tuple[np.ndarray, list[int]]:
+def theirs_in_two_stages(
+    base: Any, refiner: Any, request: ldm.Request, handover: float
+) -> tuple[np.ndarray, list[int]]:
     """Make with diffusers what `request` asks for by both models.
 
     With Heun's method the base model stops in the middle of a step, and the refiner starts at the beginning of this

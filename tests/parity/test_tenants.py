@@ -1,15 +1,17 @@
 """Image to image, and SDXL with its refiner, give the same pictures as diffusers, in the same number of steps."""
 
 import dataclasses
+import itertools
 
 import pytest
 
 import ldm
-from tests.parity import compare, tenants
+from tests.parity import compare, tenants, test_parity
 from tests.parity.reference import FAMILIES, SCHEDULERS
 from tests.parity.tenants import from_picture, picture, request
-from tests.parity.test_parity import LEVELS, pytestmark  # noqa: F401: pytest reads it
+from tests.parity.test_parity import LEVELS
 
+pytestmark = test_parity.pytestmark
 SAMPLED = [name for name, family in FAMILIES.items() if family.makes_pictures]
 QUICK = {  # run by default; all others are slow
     *(("sd15", "dpmpp_2m"), ("sd15", "euler_ancestral"), ("sd21", "ddim"), ("sdxl-base", "heun")),
@@ -84,7 +86,7 @@ def assert_equal_in_two_stages(both, request, handover):
     ("sampler", "handover", "steps"),
     [
         pytest.param(*case, marks=() if case in (("euler", 0.8, 10), ("dpmpp_2m", 0.5, 10)) else pytest.mark.slow)
-        for case in ((sampler, handover, steps) for sampler in SCHEDULERS for handover in (0.8, 0.5) for steps in (10, 25))
+        for case in itertools.product(SCHEDULERS, (0.8, 0.5), (10, 25))
     ],
 )
 def test_base_and_refiner_equal_those_of_diffusers(sampler, handover, steps, both):
