@@ -99,7 +99,11 @@ def test_base_and_refiner_equal_those_of_diffusers(sampler, handover, steps, bot
     [
         {"images": 2},
         {"negative_prompt": None},  # zeros for the base model, the empty text for the refiner
-        {"sizes": ldm.Sizes(original_width=512, original_height=300, crop_top=8, crop_left=40, target_width=96)},
+        {
+            "sizes": ldm.Sizes(
+                original_width=512, original_height=300, crop_top=8, crop_left=40, target_width=96, target_height=80
+            )
+        },
         {"sizes": ldm.Sizes(aesthetic_score=8.0, negative_aesthetic_score=1.0)},
         {"spacing": "trailing"},
         {"spacing": "karras"},
