@@ -7,7 +7,7 @@ import torch
 
 import ldm
 from tests.parity import reference
-from tests.parity.reference import FAMILIES
+from tests.parity.reference import FAMILIES, LCM
 
 
 @pytest.fixture(scope="session")
@@ -17,7 +17,7 @@ def folder(tmp_path_factory):
     @cache
     def build(name):
         folder = tmp_path_factory.mktemp(name)
-        reference.build(folder, reference.small(FAMILIES[name]))
+        reference.build(folder, reference.small((FAMILIES | {"LCM": LCM})[name]))
         return folder
 
     return build

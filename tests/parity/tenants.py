@@ -36,9 +36,13 @@ def from_picture(sampler: str = "euler", strength: float = 0.6, **more: Any) -> 
 def theirs(pipe: Any, request: ldm.Request) -> tuple[np.ndarray, int]:
     """Make with diffusers what `request` asks for, from its source picture.
 
-    Their processor rounds the sides of the picture down to multiples of 8, which the request must ask for.
+    Their processor rounds the sides of the picture down to multiples of 8, which the request must ask for. Of a latent
+    consistency model their own pipeline runs all steps whatever the strength, so it gets that of Stable Diffusion.
     """
-    own = diffusers.AutoPipelineForImage2Image.from_pipe(pipe)
+    kind = diffusers.AutoPipelineForImage2Image
+    if isinstance(pipe, diffusers.LatentConsistencyModelPipeline):
+        kind = diffusers.StableDiffusionImg2ImgPipeline
+    own = kind.from_pipe(pipe)
     own.set_progress_bar_config(disable=True)
     kept: list[Tensor] = []
     out = own(
@@ -85,6 +89,11 @@ def theirs_in_two_stages(
         callback_on_step_end=_keep_in(kept[1]),
     )
     return _array(out.images), [_steps(request, each) for each in kept]
+
+
+def same_handover(request: ldm.Request, handover: float) -> float:
+    """Return the handover at which we begin where `theirs_in_two_stages` begins: with Heun's method a step earlier."""
+    return handover - 1 / request.steps if request.sampler == "heun" else handover
 
 
 def ours_in_two_stages(

@@ -48,6 +48,13 @@ def test_a_picture_from_a_picture_equals_that_of_diffusers(name, sampler, both):
     assert_equal_from_a_picture(both, name, request)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*steps_offset.*:FutureWarning")  # of their LCMScheduler
+def test_a_latent_consistency_model_makes_the_same_picture_from_a_picture(both):
+    request = dataclasses.replace(from_picture("lcm", steps=8), negative_prompt=None)
+    assert_equal_from_a_picture(both, "LCM", request)
+
+
 @pytest.mark.parametrize("sampler", [pytest.param("ddim", marks=pytest.mark.slow), "dpmpp_2m_sde"])
 @pytest.mark.parametrize(
     "change",
@@ -75,9 +82,7 @@ def test_from_a_picture_other_lists_of_steps_are_cut_alike(sampler, spacing, bot
 def assert_equal_in_two_stages(both, request, handover):
     ours, theirs = zip(both("sdxl-base"), both("sdxl-refiner"), strict=True)
     expected = tenants.theirs_in_two_stages(*theirs, request, handover)
-    if request.sampler == "heun":  # there the refiner repeats the base model's last step, see `tenants`
-        handover -= 1 / request.steps
-    made = tenants.ours_in_two_stages(*ours, request, handover)
+    made = tenants.ours_in_two_stages(*ours, request, tenants.same_handover(request, handover))
     assert sum(made[1]) == request.steps
     assert_equal(made, expected, f"{request.sampler}, {handover}")
 
