@@ -80,7 +80,8 @@ def load_models(choice: ModelChoice, placement: Placement) -> Models:
         unet=choice.unet,
         text_encoder=choice.text_encoder,
     )
-    return Models(base, load(choice.refiner, placement) if choice.refiner is not None else None)
+    refiner = None if choice.refiner is None else load(choice.refiner, placement, vae=choice.vae)  # which decodes
+    return Models(base, refiner)
 
 
 def run(job: Job, models: Models, outputs: Outputs, watch: Watch = lambda steps, total: steps) -> Result:

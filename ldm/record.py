@@ -99,7 +99,7 @@ class Record:
 
     def texts(self, picture: int | None) -> dict[str, str]:
         """Return the PNG text chunks of that picture, or of a grid of all: A1111's `parameters` and ours."""
-        request, resolved, vae = self.request, self.resolved, self.model.vae
+        request, resolved, vae, refiner = self.request, self.resolved, self.model.vae, self.model.refiner
         strength = request.source.strength if request.source and request.source.start_sigma is None else None
         parameters = a1111_parameters(
             request.prompt,
@@ -114,6 +114,8 @@ class Record:
                 "Model hash": self.sha256["model"][:10],
                 "Model": self.name,
                 **({"VAE hash": self.sha256["vae"][:10], "VAE": Path(vae).name} if vae else {}),
+                **({"Refiner": f"{Path(refiner).stem} [{self.sha256['refiner'][:10]}]"} if refiner else {}),
+                **({"Refiner switch at": self.model.handover} if refiner else {}),
                 **({"Denoising strength": strength} if strength else {}),
                 **({"Clip skip": request.clip_skip} if (request.clip_skip or 1) > 1 else {}),
                 "RNG": "CPU",

@@ -14,6 +14,8 @@ from ldm.checkpoint.files import save
 from ldm.checkpoint.parts import Model
 from ldm.cli import main
 from ldm.diffusion.samplers import SAMPLERS
+from ldm.models.vae import VAE
+from ldm.pictures import read_texts
 from ldm.refiner import plan_both, refine, stream_both
 from tests.tiny import TINY_RANDOM, TINY_REFINER, TINY_SDXL, random_networks
 
@@ -265,6 +267,8 @@ def test_the_command_refines_and_repeats_the_picture_bit_for_bit(run, folders):
         assert np.array_equal(pixels(name), picture)
     assert settings["model"] == {"model": models[1], "ema": False, "refiner": models[3], "handover": 0.8}
     assert settings["sha256"].keys() == {"model", "refiner"}
+    told = f"Refiner: refiner [{settings['sha256']['refiner'][:10]}], Refiner switch at: 0.8"
+    assert told in read_texts("out-00001.png")["parameters"]
     assert (settings["resolved"]["steps"], settings["resolved"]["steps_run"]) == (10, 10)
 
     assert run("txt2img", "--from", "out-00002.png", "--out", "again.png")[0] == 0
@@ -282,6 +286,17 @@ def test_repeating_with_another_refiner_under_its_name_is_refused_unless_it_is_n
     assert code == 2
     assert "refiner is not the refiner that made the picture; to use it all the same, name it with --refiner" in err
     assert run("txt2img", "--from", "a.png", "--refiner", "refiner", "--out", "b.png")[0] == 0
+
+
+def test_another_vae_decodes_what_the_refiner_has_made(run, folders, tmp_path):
+    torch.manual_seed(1)
+    other = VAE(TINY_SDXL.vae)
+    base = ldm.load(folders / "base", ldm.Placement("cpu"))
+    save(Model(TINY_SDXL, base.unet, other, base.text_encoder), tmp_path / "other")
+    models = ("--model", str(folders / "base"), "--refiner", str(folders / "refiner"), "--vae", "other")
+    run("txt2img", "a frog", "--steps", "10", "--device", "cpu", "--no-packed", "--seed", "3", *models)
+    refiner = ldm.load(folders / "refiner", ldm.Placement("cpu"), vae=tmp_path / "other")
+    assert np.array_equal(pixels("out.png"), refine(base, refiner, FROG)[0])
 
 
 def test_the_command_takes_the_refiner_for_image_to_image_too(run, folders):
