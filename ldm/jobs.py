@@ -1,5 +1,6 @@
 """From a job to picture files: load the models, make the pictures, and write them with their records."""
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -79,7 +80,8 @@ def load_models(choice: ModelChoice, placement: Placement) -> Models:
         unet=choice.unet,
         text_encoder=choice.text_encoder,
     )
-    return Models(base, load(choice.refiner, placement) if choice.refiner is not None else None)
+    refiner = None if choice.refiner is None else load(choice.refiner, placement, vae=choice.vae)  # which decodes
+    return Models(base, refiner)
 
 
 def run(job: Job, models: Models, outputs: Outputs, watch: Watch = lambda steps, total: steps) -> Result:
@@ -95,20 +97,20 @@ def run(job: Job, models: Models, outputs: Outputs, watch: Watch = lambda steps,
         digests = {name: pool.submit(digest, path) for name, path in job.paths.items()}
         for name, sha256 in job.sha256.items():
             if digests[name].result() != sha256:
-                what, flag = name.replace("_", " "), name.replace("_", "-")
+                what, how = name.replace("_", " "), f"with --{name.replace('_', '-')}"
+                if name == "source":
+                    what, how = "source picture", "as the PICTURE of ldm img2img"
                 raise ValueError(
-                    f"{job.paths[name]} is not the {what} that made the picture; to use this {what} nevertheless, pass "
-                    f"the path with --{flag}"
+                    f"{job.paths[name]} is not the {what} that made the picture; to use it all the same, name it {how}"
                 )
         with timed("sample", seconds):
             if refiner is None:
-                plan = base.plan(request)
-                steps, total = base.stream(request), len(plan.sigmas) - 1
+                plan, steps = base.plan(request), base.stream(request)
             else:
                 plan, last = plan_both(base, refiner, request, handover=job.model.handover)
+                plan = dataclasses.replace(plan, sigmas=torch.cat([plan.sigmas, last.sigmas[1:]]))
                 steps = stream_both(base, refiner, request, handover=job.model.handover)
-                total = len(plan.sigmas) + len(last.sigmas) - 2
-            for step in watch(steps, total):
+            for step in watch(steps, len(plan.sigmas) - 1):
                 latents = step.latents
         chosen = list(range(request.images)) if job.picture is None else [job.picture]
         with timed("decode", seconds):

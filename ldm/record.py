@@ -16,6 +16,7 @@ from ldm.diffusion.samplers import conventions
 from ldm.loading import BUNDLED, locate
 from ldm.pictures import a1111_parameters, read_texts
 from ldm.placement.memory import Placement
+from ldm.refiner import HANDOVER, check_handover
 from ldm.request import Plan, Request, Sizes
 from ldm.strict import from_dict
 
@@ -41,7 +42,13 @@ class ModelChoice:
     unet: str | None = option(None, "a file or folder to take the UNet from")
     text_encoder: str | None = option(None, "a file or folder to take the text encoder from")
     refiner: str | None = option(None, "an SDXL refiner for the last steps: a folder or .safetensors file")
-    handover: float = option(0.8, "with --refiner: the share of the timesteps that the base model runs", low=0, high=1)
+    handover: float = option(HANDOVER, "with --refiner: the share of the timesteps that the base model runs")
+
+    def __post_init__(self) -> None:
+        """Check the handover."""
+        check_handover(self.handover)
+        if self.refiner is None and self.handover != HANDOVER:
+            raise ValueError(f"handover {self.handover} needs a refiner: give one, or leave out the handover")
 
     @property
     def paths(self) -> dict[str, Path]:
@@ -92,7 +99,8 @@ class Record:
 
     def texts(self, picture: int | None) -> dict[str, str]:
         """Return the PNG text chunks for this picture, or for a grid of all (None): A1111's `parameters`, and ours."""
-        request, resolved, vae = self.request, self.resolved, self.model.vae
+        request, resolved, vae, refiner = self.request, self.resolved, self.model.vae, self.model.refiner
+        strength = request.source.strength if request.source and request.source.start_sigma is None else None
         parameters = a1111_parameters(
             request.prompt,
             request.negative_prompt or "",
@@ -106,7 +114,9 @@ class Record:
                 "Model hash": self.sha256["model"][:10],
                 "Model": self.name,
                 **({"VAE hash": self.sha256["vae"][:10], "VAE": Path(vae).name} if vae else {}),
-                **({"Denoising strength": request.source.strength} if request.source else {}),
+                **({"Refiner": f"{Path(refiner).stem} [{self.sha256['refiner'][:10]}]"} if refiner else {}),
+                **({"Refiner switch at": self.model.handover} if refiner else {}),
+                **({"Denoising strength": strength} if strength else {}),
                 **({"Clip skip": request.clip_skip} if (request.clip_skip or 1) > 1 else {}),
                 "RNG": "CPU",
                 "Version": f"ldm {self.environment.ldm}",

@@ -24,42 +24,51 @@ def stream_both(base: Pipeline, refiner: Pipeline, request: Request, *, handover
     """Return an iterator over all steps. Both models share one list of noise levels, which is cut in two.
 
     handover: the share of the training timesteps, from the noisy end, that the base model runs. With 0.8 the refiner
-      takes over at timestep 200 of 1000, as with `denoising_end` and `denoising_start` of diffusers.
+      takes over at timestep 200 of 1000, as with `denoising_end` and `denoising_start` of diffusers. SDXL's refiner was
+      trained on the timesteps below 200.
     With `Placement(offload="model")` only one of the two UNets is on the device at a time.
-    Raises ValueError for models with different noise schedules or VAEs, and a handover that leaves one model no step.
+    Raises ValueError for models with different noise schedules or latents, and a handover that leaves one model no
+    step.
     """
     plan, refiner_plan = plan_both(base, refiner, request, handover=handover)
     return _steps(base, refiner, plan, refiner_plan)
 
 
 def plan_both(base: Pipeline, refiner: Pipeline, request: Request, *, handover: float) -> tuple[Plan, Plan]:
-    """Make the plans of the base model and of the refiner. Together they run the requested steps."""
-    if not 0 < handover < 1:
-        raise ValueError(f"handover must lie between 0 and 1, got {handover}")
-    if base.config.vae.latent_channels != refiner.config.vae.latent_channels or (
-        base.config.vae.scaling_factor != refiner.config.vae.scaling_factor
-    ):
+    """Make the plans of the base model and of the refiner. Together they run the steps of the request."""
+    check_handover(handover)
+    latents, others = ((c.latent_channels, c.scaling_factor, c.factor) for c in (base.config.vae, refiner.config.vae))
+    if latents != others:
         raise ValueError(f"{base.config.name} and {refiner.config.name} have different latents: use SDXL's own refiner")
     if not torch.equal(base.schedule.sigmas, refiner.schedule.sigmas):
         raise ValueError(
-            f"{base.config.name} and {refiner.config.name} have different noise schedules: use SDXL's own refiner"
+            f"{base.config.name} and {refiner.config.name} were trained with different noise schedules: use a refiner "
+            "that was made for this model"
         )
-    plan = base.plan(_with_own_sizes(request, base.config))
+    plan = base.plan(_with_own_sizes(request, base.config, refiner.config))
     shared = dataclasses.replace(
-        _with_own_sizes(request, refiner.config),
+        _with_own_sizes(request, refiner.config, base.config),
         **{name: getattr(plan, name) for name in ("steps", "sampler", "spacing", "width", "height")},
     )
-    timesteps = len(base.schedule)
-    cutoff = round(timesteps - handover * timesteps)
-    cut = int((base.schedule.timestep(plan.sigmas[:-1]) >= cutoff).sum())
-    steps = len(plan.sigmas) - 1
-    if not 0 < cut < steps:
+    cutoff = round(len(base.schedule) - handover * len(base.schedule))
+    timesteps = base.schedule.timestep(plan.sigmas[:-1])
+    cut = int((timesteps >= cutoff).sum())
+    if not 0 < cut < len(timesteps):
         idle = "refiner" if cut else "base model"
-        raise ValueError(f"handover {handover} of {steps} steps leaves no step for the {idle}; use more steps, or 0.8")
+        raise ValueError(
+            f"handover {handover} leaves no step for the {idle}: it is timestep {cutoff}, "
+            f"and the steps start at {timesteps[0]:.0f} to {timesteps[-1]:.0f}; change the handover or take more steps"
+        )
     return (
         dataclasses.replace(plan, sigmas=plan.sigmas[: cut + 1]),
         dataclasses.replace(refiner.plan(shared), sigmas=plan.sigmas[cut:]),
     )
+
+
+def check_handover(handover: float) -> None:
+    """Raise ValueError unless 0 < handover < 1."""
+    if not 0 < handover < 1:
+        raise ValueError(f"handover must lie between 0 and 1, got {handover}; SDXL's refiner is made for {HANDOVER}")
 
 
 @torch.no_grad()
@@ -75,8 +84,8 @@ def _steps(base: Pipeline, refiner: Pipeline, plan: Plan, refiner_plan: Plan) ->
         before += len(own.sigmas) - 1
 
 
-def _with_own_sizes(request: Request, config: ModelConfig) -> Request:
-    """Leave out the sizes and scores that this model does not take. Base model and refiner take different ones."""
-    known = config.micro_conditioning
-    names = [f.name for f in dataclasses.fields(Sizes) if f.name.removeprefix("negative_") in known]
+def _with_own_sizes(request: Request, config: ModelConfig, other: ModelConfig) -> Request:
+    """Leave out the sizes and scores that only the other model has: the base model and the refiner differ in them."""
+    left_out = set(other.micro_conditioning) - set(config.micro_conditioning)
+    names = [f.name for f in dataclasses.fields(Sizes) if f.name.removeprefix("negative_") not in left_out]
     return dataclasses.replace(request, sizes=Sizes(**{name: getattr(request.sizes, name) for name in names}))

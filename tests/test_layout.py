@@ -33,7 +33,7 @@ PACKAGES = {  # what each part of ldm may import of ldm, beside itself; "ldm" is
     "refiner": "config diffusion pipeline request",
     "outputs": "pictures",
     "pictures": "atomic",
-    "record": "config diffusion ldm loading pictures placement request strict",
+    "record": "config diffusion ldm loading pictures placement refiner request strict",
     "jobs": "diffusion geometry loading outputs pipeline placement record refiner request",
     "training": "atomic checkpoint conditioning config diffusion geometry images models pictures presets strict",
     "cli": "checkpoint config diffusion jobs ldm loading outputs placement record request training",

@@ -23,7 +23,7 @@ def run(path: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
 
 
 def test_a_sampling_script_has_at_most_80_lines():
-    for name in ("txt2img",):
+    for name in ("txt2img", "img2img", "sdxl_refiner"):
         assert len((FOLDER / f"{name}.py").read_text().splitlines()) <= 80
 
 
@@ -54,3 +54,34 @@ def test_txt2img_reads_the_model_that_it_is_told(pipe, model_folder, tmp_path, m
     monkeypatch.chdir(tmp_path)
     run(FOLDER / "txt2img.py", monkeypatch, *words)
     assert np.array_equal(Image.open("frog.png"), pipe.generate(ldm.Request("a frog"))[0])
+
+
+# ------------------------------------------------------------------ image to image, and SDXL with its refiner
+
+
+@pytest.mark.parametrize("strength", [0.4, 1.0])
+@pytest.mark.parametrize("config", [TINY_RANDOM, TINY_SDXL, TINY_REFINER], ids=lambda c: c.name)
+def test_img2img_equals_the_pipeline_bit_for_bit(tmp_path, monkeypatch, config, strength):
+    networks = random_networks(config)
+    monkeypatch.setattr(files, "load", lambda *_, **__: Model(config, *networks))
+    picture, out = tmp_path / "picture.png", tmp_path / "frog.png"
+    Image.linear_gradient("L").resize((50, 30)).convert("RGBA").rotate(20).save(picture)
+    words = ["a frog", "--steps", "5", "--seed", "3", "--strength", str(strength), "--negative", "bad"]
+    run(FOLDER / "img2img.py", monkeypatch, str(picture), *words, "--device", "cpu", "--out", str(out))
+    request = ldm.Request("a frog", "bad", steps=5, seed=3, source=ldm.Source(picture, strength))
+    assert np.array_equal(Image.open(out), ldm.Pipeline(config, *networks).generate(request)[0])
+
+
+@pytest.mark.parametrize("negative", [None, "bad"])
+@pytest.mark.parametrize("handover", [0.8, 0.5])
+def test_sdxl_refiner_equals_the_pipelines_bit_for_bit(tmp_path, monkeypatch, handover, negative):
+    models = {config.name: Model(config, *random_networks(config)) for config in (TINY_SDXL, TINY_REFINER)}
+    monkeypatch.setattr(files, "load", lambda path, **_: models[path.name])
+    out = tmp_path / "frog.png"
+    words = ["a frog", "--base", "random-sdxl", "--refiner", "random-refiner", "--handover", str(handover)]
+    words += ["--steps", "5", "--seed", "3", "--size", "32", "--guidance", "4"]
+    words += ["--negative", negative] if negative else []
+    run(FOLDER / "sdxl_refiner.py", monkeypatch, *words, "--device", "cpu", "--out", str(out))
+    pipes = (ldm.Pipeline(*model[:4]) for model in models.values())
+    request = ldm.Request("a frog", negative, 5, 4.0, sampler="euler", spacing="leading", seed=3)
+    assert np.array_equal(Image.open(out), ldm.refine(*pipes, request, handover=handover)[0])

@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = _show_warning
         try:
-            args = _parser().parse_args(argv)
+            args = _parse(argv)
             args.run(args)
             return 0
         except OSError as error:
@@ -54,6 +54,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _fail("not enough memory; ask for smaller or fewer pictures", 1)
         except KeyboardInterrupt as stop:
             return _fail(str(stop) or "interrupted", 130)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the arguments. Raises ValueError for arguments that are left over."""
+    args, rest = _parser().parse_known_args(argv)
+    if len(rest) == 1 and not rest[0].startswith("-") and getattr(args, "prompt", "") is None:
+        args.prompt = rest.pop()  # argparse does not find a prompt after an option that follows the picture
+    if rest:
+        hint = "" if not hasattr(args, "prompt") else "; the prompt stands in quotes, and only img2img takes a picture"
+        raise ValueError(f"unrecognized arguments: {' '.join(rest)}{hint}")
+    return args
 
 
 def _parser() -> Parser:

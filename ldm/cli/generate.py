@@ -96,9 +96,13 @@ def _read_job(args: argparse.Namespace) -> jobs.Job:
     asked, placed, model = given(args, Request), given(args, ldm.Placement), given(args, ModelChoice)
     sizes, source = given(args, Sizes), given(args, Source)
     if args.prompt is not None:
+        if args.prompt.lower().endswith((".png", ".jpg", ".jpeg", ".webp")):
+            raise ValueError(f'the prompt is the name of a picture, {args.prompt}: use ldm img2img PICTURE "PROMPT"')
         asked["prompt"] = args.prompt
     if getattr(args, "image", None) is not None:
         source["image"] = args.image
+    if "strength" in source:
+        source.setdefault("start_sigma", None)  # the strength replaces the recorded level
     if args.repeated is None:
         if args.prompt is None:
             words = "a picture and a prompt" if hasattr(args, "image") else "a prompt in quotes"

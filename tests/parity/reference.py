@@ -304,15 +304,12 @@ SCHEDULERS: dict[str, tuple[type, Json]] = {
     "dpmpp_2m_sde": (diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
     "lcm": (diffusers.LCMScheduler, {}),
 }
-_FROM_A_PICTURE = {
-    diffusers.StableDiffusionPipeline: diffusers.StableDiffusionImg2ImgPipeline,
-    diffusers.StableDiffusionXLPipeline: diffusers.StableDiffusionXLImg2ImgPipeline,
-}
 _SIZES = {  # diffusers' names for the fields of Sizes
     "original_size": ("original_height", "original_width"),
     "crops_coords_top_left": ("crop_top", "crop_left"),
     "target_size": ("target_height", "target_width"),
 }
+SCORES = ("aesthetic_score", "negative_aesthetic_score")  # the same names in both; for the refiner alone
 # Their lists differ from those of all other classes, so they are told the timesteps of the others.
 _OWN_SPACING = ("dpmpp_2m", "dpmpp_2m_sde", "lcm")
 
@@ -335,19 +332,14 @@ def pictures(pipe: Any, request: ldm.Request) -> tuple[np.ndarray, Tensor]:
     A request with a source needs a picture of the request's size, and names its strength.
     Returns the pictures, b h w 3 bytes, and the latents that they were decoded from, b c h w fp32.
     """
-    if request.source is not None:
-        pipe = _FROM_A_PICTURE.get(type(pipe), type(pipe)).from_pipe(pipe)
-        pipe.set_progress_bar_config(disable=True)
-    generators = [torch.Generator("cpu").manual_seed(seed) for seed in request.seeds]
-    options = _asked(pipe, request, generators)
-    if request.source is not None:
-        options |= {"image": [request.source.image] * request.images, "strength": request.source.strength}
-    elif isinstance(pipe, diffusers.StableDiffusionXLImg2ImgPipeline):
+    told = schedule(pipe, request)
+    options: Json = told | asked(request) | {"guidance_rescale": request.guidance_rescale}
+    if isinstance(pipe, diffusers.StableDiffusionXLImg2ImgPipeline):
         # It starts from an image; latents that are given are taken as they are, at the strength of pure noise.
         steps = {name: options[name] for name in ("num_inference_steps", "timesteps") if name in options}
         pipe.scheduler.set_timesteps(**steps)
         shape = (1, 4, request.height // 8, request.width // 8)
-        noise = torch.cat([torch.randn(shape, generator=g) for g in generators])
+        noise = torch.cat([torch.randn(shape, generator=g) for g in options["generator"]])
         noise = (noise * pipe.scheduler.init_noise_sigma).to(pipe.device, pipe.unet.dtype)
         options |= {"image": noise, "latents": noise, "strength": 1.0}
     else:
@@ -362,39 +354,27 @@ def pictures(pipe: Any, request: ldm.Request) -> tuple[np.ndarray, Tensor]:
     return np.stack([np.asarray(picture) for picture in out.images]), last[0].float().cpu()
 
 
-def refined(base: Any, refiner: Any, request: ldm.Request, handover: float) -> np.ndarray:
-    """Make with diffusers' SDXL and its refiner what `request` asks for: pictures, b h w 3 bytes."""
-    generators = [torch.Generator("cpu").manual_seed(seed) for seed in request.seeds]
-    size = {"width": request.width, "height": request.height, "output_type": "latent"}
-    latents = base(**_asked(base, request, generators), **size, denoising_end=handover).images
-    out = refiner(**_asked(refiner, request, generators), image=latents, denoising_start=handover)
-    return np.stack([np.asarray(picture) for picture in out.images])
-
-
-def _asked(pipe: Any, request: ldm.Request, generators: list[torch.Generator]) -> Json:
-    """Give the pipeline its scheduler; returns what all of diffusers' pipelines are told of `request`."""
+def asked(request: ldm.Request) -> Json:
+    """Name the texts, the guidance scale, the sizes and a generator for each picture as diffusers does."""
     negative = request.negative_prompt
-    options: Json = _schedule(pipe, request) | {
+    options: Json = {
         "prompt": [request.prompt] * request.images,
         "negative_prompt": None if negative is None else [negative] * request.images,
         "guidance_scale": request.guidance_scale,
-        "generator": generators,
+        "generator": [torch.Generator("cpu").manual_seed(seed) for seed in request.seeds],
     }
-    if request.guidance_rescale:  # not every pipeline has it
-        options["guidance_rescale"] = request.guidance_rescale
     for name, parts in _SIZES.items():
         if getattr(request.sizes, parts[0]) is not None:
             options[name] = tuple(getattr(request.sizes, part) for part in parts)
-    for name in ("aesthetic_score", "negative_aesthetic_score"):
+    if "crops_coords_top_left" in options:  # we crop the negative prompt alike, as diffusers does for SDXL base alone
+        options["negative_crops_coords_top_left"] = options["crops_coords_top_left"]
+    for name in SCORES:
         if getattr(request.sizes, name) is not None:
             options[name] = getattr(request.sizes, name)
-    if isinstance(pipe, diffusers.StableDiffusionXLImg2ImgPipeline):
-        # As SDXL's own pipeline does, and we with both: the crop is that of the negative prompt too.
-        options["negative_crops_coords_top_left"] = options.get("crops_coords_top_left", (0, 0))
     return options
 
 
-def _schedule(pipe: Any, request: ldm.Request) -> Json:
+def schedule(pipe: Any, request: ldm.Request) -> Json:
     """Give the pipeline its scheduler; returns what to tell it of the steps."""
     kind, options = SCHEDULERS[request.sampler]
     noise = {k: v for k, v in pipe.scheduler.config.items() if k in (*NOISE, "prediction_type")}

@@ -1,12 +1,9 @@
 """The same weights, seeds and settings give the same numbers and pictures as diffusers, in every official family."""
 
 import dataclasses
-from functools import cache
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import ldm
 from ldm.checkpoint.files import identify
@@ -25,30 +22,6 @@ pytestmark = [  # of diffusers' own making
 ]
 RELATIVE = 1e-5  # of the largest value, in fp32: both may sum in their own order
 LEVELS = 1  # a value that lies on the boundary of two levels may be rounded to either
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Where diffusers saved a small random model of the family of that name."""
-
-    @cache
-    def build(name):
-        folder = tmp_path_factory.mktemp(name)
-        reference.build(folder, reference.small(FAMILIES[name]))
-        return folder
-
-    return build
-
-
-@pytest.fixture(scope="module")
-def both(folder):
-    """That model, loaded by us and by diffusers."""
-    return cache(
-        lambda name, dtype=torch.float32: (
-            ldm.load(folder(name), ldm.Placement("cpu", dtype=dtype, vae_dtype=dtype)),
-            reference.load(folder(name), dtype),
-        )
-    )
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=slow_if_as_another(name)) for name in FAMILIES])
@@ -111,51 +84,6 @@ def test_pictures_equal_those_of_diffusers(name, label, both):
 def test_they_stay_equal_whatever_is_asked(sampler, change, both):
     request = compare.requests("sd15", images=1)[f"10 {sampler} leading"]
     assert_equal_pictures(*both("sd15"), dataclasses.replace(request, **({"steps": 4} | change)))
-
-
-_GRADIENT = Image.linear_gradient("L").resize((64, 64))
-PICTURE = Image.merge("RGB", (_GRADIENT, _GRADIENT.rotate(90), _GRADIENT.rotate(180)))
-
-
-@pytest.mark.parametrize(
-    ("name", "label"),
-    [
-        pytest.param(name, label, marks=slow_if_as_another(name) or (() if "leading" in label else pytest.mark.slow))
-        for name in FAMILIES
-        for label, request in compare.requests(name).items()
-        if request.steps > 1 and request.spacing != "linspace"  # of fewer steps it needs fractions of timesteps
-    ],
-)
-def test_pictures_made_from_a_picture_equal_those_of_diffusers(name, label, both):
-    request = dataclasses.replace(compare.requests(name, images=2)[label], source=ldm.Source(PICTURE, strength=0.7))
-    # 3 of 5 steps, or 2 of 4; their pipelines of SD 1 and 2 for this have no guidance_rescale
-    request = dataclasses.replace(request, steps=min(request.steps, 5), guidance_rescale=0.0)
-    assert_equal_pictures(*both(name), request)
-
-
-@pytest.mark.parametrize(
-    ("sampler", "spacing", "steps", "handover"),
-    [
-        ("euler", "leading", 10, 0.8),
-        ("ddim", "trailing", 5, 0.6),
-        ("euler_ancestral", "leading", 5, 0.8),
-        ("dpmpp_2m", "leading", 10, 0.7),
-        pytest.param("dpmpp_2m_sde", "trailing", 10, 0.5, marks=pytest.mark.slow),
-    ],
-)  # not heun: diffusers cuts the list in the middle of a step, so that the base model's last step lacks its correction
-def test_the_base_model_and_its_refiner_make_the_pictures_of_diffusers(sampler, spacing, steps, handover, both):
-    asked = {"sampler": sampler, "spacing": spacing, "steps": steps}
-    sizes = ldm.Sizes(original_width=1024, original_height=768, crop_top=8, crop_left=40)
-    request = dataclasses.replace(
-        compare.requests("sdxl-base")["10 euler leading, negative_prompt ''"], **asked, sizes=sizes
-    )
-    (base, their_base), (refiner, their_refiner) = both("sdxl-base"), both("sdxl-refiner")
-    expected = reference.refined(their_base, their_refiner, request, handover)
-    assert expected.std() > 20  # flat pictures would be equal whatever the networks did
-    pictures = ldm.refine(base, refiner, request, handover=handover)
-    assert compare.levels(np.stack([np.asarray(picture) for picture in pictures]), expected) <= LEVELS
-    for alone in (base, refiner):  # so that a refiner that is not used would be seen
-        assert compare.levels(compare.pictures(alone, request)[0], expected) > 3 * LEVELS
 
 
 @torch.no_grad()
