@@ -165,8 +165,8 @@ def fill(module: nn.Module, part: Part, *, dtype: torch.dtype | None, device: to
 
     dtype: None keeps the stored one. Tensors that need no cast and no move stay memory-mapped and are not read yet;
     the others are read one at a time.
-    Raises ValueError naming a tensor that is not stored in floating point. Of the tensors that are read: for one that
-    holds NaN, infinity or numbers out of the range of `dtype`.
+    Raises ValueError naming a tensor that is not stored in floating point, and a tensor that is read and holds NaN,
+    infinity or numbers out of the range of `dtype`.
     """
     wanted = module.state_dict()
     stored = part.stored(wanted)
