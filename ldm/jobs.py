@@ -95,10 +95,10 @@ def run(job: Job, models: Models, outputs: Outputs, watch: Watch = lambda steps,
         digests = {name: pool.submit(digest, path) for name, path in job.paths.items()}
         for name, sha256 in job.sha256.items():
             if digests[name].result() != sha256:
-                what, flag = name.replace("_", " "), name.replace("_", "-")
+                what = name.replace("_", " ")
                 raise ValueError(
-                    f"{job.paths[name]} is not the {what} that made the picture; to use this {what} nevertheless, pass "
-                    f"the path with --{flag}"
+                    f"{job.paths[name]} is not the {what} that made the picture; to use this {what}, name it "
+                    "together with --from"
                 )
         with timed("sample", seconds):
             if refiner is None:
