@@ -76,7 +76,8 @@ class Pipeline:
 
         latents: x at the first noise level, b c h w, to start from instead of noise or the request's picture.
         sigmas: falling noise levels to use instead of the plan's.
-        sampler: a function to use instead of the plan's sampler, see `ldm.diffusion.samplers`.
+        sampler: a function to use instead of the plan's sampler, see `ldm.diffusion.samplers`. The plan's sampler still
+          decides the noise levels and the scale of the initial noise.
         The tensors of a step are fp32: b c h w. Pass `step.latents` of the last step, or any `step.x0`, to `decode`.
         Raises ValueError for a request that this model does not support. The iterator raises FloatingPointError if x is
         not finite: on a CPU at once, on a GPU after the last step, because each check would wait for the GPU.
@@ -90,7 +91,7 @@ class Pipeline:
 
     @torch.no_grad()
     def _steps(self, plan: Plan, conditions: list[Condition], x: Tensor, sampler: Sampler | None) -> Iterator[Step]:
-        with self.at_work("unet"):
+        with self.at_work("unet"):  # so that the UNet is moved once for `denoiser` and `walk`
             yield from self.walk(plan, self.denoiser(plan, conditions), x, sampler=sampler)
 
     def generate(self, request: Request) -> list[Image.Image]:
@@ -155,7 +156,7 @@ class Pipeline:
         weight, kind = next(self.unet.parameters()), self.config.diffusion.prediction
         bind, batched = self.binding(), self.placement.guidance == "batched"
         rule = classifier_free(plan.guidance_scale, plan.request.guidance_rescale)
-        with self.at_work("unet"):
+        with self.at_work("unet"):  # `guided` calls `bind`, which projects the context
             network = guided(bind, conditions, rule, batched=batched)
             denoise = parametrize(network, self.schedule, kind, dtype=weight.dtype)
             if plan.request.guidance_interval is not None:

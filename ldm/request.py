@@ -50,7 +50,7 @@ class Source:
     """
 
     image: str | Path | Image.Image  # a file, or a picture; EXIF rotation is applied, transparency becomes white
-    strength: float = option(0.6, "share of the steps that run, up to 1: the more, the less of the picture is kept")
+    strength: float = option(0.6, "share of the steps that run, above 0 to 1; 1 keeps almost nothing of the picture")
     exact_steps: bool = option(False, "run all steps, starting at the noise level that the strength gives")
     start_sigma: float | None = option(None, "noise level to start at, instead of the strength; all steps run")
     resize: Literal["crop", "stretch"] = option("crop", "how to resize the picture: crop keeps its aspect ratio")

@@ -354,7 +354,7 @@ def test_repeating_with_another_file_in_place_of_a_part_is_refused(txt2img, othe
     code, _, err = txt2img("--from", "a.png", model=False)
     assert code == 2
     assert err == (
-        "ldm: error: vae is not the vae that made the picture; to use this vae nevertheless, pass the path with --vae\n"
+        "ldm: error: vae is not the vae that made the picture; to use this vae, name it together with --from\n"
     )
     assert txt2img("--from", "a.png", "--vae", other_vae, model=False)[0] == 0
 
@@ -391,7 +391,7 @@ def test_repeating_on_other_versions_or_hardware_says_what_differs(txt2img):
     assert (code, out) == (0, "out.png\n")
     assert err == (
         f"ldm: warning: b.png was made with torch 1.4 (here {torch.__version__}), threads 99 (here 1); "
-        "the new picture may differ in last bits\n"
+        "the new picture may differ in the last bits\n"
     )
 
 

@@ -1,8 +1,8 @@
-"""The `ldm` command: one subcommand per task, its arguments generated from the dataclass that they fill.
+"""The `ldm` command: one subcommand per task. Its options are generated from the fields of dataclasses.
 
-Whatever is wrong with the input is one sentence on stderr and exit code 2, before anything is written. So is a name for
-a picture that another program took during the work; that picture gets another name. A run that fails for lack of
-memory or precision ends with exit code 1.
+Wrong input ends the command with one sentence on stderr and exit code 2, before anything is written. The exit code is
+also 2 if another program takes the name of a picture during the work; the picture is then saved under another name. A
+run that needs too much memory, or computes NaN or Inf, ends with exit code 1.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from ldm.placement.allocator import keep_freed_memory
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are ValueErrors, reported like all others."""
+    """An argument parser that raises ValueError, so that `main` reports its errors like all others."""
 
     def error(self, message: str) -> NoReturn:
         """Raise ValueError with argparse's own message."""
@@ -30,7 +30,7 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the `ldm` command on `argv` and return its exit code.
 
-    argv: None takes the process's own arguments; the process is then the command's, and so is its allocator.
+    argv: None means the arguments of this process. Only then the memory allocator of the process is configured.
     """
     if argv is None:
         keep_freed_memory()
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _fail(str(error), 1)
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "allocate" not in str(error):
-                raise  # a defect of ours: its traceback is worth more than a sentence
+                raise  # a bug in this library, which needs a traceback
             return _fail("not enough memory; ask for smaller or fewer pictures", 1)
         except KeyboardInterrupt as stop:
             return _fail(str(stop) or "interrupted", 130)
@@ -94,6 +94,6 @@ def _fail(reason: str, code: int) -> int:
 
 
 def _one_line(text: str) -> str:
-    """`text` in one line, without control characters: it may quote a file, and a terminal would obey them."""
+    """Return `text` in one line, with control characters escaped: text from a file must not control the terminal."""
     words = " ".join(text.split())
     return "".join(repr(c)[1:-1] if unicodedata.category(c) == "Cc" else c for c in words)

@@ -16,10 +16,10 @@ from ldm.record import MODEL_AND_PARTS, ModelChoice
 
 def add(commands: Commands) -> None:
     """Add both commands."""
-    command = commands.add_parser("inspect", help="tell what a file or folder holds")
+    command = commands.add_parser("inspect", help="show what a file or folder holds")
     command.set_defaults(run=_inspect)
-    command.add_argument("file", metavar="FILE", help="only headers and configurations are read")
-    command.add_argument("--check-sha256", action="store_true", help="look it up among the known files; reads it all")
+    command.add_argument("file", metavar="FILE", help="a file or folder; only headers and configs are read")
+    command.add_argument("--check-sha256", action="store_true", help="read the whole file, and look it up by sha256")
     add_options(command, ModelChoice, ["prediction"])
     command.add_argument("--json", action="store_true", help="print the report as JSON")
 
@@ -33,7 +33,7 @@ def add(commands: Commands) -> None:
         required=True,
         help="ldm: one official .safetensors file; diffusers: a folder",
     )
-    command.add_argument("--dtype", help="of all tensors (default: each its own, bit for bit)")
+    command.add_argument("--dtype", help="dtype of all tensors (default: each tensor keeps its dtype)")
     add_options(command, ModelChoice, MODEL_AND_PARTS[1:])
     command.add_argument("--overwrite", action="store_true", help="replace a model that exists")
     command.add_argument("--json", action="store_true", help="print the results as JSON")
@@ -47,7 +47,7 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _convert(args: argparse.Namespace) -> None:
-    """Write the model, and print where it is and what was not taken along."""
+    """Write the model, and print its path and the number of tensors that were left out."""
     choice = ModelChoice(args.model, **given(args, ModelChoice, MODEL_AND_PARTS[1:]))
     parts = choice.paths
     left_out = files.convert(

@@ -1,4 +1,4 @@
-"""`ldm txt2img` and `ldm img2img`: make pictures from a prompt, from a picture, or again from a picture's record."""
+"""`ldm txt2img` and `ldm img2img`: make pictures from a prompt, from a picture, or from the record in a picture."""
 
 import argparse
 import dataclasses
@@ -45,19 +45,19 @@ def _add_common(command: argparse.ArgumentParser) -> None:
         dest="repeated",
         metavar="PNG",
         type=Path,
-        help="repeat the run that made this picture; other options change it",
+        help="repeat the run that made this picture; other options change the run",
     )
     command.add_argument("--no-metadata", action="store_true", help="do not write into the PNG how it was made")
     command.add_argument("--json", action="store_true", help="print the results as JSON")
 
 
 def _generate(args: argparse.Namespace) -> None:
-    """Make the pictures, write them, and print where they are."""
+    """Make the pictures, write them, and print their paths."""
     job = _read_job(args)
     outputs = Outputs(args.out, job.count, args.overwrite, records=not args.no_metadata)
     outputs.check()
     if job.request.source is not None:
-        _ = job.request.source.picture  # an unreadable picture is found before the model is loaded
+        _ = job.request.source.picture  # read the picture before the model, so that its errors come early
     seconds: dict[str, float] = {}
     with jobs.timed("load", seconds):
         models = load_models(job.model, job.placement)
@@ -79,7 +79,7 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def load_models(choice: ModelChoice, placement: ldm.Placement) -> jobs.Models:
-    """Load the models, and say on stderr what each was identified as, and why."""
+    """Load the models. Print on stderr what each model was identified as, and why."""
     models = jobs.load_models(choice, placement)
     for path, pipe in zip((choice.model, choice.refiner), models, strict=True):
         if pipe is not None and path != BUNDLED:
@@ -92,7 +92,7 @@ def _watch(steps: Iterator[Step], total: int) -> Iterable[Step]:
 
 
 def _read_job(args: argparse.Namespace) -> jobs.Job:
-    """Put together what the arguments ask for, on top of the record of the picture after --from."""
+    """Make the job from the arguments. With --from, the picture's record holds the values that are not given."""
     asked, placed, model = given(args, Request), given(args, ldm.Placement), given(args, ModelChoice)
     sizes, source = given(args, Sizes), given(args, Source)
     if args.prompt is not None:
@@ -119,7 +119,7 @@ def _read_job(args: argparse.Namespace) -> jobs.Job:
         if request.source is None and "image" not in source:
             raise ValueError(f"{args.repeated} was made from a prompt alone: name a picture to start from")
         asked["source"] = dataclasses.replace(request.source or Source(**source), **source)
-    if asked and picture is not None:  # another picture, from the noise of this one
+    if asked and picture is not None:  # a changed request: one picture, from the noise of the recorded one
         request = dataclasses.replace(request, seed=request.seed + picture, images=1)
         picture = None
     remembered = dict(record.placement)
@@ -128,7 +128,7 @@ def _read_job(args: argparse.Namespace) -> jobs.Job:
     placement = ldm.Placement.fast(**(remembered | placed))
     _compare(record.environment, environment(find_device(placement.device)), args.repeated)
     choice, sha256 = record.model, dict(record.sha256)
-    if "model" in model:  # another one, with none of the parts of that one
+    if "model" in model:  # another model, without the recorded model's replaced parts and digests
         choice, sha256 = ModelChoice(), {name: sha256[name] for name in sha256 if name == "source"}
     new = model | ({"source": True} if "image" in source else {})
     return jobs.Job(
@@ -142,10 +142,10 @@ def _read_job(args: argparse.Namespace) -> jobs.Job:
 
 
 def _compare(then: Environment, now: Environment, source: Path) -> None:
-    """Warn if a picture was made by other software or hardware than there is here."""
+    """Warn if a picture was made with other software or hardware than this process has."""
     was, here = dataclasses.asdict(then), dataclasses.asdict(now)
     changed = [f"{name} {was[name]} (here {here[name]})" for name in was if was[name] != here[name]]
     if changed:
         warnings.warn(
-            f"{source} was made with {', '.join(changed)}; the new picture may differ in last bits", stacklevel=2
+            f"{source} was made with {', '.join(changed)}; the new picture may differ in the last bits", stacklevel=2
         )

@@ -23,7 +23,7 @@ _LONGEST = 200  # the most characters of a metadata value; some values hold a pi
 
 @dataclass(frozen=True)
 class Component:
-    """One network of a model: the numbers of its tensors and parameters, and of its tensors by dtype."""
+    """One network of a model: how many tensors and parameters it has, and how many tensors of each dtype."""
 
     name: str
     tensors: int
@@ -34,11 +34,12 @@ class Component:
 
 @dataclass(frozen=True)
 class Report:
-    """The report on a path. problem: the reason why it cannot be loaded, "" if it can.
+    """The report on a file or folder.
 
-    prediction, why: what the UNet predicts, and the reason; prediction is None without a UNet.
-    missing, misshapen: names of tensors that do not fit the model. unknown: names that no network uses. left_out: names
-    in `IGNORED`, such as noise schedules. ema: the number of tensors of the UNet's moving average.
+    problem: why it cannot be loaded, or "" if it can. prediction: what the UNet predicts, None without a UNet.
+    why: how the prediction was found. missing, misshapen: names of tensors that do not fit the model.
+    unknown: names of tensors that no network uses. left_out: names in `IGNORED`, such as noise schedules.
+    ema: the number of tensors of the UNet's moving average.
     """
 
     path: str
@@ -95,10 +96,10 @@ class Report:
 
 
 def inspect(path: str | Path, *, prediction: Prediction | None = None, check_sha256: bool = False) -> Report:
-    """Report on `path` from headers and configs only; with `check_sha256` the whole file is read.
+    """Report on `path` from headers and configs only. With `check_sha256` the whole file is read.
 
     prediction: what the UNet predicts, whatever the file says.
-    Raises ValueError if `path` is neither a safetensors file nor a model folder, naming what it is.
+    Raises ValueError if `path` is neither a safetensors file nor a model folder. The message says what `path` is.
     """
     path = Path(path)
     sha256 = digest(path) if check_sha256 and path.exists() else None
@@ -150,14 +151,14 @@ def inspect(path: str | Path, *, prediction: Prediction | None = None, check_sha
 
 
 def _component(name: str, tensors: Tensors, names: Iterable[str], prefix: str) -> Component:
-    """Count the tensors with these `names`."""
+    """Describe the network whose tensors have these `names`."""
     shapes = {n: tensors.shapes[n] for n in names}
     numbers = sum(math.prod(shape) for shape in shapes.values())
     return Component(name, len(shapes), numbers, dict(Counter(tensors.dtypes[n] for n in shapes)), prefix)
 
 
 def _grouped(names: Sequence[str]) -> list[str]:
-    """Return `names`, with those that share their first word counted, as in "model_ema.* (688)"."""
+    """Return `names`. Names with the same first word become one entry with their number: "model_ema.* (688)"."""
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(name.partition(".")[0], []).append(name)

@@ -1,4 +1,4 @@
-"""The options of the commands, made from the fields of the dataclasses that they fill."""
+"""The options of the commands, generated from the fields of dataclasses."""
 
 import argparse
 import dataclasses
@@ -13,8 +13,8 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 def add_options(parser: argparse.ArgumentParser, kind: type, only: Collection[str] | None = None) -> None:
     """Add a flag for each option field of the dataclass `kind`, see `ldm.config.option`.
 
-    only: the names of the fields to take (default: all). A flag that is not given is None, so that the default of the
-    field holds.
+    only: the names of the fields to use (default: all). A flag that is not given has the value None; `given` leaves it
+    out, so that the field keeps its default.
     """
     hints = typing.get_type_hints(kind)
     for field in _options(kind, only):

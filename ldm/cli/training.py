@@ -1,4 +1,4 @@
-"""`ldm train` and `ldm evaluate`: train a model, and measure a model."""
+"""`ldm train` and `ldm evaluate`: train a model, and measure how well a model follows prompts."""
 
 import argparse
 import dataclasses
@@ -20,7 +20,7 @@ ASKED = ("steps", "sampler", "spacing", "seed", "guidance_scale", "guidance_resc
 
 def add(commands: Commands) -> None:
     """Add the commands to the parser."""
-    command = commands.add_parser("train", help="train a model, or resume a training that was stopped")
+    command = commands.add_parser("train", help="train a model, or resume a stopped training")
     command.set_defaults(run=_train)
     command.add_argument("recipe", type=Path, help="a TOML file such as configs/train_ldm.toml")
     command.add_argument("--font", type=Path, help="the emoji font of the scenes, a NotoColorEmoji.ttf")
@@ -36,7 +36,7 @@ def add(commands: Commands) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
-    """Train as the recipe says, and print the folder of the result."""
+    """Train with the recipe, and print the folder of the result."""
     from ldm.training.loop import Interrupted
     from ldm.training.recipes import read_recipe, run
 
@@ -56,7 +56,7 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    """Let a model draw fixed prompts, and print how often its pictures are right."""
+    """Make pictures of a fixed list of prompts, and print how often they show what the prompts say."""
     from ldm.training.evaluate import evaluate, fixed_scenes
     from ldm.training.scenes import FONT, emoji_sprites
 

@@ -129,8 +129,8 @@ def heun(denoise: Denoiser, x: Tensor, sigmas: Tensor, *, noise: Noise | None = 
     """Integrate the ODE with Heun's method (Karras et al. 2022, algorithm 1): two predictions a step.
 
     The correction adds (sigma - sigma') / (2 sigma') (x0' - x0) to Euler's step. A step to 0 has no correction. Neither
-    has a step to less than 1/100 of the level, the first step at zero terminal SNR: the correction is not valid over
-    this distance. (diffusers applies the correction there, with a factor in the hundreds.)
+    has a step to less than 1/100 of the level, such as the first step at zero terminal SNR: the correction is not valid
+    over this distance. (diffusers applies the correction there, with a factor in the hundreds.)
     """
     for i, sigma, target in _levels(sigmas):
         x0 = denoise(x, sigmas[i])
@@ -218,7 +218,7 @@ def options(sampler: Sampler) -> list[str]:
 def start(noise: Tensor, sigma: float | Tensor, *, sampler: str, spacing: str) -> Tensor:
     """Scale drawn noise, b c h w, to the x from which `sampler` starts at the noise level `sigma`.
 
-    x is sqrt(1 + sigma^2) noise, because the data have unit variance. k-diffusion's samplers start from sigma noise,
+    x is sqrt(1 + sigma^2) noise, because clean latents have unit variance. k-diffusion's samplers start from sigma noise,
     0.2 % less; diffusers too, except with "leading" spacing. We do the same, so that a seed gives the same picture.
     """
     if not conventions(sampler).unit_variance and not spacing.startswith("leading"):

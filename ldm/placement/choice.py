@@ -1,4 +1,4 @@
-"""Choose the device, the dtypes, the attention and the packing for a `Placement` that leaves them open."""
+"""The defaults of a `Placement`: how device, dtypes, attention and packing are chosen."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -12,17 +12,17 @@ if TYPE_CHECKING:
 
 
 def choose(asked: "Placement", config: ModelConfig | None = None, *, fast: bool = False) -> dict[str, Any]:
-    """Return the fields of `asked` with a choice for each None. Without `config`, vae_dtype and attention stay None.
+    """Return the fields of `asked` with a default for each None. Without `config`, vae_dtype and attention stay None.
 
-    `ldm.load` takes:
+    The defaults are:
     - device: the first GPU, else the CPU;
     - dtype: fp16 on CUDA, else fp32;
-    - vae_dtype: the same dtype, or for a VAE that overflows in fp16 bf16, or fp32 on a GPU without bf16;
-    - attention: sdpa on a CPU, and on a GPU with a fused kernel for each attention of the model; else sliced.
-    The `ldm` command and `Placement.fast` take the same, with two differences on a CPU if oneDNN supports the dtypes
-    and blocks are not compiled (`fast`):
+    - vae_dtype: the same as dtype. For a VAE that overflows in fp16: bf16, or fp32 on a GPU without bf16;
+    - attention: sdpa on a CPU, and on a GPU that has a fused kernel for each attention of the model; else sliced.
+    fast: two fields differ on a CPU if oneDNN supports the dtypes and blocks are not compiled. `Placement.fast`, and so
+    the `ldm` command, use these defaults:
     - packed: True;
-    - attention: sliced in bf16. This rounds the scores of the attention to bf16.
+    - attention: sliced in bf16. This rounds the attention scores to bf16.
     """
     device = find_device(asked.device)
     dtype = asked.dtype or (torch.float16 if device.type == "cuda" else torch.float32)
@@ -39,7 +39,7 @@ def choose(asked: "Placement", config: ModelConfig | None = None, *, fast: bool 
 
 
 def packable(device: torch.device, dtype: torch.dtype, vae_dtype: torch.dtype | None, compiled: bool) -> bool:
-    """Whether the weights of a model can be packed, see `ldm.placement.packing`."""
+    """Return whether the weights of a model can be packed, see `ldm.placement.packing`."""
     if compiled or device.type != "cpu":
         return False
     from ldm.placement.packing import can_pack
@@ -48,9 +48,9 @@ def packable(device: torch.device, dtype: torch.dtype, vae_dtype: torch.dtype | 
 
 
 def find_device(wanted: str | torch.device | None) -> torch.device:
-    """Return the torch device of that name, or for None the first GPU, else the CPU.
+    """Return the device with the name `wanted`. None: the first GPU, or the CPU if there is no GPU.
 
-    Raises ValueError for a name that is unknown, and for a device that is absent.
+    Raises ValueError for an unknown name and for an absent device.
     """
     cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
     counts = {"cuda": cuda, "mps": int(torch.backends.mps.is_available()), "cpu": 1}
@@ -68,10 +68,9 @@ def find_device(wanted: str | torch.device | None) -> torch.device:
 
 
 def _vae_dtype(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Return the dtype of the VAE beside a UNet in `dtype`.
+    """Return the default dtype of the VAE for a UNet in `dtype`.
 
-    SDXL's VAE overflows in fp16. In bf16 its pictures change by a quarter of one of 256 levels on average (measured on
-    the bundled VAE).
+    SDXL's VAE overflows in fp16. With the bundled VAE, bf16 changes pixels by 0.25 of 256 levels on average.
     """
     if dtype != torch.float16 or not config.vae.overflows_fp16:
         return dtype
@@ -80,7 +79,7 @@ def _vae_dtype(config: ModelConfig, dtype: torch.dtype, device: torch.device) ->
 
 
 def _attention(config: ModelConfig, dtype: torch.dtype, vae_dtype: torch.dtype, device: torch.device) -> str:
-    """Return "sdpa" if it never holds all scores of an attention on this device, else "sliced"."""
+    """Return "sdpa" if it never stores all scores of an attention on this device, else "sliced"."""
     unet = config.unet
     upcast = unet.upcast_attention and dtype == torch.float16
     down, up = unet.depths()
@@ -93,7 +92,7 @@ def _attention(config: ModelConfig, dtype: torch.dtype, vae_dtype: torch.dtype, 
 
 
 def _is_fused(width: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether PyTorch has a fused kernel for heads of that width."""
+    """Return whether PyTorch has a fused attention kernel for heads of this width."""
     if device.type != "cuda":
         return device.type == "cpu"
     q = torch.empty(1, 1, 64, width, dtype=dtype, device=device)

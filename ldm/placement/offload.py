@@ -1,8 +1,8 @@
 """Networks whose weights wait in host memory and are on the device only while they work.
 
-`Moved` brings a whole network to the device, `Streamed` one stage of it after the other. Inside a `with` block the
+`Moved` copies a whole network to the device, `Streamed` copies one stage after the other. Inside a `with` block the
 network is used as usual and computes the same numbers. At the end of the block, also after an error, each parameter
-holds the same memory as before. Weights do not change in between, so nothing is copied back.
+points to its old host memory again. Weights do not change inside the block, so nothing is copied back.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -18,10 +18,10 @@ from ldm.models.transformer import TransformerBlock
 
 
 class Offloaded:
-    """A context manager that brings `network` to `device`.
+    """A context manager that copies `network` to `device`.
 
-    Several users, such as two pictures made in turns, may be inside one object at a time and leave in any order. The
-    first one brings the network, and the last one sends it home.
+    Several users, such as two pictures that are sampled in turns, may be inside one object and leave in any order. The
+    first user copies the network to the device, and the last user returns it to host memory.
     """
 
     def __init__(self, network: nn.Module, device: torch.device | str) -> None:
@@ -30,7 +30,7 @@ class Offloaded:
 
     def __enter__(self) -> Self:
         if self.users == 0:
-            with ExitStack() as undo:  # if bringing fails, what was brought is sent home
+            with ExitStack() as undo:  # if `bring` fails, the part that was copied returns to host memory
                 self.bring(undo)
                 self.home = undo.pop_all()
         self.users += 1
@@ -42,7 +42,7 @@ class Offloaded:
             self.home.close()
 
     def bring(self, undo: ExitStack) -> None:
-        """Bring the network to the device, and register in `undo` how it goes home."""
+        """Copy weights to the device, and register in `undo` the functions that return them to host memory."""
         raise NotImplementedError
 
 
@@ -57,9 +57,9 @@ class Moved(Offloaded):
 class Streamed(Offloaded):
     """Inside `with`, at most two stages of a UNet or a ControlNet are on the device.
 
-    The stages are those that `network.stages()` lists. While one stage computes, the next one is copied. The few
-    layers outside of the stages stay on the device. On CUDA a second stream copies from page-locked memory (see `pin`)
-    while the first one computes. Three rules keep the two streams in order:
+    `network.stages()` lists the stages. While one stage computes, the next stage is copied. The few layers outside of
+    the stages stay on the device. On CUDA a second stream copies from page-locked memory (see `pin`) while the first
+    stream computes. Three rules keep the two streams in order:
     - A stage computes after its copy: the computing stream waits for the copying stream.
     - A copy overwrites nothing that is still read. Its memory belongs to the copying stream and comes from an earlier
       stage, whose computation is queued. The copying stream waits for that computation.
@@ -72,12 +72,12 @@ class Streamed(Offloaded):
         self.copying: torch.cuda.Stream | None = None
         if self.device.type == "cuda":
             self.copying = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        self.here: dict[int, Callable[[], None]] = {}  # stages on the device, by index, and how they go home
+        self.here: dict[int, Callable[[], None]] = {}  # index of a stage on the device -> function that returns it
         self.turn = -1  # the stage that was called last
 
     def bring(self, undo: ExitStack) -> None:
-        """Bring the first stage and the layers outside of stages; each stage's call then brings the next stage."""
-        if self.copying is not None:  # freed memory of the copying stream is of no use to others
+        """Copy the first stage and the layers outside of stages. Then the call of each stage copies the next stage."""
+        if self.copying is not None:  # other streams cannot use the memory that the copying stream has freed
             undo.callback(torch.cuda.empty_cache)
         in_stages = {id(tensor) for stage in self.stages for tensor in tensors_of(stage)}
         undo.callback(move((t for t in tensors_of(self.network) if id(t) not in in_stages), self.device))
@@ -86,17 +86,17 @@ class Streamed(Offloaded):
         self._bring_stage(0)
         for i, stage in enumerate(self.stages):
             begin = partial(self._begin_turn, i)
-            for part in (stage, *_projections(stage)):  # `bind` calls the projections only
+            for part in (stage, *_projections(stage)):  # `UNet.bind` calls only the projections of a stage
                 undo.enter_context(part.register_forward_pre_hook(begin))
 
     def _begin_turn(self, i: int, module: nn.Module, args: Any) -> None:
-        """Before stage i computes: make sure that it is on the device, and begin to copy the next stage."""
+        """Before stage i computes, make sure that it is on the device, and start to copy the next stage."""
         if i == self.turn:
             return
         self.turn = i
         following = (i + 1) % len(self.stages)
         self._send_home_all_but({i, following})
-        self._bring_stage(i)  # only needed if stages are called in another order
+        self._bring_stage(i)  # only needed if the stages are called in another order
         if self.copying is not None:
             torch.cuda.current_stream(self.device).wait_stream(self.copying)
         self._bring_stage(following)
@@ -117,7 +117,7 @@ class Streamed(Offloaded):
 
 
 def move(tensors: Iterable[Tensor], device: torch.device) -> Callable[[], None]:
-    """Let each tensor hold a copy of its numbers on `device`; return the function that gives the old memory back.
+    """Let each tensor point to a copy on `device`. Return the function that lets it point to the old memory again.
 
     The current CUDA stream makes the copies.
     """
@@ -134,9 +134,9 @@ def _hold(tensors: list[Tensor], memory: list[Tensor]) -> None:
 
 
 def pin(network: nn.Module) -> None:
-    """Put the weights of a network on the CPU into page-locked memory, from which a GPU copies at its full speed.
+    """Move the weights of a network from CPU memory to page-locked memory, from which a GPU copies at full speed.
 
-    PyTorch rounds the memory of each tensor up to a power of two: a fifth to a third more than the weights.
+    PyTorch rounds the size of each tensor up to a power of two, which takes a fifth to a third more than the weights.
     """
     for tensor in tensors_of(network):
         tensor.data = tensor.data.pin_memory()
@@ -148,7 +148,7 @@ def tensors_of(module: nn.Module) -> list[Tensor]:
 
 
 def _projections(stage: nn.Module) -> Iterator[nn.Module]:
-    """Yield the layers that make keys and values of the text."""
+    """Yield the layers of a stage that project the context to keys and values."""
     for block in stage.modules():
         if isinstance(block, TransformerBlock):
             yield from (block.attn2.to_k, block.attn2.to_v)

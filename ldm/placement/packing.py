@@ -1,12 +1,12 @@
 """Convolutions and linear layers on a CPU with their weights in oneDNN's memory format.
 
-PyTorch reorders the weight of a convolution at each call, which is most of the work for a small picture. A packed layer
-reorders the weight once. The format depends on the size of the input and the number of threads, so a layer is packed
-at its first call, and again if a later call needs another format. Packed linear layers in fp32 run in oneDNN instead
-of MKL. The outputs equal those of plain layers, apart from the order of summation.
+PyTorch reorders the weight of a convolution at each call. For a small picture this takes most of the time. A packed
+layer reorders its weight once. The format depends on the size of the input and the number of threads, so a layer is
+packed at its first call, and again if a later call needs another format. Packed linear layers in fp32 run in oneDNN
+instead of MKL. The outputs equal those of plain layers, apart from the order of summation.
 
-Packed weights are for inference: they are no parameters. Before you train a network, merge LoRA weights into it or
-quantize it, call `unpack(network)`. `load_state_dict` works on packed layers.
+Packed weights are for inference: they are not parameters. Call `unpack(network)` before you train a network, merge LoRA
+weights into it, or quantize it. `load_state_dict` works on packed layers.
 """
 
 from collections.abc import Mapping
@@ -28,12 +28,12 @@ PLAIN = b""  # the format of a weight that is not packed
 
 
 class Packed(nn.Module):
-    """A layer whose weight is not a parameter. State dicts, copies and pickles hold the weight in plain format.
+    """A layer whose weight is not a parameter. State dicts, copies and pickles have the weight in plain format.
 
     If the input requires a gradient, the layer computes with the plain weight.
     """
 
-    held: tuple[Tensor, bytes]  # the weight and its format, in one value for threads that share the layer
+    held: tuple[Tensor, bytes]  # the weight and its format; threads that share the layer replace both at once
 
     def dense(self) -> Tensor:
         """Return the weight in plain format."""
@@ -57,7 +57,7 @@ class Packed(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Load the weight here, and leave the bias to PyTorch. The next call packs the new weight."""
+        """Load the weight here, and let PyTorch load the bias. The next call of the layer packs the new weight."""
         name, old = f"{prefix}weight", self.held[0]
         others = {key: value for key, value in state_dict.items() if key != name}
         super()._load_from_state_dict(others, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
@@ -72,10 +72,10 @@ class Packed(nn.Module):
 
 
 class PackedLinear(Packed, nn.Linear):
-    """A linear layer: ... d to ... d'."""
+    """A packed linear layer: ... d to ... d'."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute the plain layer."""
+        """Compute the same as the plain layer."""
         if torch.is_grad_enabled() and x.requires_grad:
             return F.linear(x, self.dense(), self.bias)
         weight, order = self.held
@@ -86,10 +86,10 @@ class PackedLinear(Packed, nn.Linear):
 
 
 class PackedConv2d(Packed, nn.Conv2d):
-    """A convolution: b c h w to b c' h' w'."""
+    """A packed convolution: b c h w to b c' h' w'."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute the plain layer. The output is in channels-last memory format, whatever the input's format."""
+        """Compute the same as the plain layer. The output is in channels-last memory format, whatever the input has."""
         if torch.is_grad_enabled() and x.requires_grad:
             return self._conv_forward(x, self.dense(), self.bias)
         geometry = self.padding, self.stride, self.dilation, self.groups
@@ -103,25 +103,25 @@ class PackedConv2d(Packed, nn.Conv2d):
 
 @cache
 def _order(weight: torch.Size, x: torch.Size, dtype: torch.dtype, geometry: Any, threads: int) -> bytes:
-    """Return the format that oneDNN wants for a weight and an input of these shapes, by packing an empty weight."""
+    """Pack an empty weight, to find the format that oneDNN uses for a weight and an input of these shapes."""
     empty = torch.empty(weight, dtype=dtype, memory_format=torch.channels_last)
     packed = _ONEDNN._reorder_convolution_weight(empty, *geometry, x)
     return bytes(_ONEDNN._get_mkldnn_serialized_md(packed).tolist())
 
 
 def can_pack(dtype: torch.dtype | None = None) -> bool:
-    """Whether PyTorch and the processor support packed weights: for fp32, and for bf16 if that is the dtype."""
+    """Return whether PyTorch and the processor support packed weights in fp32 and in `dtype`."""
     built = all(hasattr(_ONEDNN, name) for name in (*_CONVOLUTION, *_LINEAR, *_QUESTIONS))
     return built and (dtype != torch.bfloat16 or _ONEDNN._is_mkldnn_bf16_supported())
 
 
 def pack(network: nn.Module) -> None:
-    """Replace the convolutions and linear layers inside `network`, on the CPU in fp32 or bf16, by packed layers."""
+    """Replace the convolutions and linear layers inside `network`, on the CPU and in fp32 or bf16, by packed layers."""
     _replace(network, {nn.Linear: PackedLinear, nn.Conv2d: PackedConv2d})
 
 
 def unpack(network: nn.Module) -> None:
-    """Undo `pack`: plain layers with the same weights as parameters, which do not require gradients."""
+    """Undo `pack`. The weights are parameters again, and do not require gradients."""
     _replace(network, {PackedLinear: nn.Linear, PackedConv2d: nn.Conv2d})
 
 
