@@ -193,6 +193,7 @@ def test_ci_runs_the_readmes_test_command_in_an_environment_of_its_own():
         assert part in script.replace("--quiet ", "")
 
 
+@pytest.mark.slow
 def test_the_readmes_commands_that_need_only_the_install_run_offline_in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ready = [command for command in commands() if not re.search(r"--model|ldm train|ldm evaluate", command)]
@@ -215,6 +216,7 @@ def test_every_ldm_command_of_the_readme_is_one_that_the_parser_knows(monkeypatc
         assert capsys.readouterr().err == "ldm: error: parsed\n", command
 
 
+@pytest.mark.slow
 def test_the_readmes_code_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code = blocks("python")
