@@ -96,7 +96,7 @@ def _read_job(args: argparse.Namespace) -> jobs.Job:
     asked, placed, model = given(args, Request), given(args, ldm.Placement), given(args, ModelChoice)
     sizes, source = given(args, Sizes), given(args, Source)
     if args.prompt is not None:
-        if args.prompt.lower().endswith((".png", ".jpg", ".jpeg", ".webp")):
+        if args.prompt.lower().endswith((".png", ".jpg", ".jpeg", ".webp")) and " " not in args.prompt:
             raise ValueError(f'the prompt is the name of a picture, {args.prompt}: use ldm img2img PICTURE "PROMPT"')
         asked["prompt"] = args.prompt
     if getattr(args, "image", None) is not None:
