@@ -353,9 +353,7 @@ def test_repeating_with_another_file_in_place_of_a_part_is_refused(txt2img, othe
     files.save_vae(vae, other_vae, image_size=32)
     code, _, err = txt2img("--from", "a.png", model=False)
     assert code == 2
-    assert err == (
-        "ldm: error: vae is not the vae that made the picture; to use it all the same, name it with --vae\n"
-    )
+    assert err == ("ldm: error: vae is not the vae that made the picture; to use it all the same, name it with --vae\n")
     assert txt2img("--from", "a.png", "--vae", other_vae, model=False)[0] == 0
 
 

@@ -219,7 +219,7 @@ def test_the_micro_conditioning_of_a_whole_picture_is_the_default_where_a_model_
 @pytest.mark.parametrize(
     ("config", "choice", "message"),
     [
-        (SD15, {"original_width": 512}, "original_width is 512, and the model sd15 is .* nothing"),
+        (SD15, {"original_width": 512}, "original_width is 512, and the model sd15 is .* on no size or score"),
         (SD15, {"crop_top": 0}, "crop_top is 0, and the model sd15"),
         (SDXL_BASE, {"aesthetic_score": 6.0}, "sdxl-base is conditioned on original_height, orig"),
         (SDXL_BASE, {"negative_aesthetic_score": 1.0}, "negative_aesthetic_score is 1.0"),

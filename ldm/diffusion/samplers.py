@@ -218,9 +218,8 @@ def options(sampler: Sampler) -> list[str]:
 def start(noise: Tensor, sigma: float | Tensor, *, sampler: str, spacing: str) -> Tensor:
     """Scale drawn noise, b c h w, to the x from which `sampler` starts at the noise level `sigma`.
 
-    x is sqrt(1 + sigma^2) noise, because clean latents have unit variance. The samplers of k-diffusion start from sigma
-    noise, 0.2 % less. So do those of diffusers, except with "leading" spacing, and so do ours: a seed gives the same
-    picture.
+    x is sqrt(1 + sigma^2) noise, because clean latents have unit variance. k-diffusion's samplers start from sigma
+    noise, 0.2 % less; diffusers too, except with "leading" spacing. We do the same, so that seeds give equal pictures.
     """
     if not conventions(sampler).unit_variance and not spacing.startswith("leading"):
         return noise * float(sigma)
