@@ -9,13 +9,10 @@ from dataclasses import dataclass, field
 from reprlib import repr as short
 from typing import Any, Literal
 
-Prediction = Literal["eps", "v", "x0"]
+from ldm.diffusion.denoiser import Prediction
+from ldm.diffusion.schedule import BetaSchedule, Spacing
+
 Layout = Literal["ldm", "diffusers"]  # of a saved model: one official file, or a folder
-BetaSchedule = Literal["scaled_linear", "linear", "cosine"]
-Spacing = Literal[
-    "leading", "trailing", "linspace", "lcm", "karras", "leading_karras", "trailing_karras",
-    "exponential", "leading_exponential", "trailing_exponential",
-]  # fmt: skip
 
 
 def option(default: Any, help: str, flag: str | None = None, *, low: float = -math.inf, high: float = math.inf) -> Any:

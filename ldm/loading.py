@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from ldm.checkpoint import files
-from ldm.config import Prediction
+from ldm.diffusion.denoiser import Prediction
 from ldm.pipeline import Pipeline
 from ldm.placement.choice import find_device
 from ldm.placement.memory import Placement

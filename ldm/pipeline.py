@@ -12,6 +12,7 @@ replaced.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -159,7 +160,7 @@ class Pipeline:
         with self.at_work("unet"):  # `guided` calls `bind`, which projects the context
             network = guided(bind, conditions, rule, batched=batched)
             denoise = parametrize(network, self.schedule, kind, dtype=weight.dtype)
-            if plan.request.guidance_interval is not None:
+            if plan.guidance_interval != (0.0, math.inf):
                 unguided = parametrize(bind(conditions[0]), self.schedule, kind, dtype=weight.dtype)
                 denoise = within(plan.guidance_interval, denoise, unguided)
         return consistency(denoise, self.schedule) if conventions(plan.sampler).consistency else denoise

@@ -11,7 +11,8 @@ from typing import Any, Literal
 import torch
 
 import ldm
-from ldm.config import Prediction, option
+from ldm.config import option
+from ldm.diffusion.denoiser import Prediction
 from ldm.diffusion.samplers import conventions
 from ldm.loading import BUNDLED, locate
 from ldm.pictures import a1111_parameters, read_texts

@@ -12,9 +12,9 @@ from typing import Literal
 from PIL import Image
 from torch import Tensor
 
-from ldm.config import ModelConfig, Spacing, check_fields, check_number, option
+from ldm.config import ModelConfig, check_fields, check_number, option
 from ldm.diffusion.samplers import SAMPLERS, Noise, conventions, options, seeded_noise
-from ldm.diffusion.schedule import NoiseSchedule
+from ldm.diffusion.schedule import NoiseSchedule, Spacing
 
 LARGEST = 2**16  # the most pixels of a side
 MOST = 99_999  # the most pictures of a request

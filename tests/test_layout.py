@@ -16,7 +16,7 @@ from ldm import cli
 ROOT = Path(__file__).parent.parent
 PACKAGES = {  # what each part of ldm may import of ldm, beside itself; "ldm" is ldm/__init__.py
     "atomic": "",
-    "config": "",
+    "config": "diffusion",
     "diffusion": "conditioning",
     "geometry": "",
     "images": "",
@@ -24,12 +24,12 @@ PACKAGES = {  # what each part of ldm may import of ldm, beside itself; "ldm" is
     "presets": "config",
     "conditioning": "",
     "models": "conditioning config",
-    "checkpoint": "atomic config models presets strict",
+    "checkpoint": "atomic config diffusion models presets strict",
     "placement": "conditioning config models",
     "diagnosis": "request",
     "request": "config diffusion geometry pictures",
     "pipeline": "checkpoint conditioning config diagnosis diffusion geometry images models placement request",
-    "loading": "checkpoint config pipeline placement",
+    "loading": "checkpoint diffusion pipeline placement",
     "refiner": "config diffusion pipeline request",
     "outputs": "pictures",
     "pictures": "atomic",

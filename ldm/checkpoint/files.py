@@ -17,7 +17,8 @@ from ldm.checkpoint.pickles import PickledTensors, is_pickle
 from ldm.checkpoint.single import write_single
 from ldm.checkpoint.sources import Networks
 from ldm.checkpoint.tensors import some, write_tensors
-from ldm.config import Layout, ModelConfig, Prediction
+from ldm.config import Layout, ModelConfig
+from ldm.diffusion.denoiser import Prediction
 from ldm.models.text import TextEncoder
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE

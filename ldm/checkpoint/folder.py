@@ -17,7 +17,8 @@ from ldm.checkpoint.identify import Place, check_inputs, check_stored_plainly, p
 from ldm.checkpoint.parts import TOWERS, Model, ModelLike, Part, Source, collect
 from ldm.checkpoint.pickles import PickledTensors
 from ldm.checkpoint.tensors import TensorFiles, Tensors, check_file, parse_object, some, write_tensors
-from ldm.config import ModelConfig, Prediction, TextConfig
+from ldm.config import ModelConfig, TextConfig
+from ldm.diffusion.denoiser import Prediction
 from ldm.models.token_files import read_tokenizer, save_tokenizer
 from ldm.models.tokens import Tokenizer
 from ldm.models.vae import VAE

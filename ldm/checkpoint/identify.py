@@ -10,7 +10,8 @@ from ldm.checkpoint.keymap import Rule, translate
 from ldm.checkpoint.known import NAMES, KnownFile
 from ldm.checkpoint.parts import Part
 from ldm.checkpoint.tensors import Tensors
-from ldm.config import ModelConfig, Prediction, TextConfig, UNetConfig, VAEConfig
+from ldm.config import ModelConfig, TextConfig, UNetConfig, VAEConfig
+from ldm.diffusion.denoiser import Prediction
 from ldm.presets import FAMILIES, PRESETS, SD15, SD21, SD21_BASE, VARIANTS, family_key
 
 ENOUGH_EMA = 100  # the fewest tensors of a moving average of the UNet; pruned files keep two counters of it

@@ -14,7 +14,8 @@ from ldm.checkpoint.identify import Contents, Decision, Tower
 from ldm.checkpoint.known import KnownFile, kind_of
 from ldm.checkpoint.parts import TOWERS, Model, ModelLike, Source, collect
 from ldm.checkpoint.tensors import Tensors, parse_object, some, write_tensors
-from ldm.config import DiffusionConfig, ModelConfig, Prediction, TextConfig
+from ldm.config import DiffusionConfig, ModelConfig, TextConfig
+from ldm.diffusion.denoiser import Prediction
 from ldm.models.tokens import Tokenizer, official_vocabulary
 from ldm.presets import FAMILIES, SD21_BASE, SD_TURBO, SDXL_BASE, recognize
 from ldm.strict import from_dict

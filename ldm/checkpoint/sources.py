@@ -14,7 +14,7 @@ from ldm.checkpoint.parts import TOWERS, Source, check, modules
 from ldm.checkpoint.pickles import PickledTensors, is_pickle
 from ldm.checkpoint.single import open_single
 from ldm.checkpoint.tensors import TensorFiles, Tensors, some
-from ldm.config import Prediction
+from ldm.diffusion.denoiser import Prediction
 from ldm.models.text import TextEncoder
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE

@@ -14,7 +14,7 @@ from ldm.checkpoint.known import kind_of, known_files
 from ldm.checkpoint.parts import compare, modules
 from ldm.checkpoint.sources import build, check_complete, open_source
 from ldm.checkpoint.tensors import TensorFiles, Tensors
-from ldm.config import Prediction
+from ldm.diffusion.denoiser import Prediction
 from ldm.record import digest
 
 SHOWN = 10  # the most names of a list in the text; `as_dict` has all

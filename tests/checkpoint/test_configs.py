@@ -10,8 +10,8 @@ import torch
 from transformers import CLIPTextConfig
 
 from ldm.checkpoint import configs
-from ldm.config import BetaSchedule, DiffusionConfig, Spacing, TextConfig, UNetConfig, VAEConfig
-from ldm.diffusion.schedule import NoiseSchedule
+from ldm.config import DiffusionConfig, TextConfig, UNetConfig, VAEConfig
+from ldm.diffusion.schedule import BetaSchedule, NoiseSchedule, Spacing
 from ldm.presets import PRESETS, SD15, SD21, SD21_BASE, SD_TURBO, SDXL_BASE, SDXL_REFINER, recognize
 
 # What the folder of SD 1.5 says (without what its libraries ignore), written by diffusers 0.6

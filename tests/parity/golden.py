@@ -4,8 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ldm.config import Spacing
-from ldm.diffusion.schedule import NoiseSchedule
+from ldm.diffusion.schedule import NoiseSchedule, Spacing
 from ldm.models.tokens import Tokenizer
 
 _FOLDER = Path(__file__).parent.parent / "golden"
