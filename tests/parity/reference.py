@@ -329,15 +329,13 @@ STEP_LISTS = [
 def pictures(pipe: Any, request: ldm.Request) -> tuple[np.ndarray, Tensor]:
     """Make with diffusers what `request` asks for, every value given, with one CPU generator for each picture.
 
-    A request with a source needs a picture of the request's size, and names its strength.
     Returns the pictures, b h w 3 bytes, and the latents that they were decoded from, b c h w fp32.
     """
     told = schedule(pipe, request)
     options: Json = told | asked(request) | {"guidance_rescale": request.guidance_rescale}
     if isinstance(pipe, diffusers.StableDiffusionXLImg2ImgPipeline):
         # It starts from an image; latents that are given are taken as they are, at the strength of pure noise.
-        steps = {name: options[name] for name in ("num_inference_steps", "timesteps") if name in options}
-        pipe.scheduler.set_timesteps(**steps)
+        pipe.scheduler.set_timesteps(**told)
         shape = (1, 4, request.height // 8, request.width // 8)
         noise = torch.cat([torch.randn(shape, generator=g) for g in options["generator"]])
         noise = (noise * pipe.scheduler.init_noise_sigma).to(pipe.device, pipe.unet.dtype)
