@@ -27,8 +27,8 @@ def stream_both(base: Pipeline, refiner: Pipeline, request: Request, *, handover
       takes over at timestep 200 of 1000, as with `denoising_end` and `denoising_start` of diffusers. SDXL's refiner was
       trained on the timesteps below 200.
     With `Placement(offload="model")` only one of the two UNets is on the device at a time.
-    Raises ValueError for models with different noise schedules or latents, and a handover that leaves one model no
-    step.
+    Raises ValueError for models with different noise schedules or latents, a handover that leaves one model no step,
+    and a size or score that neither model takes.
     """
     plan, refiner_plan = plan_both(base, refiner, request, handover=handover)
     return _steps(base, refiner, plan, refiner_plan)

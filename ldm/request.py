@@ -58,6 +58,8 @@ class Source:
     def __post_init__(self) -> None:
         """Check the numbers."""
         check_fields(self)
+        if not isinstance(self.image, str | Path | Image.Image):
+            raise ValueError(f"the source must be the path of a picture or a PIL picture, got {self.image!r}")
         if not 0 < self.strength <= 1:
             raise ValueError(f"strength must be above 0 and at most 1, got {self.strength}")
 

@@ -233,6 +233,12 @@ def test_a_bad_input_is_one_sentence_and_nothing_is_written(words, message, run,
     assert sorted(here.iterdir()) == before
 
 
+@pytest.mark.parametrize("image", [None, 5, np.zeros((8, 8, 3), np.uint8)], ids=["nothing", "number", "array"])
+def test_a_source_that_is_no_picture_is_refused(image):
+    with pytest.raises(ValueError, match="the source must be the path of a picture or a PIL picture, got"):
+        ldm.Source(image)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

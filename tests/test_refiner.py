@@ -98,6 +98,21 @@ def test_a_picture_can_be_refined_from_a_picture(base, refiner):
     assert np.array_equal(same, alone)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "euler_ancestral"])
+@pytest.mark.parametrize("source", [None, ldm.Source(PICTURE, strength=0.9)], ids=["noise", "picture"])
+def test_an_own_loop_over_both_makes_the_same_pictures(base, refiner, sampler, source):
+    request = dataclasses.replace(FROG, images=2, sampler=sampler, source=source)
+    first, second = plan_both(base, refiner, request, handover=0.8)
+    noise, x = first.noise(), base.start(first)
+    for pipe, plan in ((base, first), (refiner, second)):
+        for step in pipe.walk(plan, pipe.denoiser(plan, pipe.conditions(plan)), x, noise=noise):
+            x = step.x
+    expected = refine(base, refiner, request)
+    assert len(expected) == 2
+    assert all(map(np.array_equal, refiner.decode(step.latents), expected))
+
+
 # ------------------------------------------------------------------ what each model sees
 
 
