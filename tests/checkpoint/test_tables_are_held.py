@@ -25,12 +25,20 @@ from ldm.presets import SDXL_BASE
 
 Rules = tuple[Rule, ...]
 UNET = UNetConfig(channels=(32, 64), res_blocks=1, depth=(0, 2), heads=(1, 1), vector_dim=8, guidance_dim=4)
-PER_BLOCK = dataclasses.replace(UNET, res_blocks=2, depth=(1, (1, 0)), up_depth=((1, 0, 2), 0))
+PER_BLOCK = dataclasses.replace(
+    UNET,
+    channels=(32, 64, 64),
+    heads=(1, 1, 1),
+    res_blocks=2,
+    depth=(1, (1, 0), 0),
+    up_depth=((1, 0, 2), (1, 1, 0), 0),  # upsampling after a transformer, and after a residual block
+)
 VAES = VAEConfig(channels=(32, 64), res_blocks=2)
 MAPS = {  # the network, the rules, the digest
     "unet, ldm": ("unet", tables.ldm_unet(UNET), "e77ef0f5473d1f92"),
     "unet, diffusers": ("unet", tables.diffusers_unet(UNET), "136540fb78338864"),
-    "a depth per block, ldm": ("per block", tables.ldm_unet(PER_BLOCK), "0abbc864e29d1a5e"),
+    "a depth per block, ldm": ("per block", tables.ldm_unet(PER_BLOCK), "842282d22e3a91d7"),
+    "a depth per block, diffusers": ("per block", tables.diffusers_unet(PER_BLOCK), "b27a80f43e1eea96"),
     "vae, ldm": ("vae", tables.ldm_vae(VAES), "1bce697a93215157"),
     "vae, diffusers": ("vae", tables.diffusers_vae(), "78909a30c2968f53"),
     "vae, old diffusers": ("vae", tables.diffusers_vae(tables.OLD_DIFFUSERS_VAE_ATTENTION), "e47b7d9fd9afbb1f"),
