@@ -299,6 +299,14 @@ def test_sdxls_conditioning_is_remembered_and_follows_another_size(sdxl, txt2img
     assert {name: resolved[name] for name in conditioning} == conditioning
 
 
+def test_an_empty_negative_prompt_is_remembered_because_sdxl_draws_another_picture_without_one(sdxl, txt2img):
+    txt2img("a frog", "--out", "none.png")
+    txt2img("a frog", "--negative", "", "--out", "a.png")
+    txt2img("--from", "a.png", "--out", "b.png", model=False)
+    assert not np.array_equal(pixels("a.png"), pixels("none.png"))
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+
+
 def test_a_default_conditioning_is_no_obstacle_for_a_model_without_one(sdxl, txt2img, monkeypatch, here):
     txt2img("a frog", "--out", "a.png")
     monkeypatch.undo()
