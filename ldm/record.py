@@ -89,10 +89,12 @@ class Record:
     picture: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the record as JSON-ready values, without None and empty values."""
-        keep = (False, 0)
+        """Return the record as JSON-ready values, without None and empty tables.
+
+        Empty texts stay: for SDXL, an empty negative prompt makes another picture than none.
+        """
         table = dataclasses.asdict(
-            self, dict_factory=lambda pairs: {k: v for k, v in pairs if v or v in keep or k in ("prompt",)}
+            self, dict_factory=lambda pairs: {k: v for k, v in pairs if v is not None and v != {}}
         )
         if self.request.source is not None:
             table["request"]["source"]["image"] = str(self.request.source.image)

@@ -256,14 +256,23 @@ def test_options_beside_from_change_that_picture(txt2img):
     assert (settings["request"]["prompt"], settings["placement"]["dtype"]) == ("a cat", "bfloat16")
 
 
-def test_weights_that_were_packed_on_a_cpu_are_not_on_another_device(txt2img, monkeypatch):
+def test_another_sampler_is_not_given_the_options_of_the_recorded_one(txt2img):
+    txt2img("a frog", "--sampler", "ddim", "--sampler-options", "eta=0.5", "--out", "a.png")
+    code, out, _ = txt2img("--from", "a.png", "--sampler", "heun", "--json")
+    assert code == 0
+    assert "sampler_options" not in json.loads(out)["settings"]["request"]
+    code, out, _ = txt2img("--from", "a.png", "--sampler", "ddim", "--json")
+    assert json.loads(out)["settings"]["request"]["sampler_options"] == {"eta": 0.5}
+
+
+def test_weights_that_were_packed_on_a_cpu_are_not_on_another_device_and_not_compiled(txt2img, monkeypatch):
     txt2img("a frog", "--out", "a.png")
     seen = []
     fast = ldm.Placement.fast
     monkeypatch.setattr(ldm.Placement, "fast", lambda **names: seen.append(names) or fast(device="cpu"))
-    for words in (["--device", "cuda"], ["--device", "cpu"], []):
+    for words in (["--device", "cuda"], ["--compile"], ["--device", "cpu"], []):
         txt2img("--from", "a.png", "--overwrite", *words, model=False)
-    assert ["packed" in names for names in seen] == [False, True, True]
+    assert ["packed" in names for names in seen] == [False, False, True, True]
 
 
 @pytest.fixture
@@ -297,6 +306,14 @@ def test_sdxls_conditioning_is_remembered_and_follows_another_size(sdxl, txt2img
     resolved = json.loads(out)["settings"]["resolved"]
     conditioning |= {"original_height": 16, "target_width": 40}  # sizes that were not asked follow
     assert {name: resolved[name] for name in conditioning} == conditioning
+
+
+def test_an_empty_negative_prompt_is_remembered_because_sdxl_draws_another_picture_without_one(sdxl, txt2img):
+    txt2img("a frog", "--out", "none.png")
+    txt2img("a frog", "--negative", "", "--out", "a.png")
+    txt2img("--from", "a.png", "--out", "b.png", model=False)
+    assert not np.array_equal(pixels("a.png"), pixels("none.png"))
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
 
 
 def test_a_default_conditioning_is_no_obstacle_for_a_model_without_one(sdxl, txt2img, monkeypatch, here):
@@ -493,6 +510,10 @@ def test_a_picture_without_a_readable_record_cannot_be_repeated(txt2img, text, m
         (["a frog", "--from", "no.png"], "the picture no.png cannot be read: No such file or directory"),
         (["a frog", "on grass"], "unrecognized arguments: on grass"),
         (["a frog", "--wings", "2"], "unrecognized arguments: --wings"),
+        (
+            ["--sampler-options", "eta=1", "a frog"],
+            "give NAME=NUMBER such as eta=0.5, and the prompt before this option",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(txt2img, here, words, message):

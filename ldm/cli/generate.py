@@ -113,6 +113,8 @@ def _read_job(args: argparse.Namespace) -> jobs.Job:
     record = recall(args.repeated)
     request, picture = record.request, record.picture
     as_grid = args.grid or picture is None
+    if asked.get("sampler", request.sampler) != request.sampler:
+        asked.setdefault("sampler_options", {})  # another sampler has other options
     if sizes:
         asked["sizes"] = dataclasses.replace(request.sizes, **sizes)
     if source:
@@ -123,8 +125,8 @@ def _read_job(args: argparse.Namespace) -> jobs.Job:
         request = dataclasses.replace(request, seed=request.seed + picture, images=1)
         picture = None
     remembered = dict(record.placement)
-    if "device" in placed and not placed["device"].startswith("cpu"):
-        remembered.pop("packed", None)  # for a CPU only
+    if placed.get("compile") or ("device" in placed and not placed["device"].startswith("cpu")):
+        remembered.pop("packed", None)  # for a CPU and blocks that are not compiled
     placement = ldm.Placement.fast(**(remembered | placed))
     _compare(record.environment, environment(find_device(placement.device)), args.repeated)
     choice, sha256 = record.model, dict(record.sha256)

@@ -59,4 +59,8 @@ def _without_none(hint: Any) -> Any:
 def _pair(word: str) -> tuple[str, float]:
     """Read NAME=NUMBER."""
     name, _, number = word.partition("=")
-    return name, float(number)
+    try:
+        return name, float(number)
+    except ValueError:
+        wanted = "give NAME=NUMBER such as eta=0.5, and the prompt before this option"
+        raise argparse.ArgumentTypeError(f"{wanted}, got {word!r}") from None
