@@ -49,7 +49,7 @@ def test_a_picture_from_a_picture_equals_that_of_diffusers(name, sampler, both):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*steps_offset.*:FutureWarning")  # of their LCMScheduler
+@pytest.mark.filterwarnings("ignore:The configuration file of this scheduler:FutureWarning")
 def test_a_latent_consistency_model_makes_the_same_picture_from_a_picture(both):
     request = dataclasses.replace(from_picture("lcm", steps=8), negative_prompt=None)
     assert_equal_from_a_picture(both, "LCM", request)
