@@ -162,10 +162,15 @@ def save(
 
     The model is written beside `path` and then renamed, so a failure leaves the old model. Other files in an
     overwritten folder stay. Raises ValueError for a path that exists, unless `overwrite` is given and the path has a
-    model of the same layout, and for a model that the layout cannot express.
+    model of the same layout, for a folder named like a file, for a dtype of integers, and for a model that the layout
+    cannot express.
     """
     if layout not in ("ldm", "diffusers"):
         raise ValueError(f"layout must be 'ldm' (a file) or 'diffusers' (a folder), got {layout!r}")
+    if layout == "diffusers" and Path(path).suffix == ".safetensors":
+        raise ValueError(f"the diffusers layout is a folder, got {path}: give layout='ldm' to write one file")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype must be a torch dtype of real numbers, such as torch.float16, got {dtype!r}")
     _check_target(Path(path), layout, overwrite)
     path = Path(path).resolve()
     with beside(path) as new:

@@ -306,6 +306,20 @@ def test_an_unknown_layout_is_an_error(small, tmp_path):
         save(small, tmp_path / "model", layout="onnx")
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype", "message"),
+    [
+        ("model.safetensors", None, r"a folder, got .*model.safetensors: give layout='ldm' to write one file"),
+        ("model", torch.int8, r"a torch dtype of real numbers, such as torch.float16, got torch.int8"),
+        ("model", "float16", r"a torch dtype of real numbers, such as torch.float16, got 'float16'"),
+    ],
+)
+def test_a_folder_named_like_a_file_and_a_dtype_of_no_weights_are_refused(small, tmp_path, name, dtype, message):
+    with pytest.raises(ValueError, match=message):
+        save(small, tmp_path / name, dtype=dtype)
+    assert not list(tmp_path.iterdir())
+
+
 def test_models_that_a_layout_cannot_express_are_refused(small, tmp_path):
     alphabet = byte_alphabet()
     tokens = [*alphabet, *(c + "</w>" for c in alphabet), BOS, EOS]
