@@ -82,6 +82,8 @@ def open_picture(path: str | Path) -> Iterator[Image.Image]:
         if isinstance(error, UnidentifiedImageError):
             known = ", ".join(FORMATS)
             reason = f"it must be one of {known}; the file has another format, is a rare variant, or is damaged"
+        elif isinstance(error, Image.DecompressionBombError):  # Pillow's own limit, which is higher
+            reason = f"it has more than {MAX_PIXELS:,} pixels; make it smaller"
         raise ValueError(f"the picture {path} cannot be read: {reason}") from error
 
 

@@ -112,6 +112,13 @@ def test_a_picture_starts_no_other_program(tmp_path, monkeypatch):
     assert started.exists()
 
 
+def test_a_picture_beyond_pillows_own_limit_is_refused_with_ours(tmp_path, monkeypatch):
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match=rf"it has more than {MAX_PIXELS:,} pixels; make it smaller$"):
+        read_picture(tmp_path / "a.png")
+
+
 def test_a_picture_of_too_many_pixels_is_refused_before_they_are_decoded(tmp_path):
     Image.new("1", (2**14, 2**13)).save(tmp_path / "a.png")
     with warnings.catch_warnings(), open_picture(tmp_path / "a.png") as picture:
