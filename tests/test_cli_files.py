@@ -136,7 +136,10 @@ def test_convert_replaces_a_model_only_with_overwrite(run, source):
         (["convert", "no", "a.safetensors", "--layout", "ldm"], "no does not exist"),
         (["convert", "weights/tiny", "a.safetensors", "--layout", "ldm", "--ema"], "leave out ema"),
         (["convert", "weights/tiny", "a", "--layout", "ldm"], "one file, whose name ends in .safetensors, got a:"),
-        (["convert", "weights/tiny", "a.safetensors", "--layout", "diffusers"], "a folder, not a .safetensors file"),
+        (
+            ["convert", "weights/tiny", "a.safetensors", "--layout", "diffusers"],
+            "the diffusers layout is a folder, got a.safetensors",
+        ),
         (
             ["convert", "weights/tiny", "a", "--layout", "ldm", "--dtype", "int8"],
             "dtype must be one of float32, float16, bfloat16, got 'int8'",

@@ -167,8 +167,6 @@ def save(
     """
     if layout not in ("ldm", "diffusers"):
         raise ValueError(f"layout must be 'ldm' (a file) or 'diffusers' (a folder), got {layout!r}")
-    if layout == "diffusers" and Path(path).suffix == ".safetensors":
-        raise ValueError(f"the diffusers layout is a folder, got {path}: give layout='ldm' to write one file")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype must be a torch dtype of real numbers, such as torch.float16, got {dtype!r}")
     _check_target(Path(path), layout, overwrite)
@@ -197,12 +195,11 @@ def convert(
 
     A pickle of something else, such as a VAE or a ControlNet, becomes a .safetensors file (layout "ldm") with the same
     names. Returns the names of the tensors that are left out because no network uses them, such as noise schedules.
-    Raises ValueError as `load` and `save` do, for a pickle that names code or holds nothing known, and for a `target`
-    whose name does not suit the layout: that of a file ends in .safetensors.
+    Raises ValueError as `load` and `save` do, for a pickle that names code or holds nothing known, and for a file
+    whose name does not end in .safetensors.
     """
-    if (Path(target).suffix == ".safetensors") is not (layout == "ldm"):
-        what = "one file, whose name ends in .safetensors" if layout == "ldm" else "a folder, not a .safetensors file"
-        raise ValueError(f"the {layout} layout is {what}, got {target}: give another name or layout")
+    if layout == "ldm" and Path(target).suffix != ".safetensors":
+        raise ValueError(f"the ldm layout is one file, whose name ends in .safetensors, got {target}: give such a name")
     _check_target(Path(target), layout, overwrite)
     if not replace and is_pickle(Path(path)):
         tensors = PickledTensors(Path(path))
@@ -246,6 +243,8 @@ def _rewrite(tensors: PickledTensors, target: Path, layout: Layout, dtype: torch
 
 
 def _check_target(path: Path, layout: Layout, overwrite: bool) -> None:
+    if layout == "diffusers" and path.suffix == ".safetensors":
+        raise ValueError(f"the diffusers layout is a folder, got {path}: give layout='ldm' to write one file")
     if not path.exists():
         return
     if not overwrite:

@@ -94,9 +94,9 @@ def test_a_pickle_of_which_nothing_is_known_is_not_written(content, message, tmp
 @pytest.mark.parametrize(
     ("layout", "name", "message"),
     [
-        ("ldm", "model", r"the ldm layout is one file, whose name ends in \.safetensors, got .*model: give another"),
+        ("ldm", "model", r"the ldm layout is one file, whose name ends in \.safetensors, got .*model: give such"),
         ("ldm", "model.ckpt", r"whose name ends in \.safetensors, got .*model\.ckpt"),
-        ("diffusers", "model.safetensors", r"the diffusers layout is a folder, not a \.safetensors file, got"),
+        ("diffusers", "model.safetensors", r"the diffusers layout is a folder, got .*model\.safetensors: give layout"),
     ],
 )
 def test_a_target_whose_name_does_not_suit_the_layout_is_refused(layout, name, message, small_folder, tmp_path):
