@@ -70,7 +70,7 @@ class Pipeline:
         request: Request,
         *,
         latents: Tensor | None = None,
-        sigmas: Tensor | None = None,
+        sigmas: Tensor | Sequence[float] | None = None,
         sampler: Sampler | None = None,
     ) -> Iterator[Step]:
         """Encode the prompt, then return an iterator over the denoising steps. The caller may stop at any step.
@@ -84,10 +84,14 @@ class Pipeline:
         not finite: on a CPU at once, on a GPU after the last step, because each check would wait for the GPU.
         """
         plan = self.plan(request)
+        if isinstance(sampler, str):
+            raise ValueError(f"the sampler must be a function, got {sampler!r}: name a sampler in the request")
         if sigmas is not None:
-            plan = dataclasses.replace(plan, sigmas=sigmas)
+            plan = dataclasses.replace(plan, sigmas=torch.as_tensor(sigmas, dtype=torch.float64, device="cpu"))
         conditions = self.conditions(plan)
         x = self.start(plan) if latents is None else latents
+        if x.shape != (shape := (request.images, *plan.latent_shape)):
+            raise ValueError(f"latents of the size and images of this request are {shape}, got {tuple(x.shape)}")
         return self._steps(plan, conditions, x, sampler)
 
     @torch.no_grad()

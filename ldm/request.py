@@ -49,7 +49,8 @@ class Source:
     Sampling starts below the highest noise level, from the picture's latents plus noise of that level.
     """
 
-    image: str | Path | Image.Image  # a file, or a picture; EXIF rotation is applied, transparency becomes white
+    # A file, or a picture; EXIF rotation is applied, transparency becomes white. A picture has no hash.
+    image: str | Path | Image.Image = dataclasses.field(hash=False)
     strength: float = option(0.6, "share of the steps that run, above 0 to 1; 1 keeps almost nothing of the picture")
     exact_steps: bool = option(False, "run all steps, starting at the noise level that the strength gives")
     start_sigma: float | None = option(None, "noise level to start at, instead of the strength; all steps run")
@@ -124,6 +125,7 @@ class Request:
             raise ValueError(f"sampler_options must be a mapping such as {{'eta': 0.5}}, got {self.sampler_options!r}")
         for name, number in self.sampler_options.items():
             check_number(f"the sampler's {name}", number)
+        object.__setattr__(self, "sampler_options", dict(self.sampler_options))  # the caller may change theirs
         for name, kind in (("sizes", Sizes), ("source", Source)):
             value = getattr(self, name)
             if not isinstance(value, kind) and not (name == "source" and value is None):
@@ -160,7 +162,7 @@ class Request:
         if unknown := set(self.sampler_options) - set(allowed := options(SAMPLERS[sampler])):
             raise ValueError(
                 f"the sampler {sampler} has {f'the options {allowed}' if allowed else 'no options'}, got "
-                f"{', '.join(sorted(unknown))}"
+                f"{', '.join(sorted(map(str, unknown)))}"
             )
         spacing = self.spacing or config.diffusion.spacing
         steps = config.steps if self.steps is None else self.steps

@@ -105,8 +105,14 @@ def test_a_stream_takes_a_sampler_levels_and_latents(pipe, sampler):
     x = start(plan.initial_noise()(), sigmas[0], sampler=plan.sampler, spacing=plan.spacing)
     with torch.no_grad():
         assert torch.equal(only_levels.x0, denoise(x, sigmas[0]))
+    listed = last_of(pipe.stream(request, latents=latents, sigmas=sigmas.tolist(), sampler=sampler))
+    assert torch.equal(listed.x, streamed[-1].x)
     with pytest.raises(ValueError, match="strictly falling levels"):
         next(pipe.stream(request, sigmas=sigmas.flip(0)))
+    with pytest.raises(ValueError, match=r"size and images of this request are \(2, 4, 8, 8\), got \(1, 4, 8, 8\)"):
+        pipe.stream(request, latents=latents[:1])
+    with pytest.raises(ValueError, match="the sampler must be a function, got 'euler': name a sampler in the request"):
+        pipe.stream(request, sampler="euler")
 
 
 # ------------------------------------------------------------------ own samplers

@@ -137,6 +137,14 @@ def test_a_negative_seed_becomes_a_random_one_that_the_request_remembers():
     assert dataclasses.replace(request, steps=1).seed == request.seed
 
 
+def test_a_request_keeps_its_own_options_of_the_sampler_and_has_a_hash_with_a_picture_too():
+    options = {"eta": 0.5}
+    request = Request("a frog", sampler="ddim", sampler_options=options, source=Source(Image.new("RGB", (4, 4))))
+    options["eta"] = 1.0
+    assert request.sampler_options == {"eta": 0.5}
+    assert request in {dataclasses.replace(request, seed=0)}
+
+
 def test_what_a_request_leaves_open_is_the_models_own_choice():
     plan = Request("a frog").resolved(SD15)
     assert (plan.steps, plan.sampler, plan.spacing) == (25, "dpmpp_2m", "leading")

@@ -43,7 +43,7 @@ LCM_TIMESTEPS = 50  # the number of timesteps that LCMs are distilled on: 999 97
 class NoiseSchedule:
     """The discrete noise schedule. The defaults are those of every official Stable Diffusion.
 
-    Its tables are fp64 on the CPU, with one entry per training timestep 0 .. timesteps - 1. They cannot be assigned.
+    Its tables have one entry per training timestep 0 .. timesteps - 1, fp64 on the CPU. Reading them gives copies.
       alphas_cumprod   a_t, the product of 1 - beta up to t; falling
       sigmas           sqrt((1 - a_t) / a_t); rising, from 0.0292 to 14.6146 with the defaults
     """
@@ -90,12 +90,12 @@ class NoiseSchedule:
     @property
     def alphas_cumprod(self) -> Tensor:
         """The product of 1 - beta up to each timestep, fp64."""
-        return self._alphas_cumprod
+        return self._alphas_cumprod.clone()
 
     @property
     def sigmas(self) -> Tensor:
         """The noise level of each timestep, fp64."""
-        return self._sigmas
+        return self._sigmas.clone()
 
     def __len__(self) -> int:
         """Return the number of training timesteps."""
@@ -263,7 +263,7 @@ def per_image(numbers: Tensor, like: Tensor) -> Tensor:
 def _betas(betas: BetaSchedule | Tensor, beta_start: float, beta_end: float, timesteps: int) -> Tensor:
     """Return the beta of each timestep, fp64."""
     if not isinstance(betas, Tensor):
-        if betas not in get_args(BetaSchedule):
+        if not isinstance(betas, str) or betas not in get_args(BetaSchedule):
             raise ValueError(f"betas must be a tensor or one of {get_args(BetaSchedule)}, got {betas!r}")
         if not 0 < beta_start <= beta_end < 1:
             raise ValueError(f"betas must satisfy 0 < beta_start <= beta_end < 1, got {beta_start}, {beta_end}")

@@ -69,8 +69,11 @@ def test_a_tensor_of_betas_gives_the_schedule_of_its_name(name, zero_terminal_sn
     assert len(NoiseSchedule(betas[:10])) == 10
 
 
-def test_the_tables_cannot_be_assigned():
+def test_the_tables_cannot_be_assigned_or_written_to():
     schedule = NoiseSchedule()
+    schedule.alphas_cumprod[0] = schedule.sigmas[0] = 7.0  # of copies
+    assert torch.equal(schedule.alphas_cumprod, NoiseSchedule().alphas_cumprod)
+    assert torch.equal(schedule.sigmas, NoiseSchedule().sigmas)
     with pytest.raises(AttributeError):
         schedule.alphas_cumprod = schedule.alphas_cumprod.sqrt()
     with pytest.raises(AttributeError):
@@ -304,6 +307,7 @@ def test_short_tables_work():
     [
         ({"betas": "sigmoid"}, r"a tensor or one of \('scaled_linear', 'linear', 'cosine'\), got 'sigmoid'"),
         ({"betas": [0.1, 0.2]}, r"a tensor or one of .*, got \[0.1, 0.2\]"),
+        ({"betas": torch.tensor([0.1, 0.2]).numpy()}, r"a tensor or one of .*, got array\(\[0.1, 0.2\]"),
         ({"betas": torch.tensor([[0.1, 0.2]])}, "tensor of betas must hold two or more numbers between 0 and 1"),
         ({"betas": torch.tensor([0.1])}, "two or more numbers between 0 and 1"),
         ({"betas": torch.tensor([0.0, 0.2])}, "two or more numbers between 0 and 1"),
