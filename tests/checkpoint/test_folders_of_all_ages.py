@@ -19,6 +19,7 @@ from ldm.models.token_files import save_tokenizer
 from ldm.models.tokens import Tokenizer
 from ldm.presets import SD15, SD21_BASE, SDXL_BASE, SDXL_REFINER
 from tests.checkpoint.standin import hollow_model, write_hollow
+from tests.sparse import sparse
 
 Json = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]
@@ -340,7 +341,7 @@ def write_json(path: Path, value: Json) -> None:
     path.write_text(json.dumps(value))
 
 
-@pytest.mark.parametrize("name", FOLDERS)
+@pytest.mark.parametrize("name", sparse(FOLDERS, 3))
 def test_what_is_concluded_of_a_folder(name: str, tmp_path: Path, vocabulary: Path) -> None:
     made = FOLDERS[name]
     found = identify(write_folder(tmp_path / "model", made, vocabulary))

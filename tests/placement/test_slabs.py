@@ -13,6 +13,7 @@ from ldm.placement.packing import can_pack, pack
 from ldm.placement.slabs import decode_slabs, encode_slabs
 from ldm.presets import SD15
 from tests.live_bytes import LiveBytes
+from tests.sparse import sparse
 
 SMALL = VAEConfig(channels=(8, 16, 16), res_blocks=1, norm_groups=4, scaling_factor=0.5)
 NARROW = VAEConfig(channels=(8, 16, 32, 32), norm_groups=4)  # SD's plan, a sixteenth of its width
@@ -48,10 +49,13 @@ BUDGETS = [1, 3000, 10_000, 30_000, 100_000, 10**9]
 
 @pytest.mark.parametrize(
     ("config", "size", "budget"),
-    [
-        *((SMALL, size, budget) for size in SIZES for budget in BUDGETS),
-        *((NARROW, size, budget) for size in [(9, 5), (1, 3)] for budget in (1, 100_000, 400_000)),
-    ],
+    sparse(
+        [
+            *((SMALL, size, budget) for size in SIZES for budget in BUDGETS),
+            *((NARROW, size, budget) for size in [(9, 5), (1, 3)] for budget in (1, 100_000, 400_000)),
+        ],
+        5,  # no divisor of the number of budgets: each size and each budget has its turn
+    ),
     ids=str,
 )
 def test_slabs_decode_and_encode_as_the_whole_does_for_every_size_and_budget(config, size, budget):
@@ -200,7 +204,7 @@ def test_the_official_autoencoder_in_fp16_within_a_budget(direction, size, budge
     assert ratio < factor  # as computed in ldm.placement.slabs, and two rows a slab and layer
 
 
-@pytest.mark.parametrize("part", [0.2, 0.4, 0.9])
+@pytest.mark.parametrize("part", sparse([0.2, 0.4, 0.9], 3))
 def test_memory_stays_within_any_budget_that_the_attention_does_not_exceed(part):
     vae = random_vae(NARROW)
     latents, images = pictures(NARROW, 32, 24)
