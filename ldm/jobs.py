@@ -108,7 +108,7 @@ def run(job: Job, models: Models, outputs: Outputs, watch: Watch = lambda steps,
                 plan, steps = base.plan(request), base.stream(request)
             else:
                 plan, last = plan_both(base, refiner, request, handover=job.model.handover)
-                plan = dataclasses.replace(plan, sigmas=torch.cat([plan.sigmas, last.sigmas[1:]]))
+                plan = dataclasses.replace(plan, request=request, sigmas=torch.cat([plan.sigmas, last.sigmas[1:]]))
                 steps = stream_both(base, refiner, request, handover=job.model.handover)
             for step in watch(steps, len(plan.sigmas) - 1):
                 latents = step.latents

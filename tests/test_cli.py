@@ -23,7 +23,7 @@ from ldm.pictures import read_texts, save_png
 from ldm.placement.packing import can_pack
 from ldm.record import digest
 from ldm.training import evaluate, scenes
-from tests.tiny import TINY_SDXL, random_networks
+from tests.tiny import TINY_REFINER, TINY_SDXL, random_networks
 
 
 @pytest.fixture(autouse=True)
@@ -306,6 +306,16 @@ def test_sdxls_conditioning_is_remembered_and_follows_another_size(sdxl, txt2img
     resolved = json.loads(out)["settings"]["resolved"]
     conditioning |= {"original_height": 16, "target_width": 40}  # sizes that were not asked follow
     assert {name: resolved[name] for name in conditioning} == conditioning
+
+
+def test_the_scores_of_the_refiner_are_remembered_beside_the_sizes_of_the_base_model(txt2img, monkeypatch, here):
+    (here / "refiner").mkdir()
+    pipes = [ldm.Pipeline(config, *random_networks(config)) for config in (TINY_SDXL, TINY_REFINER)]
+    monkeypatch.setattr("ldm.jobs.load", lambda path, *_, **__: pipes[path == "refiner"])
+    words = ["--refiner", "refiner", "--steps", "10", "--crop-top", "5", "--aesthetic-score", "3"]
+    txt2img("a frog", *words, "--out", "a.png")
+    txt2img("--from", "a.png", "--out", "b.png", model=False)
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
 
 
 def test_an_empty_negative_prompt_is_remembered_because_sdxl_draws_another_picture_without_one(sdxl, txt2img):
