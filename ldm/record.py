@@ -125,7 +125,10 @@ class Record:
                 "Version": f"ldm {self.environment.ldm}",
             },
         )
-        return {"parameters": parameters, KEY: json.dumps(dataclasses.replace(self, picture=picture).as_dict())}
+        return {
+            "parameters": parameters,
+            KEY: json.dumps(dataclasses.replace(self, picture=picture).as_dict(), default=str),
+        }
 
 
 def remember(plan: Plan, choice: ModelChoice, pipe: ldm.Pipeline, sha256: Mapping[str, str]) -> Record:

@@ -15,6 +15,7 @@ import torch
 from PIL import Image, PngImagePlugin
 
 import ldm
+from ldm import jobs
 from ldm.checkpoint import files
 from ldm.cli import main
 from ldm.cli.options import add_options, given
@@ -232,6 +233,13 @@ def test_a_picture_is_repeated_from_its_file_bit_for_bit(txt2img, sampler):
     txt2img("a frog 🐸", "--seed", "-1", "--sampler", sampler, "--guidance", "2.5", "--out", "a.png")
     code, out, err = txt2img("--from", "a.png", "--out", "b.png", model=False)
     assert (code, out, err) == (0, "b.png\n", "")
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+
+
+def test_a_job_of_a_program_may_name_its_model_by_a_path(txt2img, model_folder, here):
+    job = jobs.Job(ldm.Request("a frog", steps=2), jobs.ModelChoice(model_folder), ldm.Placement.fast(device="cpu"))
+    jobs.run(job, jobs.load_models(job.model, job.placement), Outputs(here / "a.png", job.count))
+    assert txt2img("--from", "a.png", "--out", "b.png", model=False)[0] == 0
     assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
 
 
