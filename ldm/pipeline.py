@@ -12,6 +12,7 @@ replaced.
 """
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -229,7 +230,9 @@ class Pipeline:
     def binding(self) -> Bind:
         """Return the function (condition) -> network: `unet.bind`, or a version of it that replays CUDA graphs."""
         unet = self.unet
-        if not hasattr(unet, "bind"):  # a replaced UNet that only has the arguments of `UNet.forward`
+        # A replaced UNet may only have the arguments of `UNet.forward`. A module of `torch.compile` also passes on the
+        # `bind` of the module inside, which would not call the compiled one.
+        if inspect.getattr_static(unet, "bind", None) is None:
             return lambda c: lambda z, timesteps: unet(z, timesteps, c.context, c.vector, None, c.guidance)
         if self.placement.cuda_graph:
             from ldm.placement.graphs import Recorded

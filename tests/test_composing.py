@@ -269,6 +269,20 @@ def test_a_wrapper_with_the_arguments_of_the_unet_takes_its_place(fresh):
     assert torch.allclose(got, expected, rtol=0, atol=1e-4)  # fp32, in another order
 
 
+def test_a_wrapper_that_passes_on_the_attributes_of_the_unet_inside_is_called_itself(fresh):
+    """As the modules that `torch.compile` returns."""
+
+    class Passing(Shifted):
+        def __getattr__(self, name):
+            return self._modules[name] if name in self._modules else getattr(self._modules["unet"], name)
+
+    unet = fresh.unet
+    fresh.unet = Shifted(unet)
+    expected = last_of(fresh.stream(EULER)).x
+    fresh.unet = Passing(unet)
+    assert torch.equal(last_of(fresh.stream(EULER)).x, expected)
+
+
 @pytest.mark.parametrize("change", [{"guidance_dim": 16}, {"vector_dim": TINY_SDXL.unet.vector_dim}], ids=str)
 def test_such_a_wrapper_is_given_the_guidance_and_the_vector(change):
     config = TINY_SDXL if "vector_dim" in change else TINY_RANDOM
