@@ -436,6 +436,7 @@ def small_sd15():
     return model, official_tensors(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("place", "value"), ABSURD, ids=lambda x: str(x)[:30])
 def test_absurd_numbers_in_a_configuration_are_refused_and_do_not_hang(place, value, small_sd15, tmp_path):
     model, tensors = small_sd15

@@ -181,6 +181,7 @@ def test_a_file_of_version_0_1_loads(preset, tmp_path):
     assert found.source.notes == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["ldm", "diffusers"])
 def test_what_version_0_1_padded_wrongly_is_read_with_a_note_and_converted_right(layout, tmp_path):
     model = small_model("sd21")

@@ -160,6 +160,7 @@ def test_a_recorded_graph_needs_weights_that_stay(cuda):
         Placement(cuda_graph=True, offload="model").resolve()
 
 
+@pytest.mark.slow
 def test_reading_a_placement_imports_no_mode_that_was_not_chosen(tmp_path):
     code = """
 import sys, ldm

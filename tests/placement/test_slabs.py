@@ -101,6 +101,7 @@ def test_statistics_stay_exact_far_from_zero():
     assert error < 2 * difference(vae.decode(latents), expected)
 
 
+@pytest.mark.slow
 def test_slabs_in_bf16_are_as_close_to_fp32_as_the_whole():
     def error(got, expected):
         return (got.float() - expected).square().mean().sqrt().item()
@@ -120,6 +121,7 @@ def test_slabs_in_bf16_are_as_close_to_fp32_as_the_whole():
     assert sum(ratios) / len(ratios) < 1.1
 
 
+@pytest.mark.slow
 def test_pictures_of_a_batch_do_not_know_of_each_other_and_a_call_leaves_nothing_behind():
     vae = random_vae(SMALL)
     latents, images = pictures(SMALL, 9, 5, batch=3)
