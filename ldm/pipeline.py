@@ -160,6 +160,7 @@ class Pipeline:
     def denoiser(self, plan: Plan, conditions: Sequence[Condition]) -> Denoiser:
         """Make the denoiser (x, sigma) -> x0 from the UNet, the conditions and the guidance of `plan`."""
         weight, kind = next(self.unet.parameters()), self.config.diffusion.prediction
+        conditions = [dataclasses.replace(c, context=c.context.to(weight.dtype)) for c in conditions]
         bind, batched = self.binding(), self.placement.guidance == "batched"
         rule = classifier_free(plan.guidance_scale, plan.request.guidance_rescale)
         with self.at_work("unet"):  # `guided` calls `bind`, which projects the context

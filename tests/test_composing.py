@@ -269,6 +269,12 @@ def test_a_wrapper_with_the_arguments_of_the_unet_takes_its_place(fresh):
     assert torch.allclose(got, expected, rtol=0, atol=1e-4)  # fp32, in another order
 
 
+def test_a_unet_in_another_dtype_than_the_text_encoder_takes_its_context(fresh):
+    expected = last_of(fresh.stream(EULER)).x
+    fresh.unet.double()
+    assert torch.allclose(last_of(fresh.stream(EULER)).x, expected, rtol=0, atol=1e-3)  # fp32, amplified by guidance
+
+
 def test_a_wrapper_that_passes_on_the_attributes_of_the_unet_inside_is_called_itself(fresh):
     """As the modules that `torch.compile` returns."""
 
