@@ -9,9 +9,9 @@ Packed weights are for inference: they are not parameters. Call `unpack(network)
 weights into it, or quantize it. `load_state_dict` works on packed layers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,11 @@ class Packed(nn.Module):
     def dense(self) -> Tensor:
         """Return the weight in plain format."""
         return self.held[0].to_dense()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Change the weight, too, in `to` and its relatives. The next call packs the new weight."""
+        self.held = fn(self.dense()), PLAIN
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state for copies and pickles, with a plain weight, because a packed weight cannot be copied."""

@@ -178,6 +178,16 @@ def test_a_packed_network_can_be_copied_and_pickled_whether_or_not_it_was_used(u
     assert torch.equal(call(unet), expected)
 
 
+@pytest.mark.parametrize("used", [False, True])
+def test_a_packed_network_takes_another_dtype_with_its_weights(unet, used):
+    rounded = copy.deepcopy(unet).to(torch.bfloat16)
+    pack(unet)
+    if used:
+        call(unet)
+    for name, weight in unet.to(torch.bfloat16).state_dict().items():
+        assert torch.equal(weight, rounded.state_dict()[name]), name
+
+
 def test_the_plain_weights_are_let_go_when_they_are_packed(unet):
     pack(unet)
     layers = [part for part in unet.modules() if isinstance(part, nn.Conv2d | nn.Linear)]
