@@ -121,6 +121,10 @@ def classifier_free(scale: float, rescale: float = 0.0) -> Rule:
         raise ValueError(f"guidance rescale must lie in 0 .. 1, got {rescale}")
 
     def rule(predictions: Sequence[Tensor]) -> Tensor:
+        if len(predictions) != 2:
+            raise ValueError(
+                f"classifier-free guidance combines 2 conditions, got {len(predictions)}: give another rule"
+            )
         cond, uncond = predictions
         result = uncond + scale * (cond - uncond)
         if rescale:
