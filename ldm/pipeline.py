@@ -78,9 +78,8 @@ class Pipeline:
 
         latents: x at the first noise level, b c h w, to start from instead of noise or the request's picture.
         sigmas: falling noise levels to use instead of the plan's.
-        sampler: a function to use instead of the plan's sampler, see `ldm.diffusion.samplers`; give its own options with
-          `functools.partial`. The plan's sampler still
-          decides the noise levels and the scale of the initial noise.
+        sampler: a function to use instead of the plan's sampler, see `ldm.diffusion.samplers`. `functools.partial` sets
+          its options. The plan's sampler still decides the noise levels and the scale of the initial noise.
         The tensors of a step are fp32: b c h w. Pass `step.latents` of the last step, or any `step.x0`, to `decode`.
         Raises ValueError for a request that this model does not support. The iterator raises FloatingPointError if x is
         not finite: on a CPU at once, on a GPU after the last step, because each check would wait for the GPU.

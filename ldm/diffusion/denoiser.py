@@ -123,7 +123,7 @@ def classifier_free(scale: float, rescale: float = 0.0) -> Rule:
     def rule(predictions: Sequence[Tensor]) -> Tensor:
         if len(predictions) != 2:
             raise ValueError(
-                f"classifier-free guidance combines 2 conditions, got {len(predictions)}: give another rule"
+                f"classifier-free guidance combines 2 conditions, not {len(predictions)}: give another rule"
             )
         cond, uncond = predictions
         result = uncond + scale * (cond - uncond)

@@ -55,11 +55,6 @@ def separately(network, given, z, timesteps):
 
 @pytest.mark.parametrize("kind", ["eps", "v", "x0"])
 @pytest.mark.parametrize("zero_terminal_snr", [False, True])
-def test_classifier_free_guidance_of_three_conditions_is_refused():
-    with pytest.raises(ValueError, match="combines 2 conditions, got 3: give another rule"):
-        classifier_free(2.0)([torch.zeros(1)] * 3)
-
-
 def test_a_perfect_prediction_of_any_kind_gives_x0_back(kind, zero_terminal_snr):
     schedule = NoiseSchedule(zero_terminal_snr=zero_terminal_snr)
     x0, eps = draw(2, 1, 4, 8, 8, dtype=torch.float64).unbind(0)
@@ -282,3 +277,8 @@ def test_a_prediction_that_cannot_be_is_refused():
 def test_guidance_that_cannot_be_is_refused(scale, rescale, message):
     with pytest.raises(ValueError, match=message):
         classifier_free(scale, rescale)
+
+
+def test_classifier_free_guidance_of_three_conditions_is_refused():
+    with pytest.raises(ValueError, match="combines 2 conditions, not 3: give another rule"):
+        classifier_free(2.0)([torch.zeros(1)] * 3)
