@@ -1,7 +1,7 @@
 """Official files, for those who have them in weights/ or in the folder that LDM_WEIGHTS names: `pytest -m weights`.
 
 The slices are those of diffusers' own slow tests (tests/pipelines/stable_diffusion*, stable_diffusion_2 and
-stable_diffusion_xl of its repository), made on a GPU: nine values of the last colour, from 0 to 1.
+stable_diffusion_xl of its repository), made on a GPU: nine values of the last color, from 0 to 1.
 """
 
 import os

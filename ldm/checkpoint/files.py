@@ -161,9 +161,9 @@ def save(
     """Save `model` as a folder (layout "diffusers") or as one .safetensors file ("ldm"), in `dtype` if given.
 
     The model is written beside `path` and then renamed, so a failure leaves the old model. Other files in an
-    overwritten folder stay. Raises ValueError for a path that exists, unless `overwrite` is given and the path has a
-    model of the same layout, for a folder named like a file, for a dtype of integers, and for a model that the layout
-    cannot express.
+    overwritten folder stay.
+    Raises ValueError for a path that exists; with `overwrite` it may be a model of the same layout. Raises ValueError
+    too for a folder that is named like a file, a dtype of integers, and a model that the layout cannot express.
     """
     if layout not in ("ldm", "diffusers"):
         raise ValueError(f"layout must be 'ldm' (a file) or 'diffusers' (a folder), got {layout!r}")

@@ -1,7 +1,7 @@
 """Convolutions and linear layers on a CPU with their weights in oneDNN's memory format.
 
 PyTorch reorders the weight of a convolution at each call. For a small picture this takes most of the time. A packed
-layer reorders its weight once. The format depends on the size of the input and the number of threads, so a layer is
+layer reorders its weight once. The format depends on the size of the input and the number of threads. So a layer is
 packed at its first call, and again if a later call needs another format. Packed linear layers in fp32 run in oneDNN
 instead of MKL. The outputs equal those of plain layers, apart from the order of summation.
 

@@ -232,9 +232,9 @@ def with_attribute() -> torch.Tensor:
         (lambda: torch.ones(2, dtype=torch.complex64), r"torch\.complex64"),
         (lambda: torch.ones(2, device="meta"), "on meta"),
     ],
-    ids=["sparse", "csr", "quantised", "complex", "meta"],
+    ids=["sparse", "csr", "quantized", "complex", "meta"],
 )
-@pytest.mark.filterwarnings("ignore")  # of torch, about sparse and quantised tensors
+@pytest.mark.filterwarnings("ignore")  # of torch, about sparse and quantized tensors
 def test_tensors_that_are_not_plain_are_named(make, what, tmp_path):
     path = saved(tmp_path, {**WEIGHTS, "odd": make()})
     with (

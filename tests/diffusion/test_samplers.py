@@ -528,7 +528,7 @@ def test_the_options_of_a_sampler_are_its_keywords_beside_noise():
     assert options(mine) == ["strength", "order"]
 
 
-# ------------------------------------------------------------------ behaviour
+# ------------------------------------------------------------------ behavior
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

@@ -97,7 +97,7 @@ def test_zero_terminal_snr_equals_algorithm_1_and_keeps_sigma_finite():
     assert schedule.alphas_cumprod[-1] == 2**-24
     assert schedule.sigmas[-1].item() == pytest.approx(4096, 1e-6)
     euler = EulerDiscreteScheduler(**STABLE_DIFFUSION, rescale_betas_zero_snr=True)
-    # 1e-3: diffusers divides neighbours of an fp32 product that approaches 0
+    # 1e-3: diffusers divides neighbors of an fp32 product that approaches 0
     assert largest("diffusers", schedule.alphas_cumprod, euler.alphas_cumprod) < 1e-3
 
 

@@ -21,7 +21,7 @@ MIB = 2**20
 
 
 def random_vae(config, seed=0):
-    """A VAE whose normalisations have weights too, as trained ones do."""
+    """A VAE whose normalizations have weights too, as trained ones do."""
     torch.manual_seed(seed)
     vae = VAE(config)
     for module in vae.modules():
