@@ -23,6 +23,7 @@ def choose(asked: "Placement", config: ModelConfig | None = None, *, fast: bool 
     the `ldm` command, use these defaults:
     - packed: True;
     - attention: sliced in bf16. This rounds the attention scores to bf16.
+    The command also keeps freed memory for its process, see `ldm.placement.allocator.keep_freed_memory`.
     """
     device = find_device(asked.device)
     dtype = asked.dtype or (torch.float16 if device.type == "cuda" else torch.float32)
