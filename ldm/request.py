@@ -96,8 +96,8 @@ class Request:
     )
     sampler: str | None = option(None, f"one of {', '.join(SAMPLERS)} (default: the model's)")
     spacing: Spacing | None = option(None, "how the noise levels are spaced (default: the model's)", "--schedule")
-    width: int | None = option(None, "pixels (default: the model's)", low=1, high=LARGEST)
-    height: int | None = option(None, "pixels (default: the model's)", low=1, high=LARGEST)
+    width: int | None = option(None, "pixels (default: the model's, in the source's ratio)", low=1, high=LARGEST)
+    height: int | None = option(None, "pixels (default: the model's, in the source's ratio)", low=1, high=LARGEST)
     seed: int = option(0, "seed of the first picture, one more for each further picture; negative: random")
     images: int = option(1, "number of pictures", low=1, high=MOST)
     clip_skip: int | None = option(
