@@ -129,7 +129,7 @@ def test_a_tower_has_the_gradients_of_transformers(kind, tokenizer):
     ours(ids).context.square().sum().backward()
     of_transformers(model, config, ids).context.square().sum().backward()
     got = ours.blocks[0].attn.to_k.weight.grad
-    expected = model.encoder.layers[0].self_attn.k_proj.weight.grad
+    expected = getattr(model, "text_model", model).encoder.layers[0].self_attn.k_proj.weight.grad
     assert expected.abs().max() > 0
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
 
@@ -179,7 +179,7 @@ def test_the_layer_and_the_final_norm_are_chosen_by_the_config(layer, final, tok
     ours = filled(model, config, tokenizer)
     ids = ours.tokenize(TEXTS)
     hidden = model(input_ids=ids, output_hidden_states=True).hidden_states[layer]
-    expected = model.final_layer_norm(hidden) if final else hidden
+    expected = getattr(model, "text_model", model).final_layer_norm(hidden) if final else hidden
     assert torch.equal(ours(ids).context, expected)
 
 
@@ -258,7 +258,7 @@ def test_a_model_that_a_user_holds_is_wrapped_and_computes_the_same(kind, tokeni
     got = encoder.encode(TEXTS)
     assert torch.equal(ids, filled(model, config, tokenizer).tokenize(TEXTS))
     assert largest_difference(got, of_transformers(model, config, ids)) == 0
-    assert encoder.towers[0].norm.weight is model.final_layer_norm.weight  # shared
+    assert encoder.towers[0].norm.weight is getattr(model, "text_model", model).final_layer_norm.weight  # shared
 
 
 def test_sdxls_two_models_are_wrapped_together_and_its_refiners_alone(tokenizer):
