@@ -44,7 +44,7 @@ _SIGNATURES = (  # (first bytes in lower case, what the file is)
     (b"riff", "is a picture or sound and not a model"),
 )
 SHOWN = 3  # the most names that an error message lists
-_ERRNO = re.compile(r"os error (\d+)")  # at the end of safetensors' messages
+_ERRNO = re.compile(r"(?:os error|Os \{ code:) (\d+)")  # in safetensors' messages of today, and of 0.4
 
 
 class Tensors:
@@ -144,7 +144,7 @@ def read_header(path: Path) -> tuple[int, dict[str, Any]]:
             pass
     except SafetensorError as error:
         promised = 8 + length
-        if len(text) == length and "incomplete" in str(error):
+        if len(text) == length and "incomplete" in str(error).lower():
             entries = [entry for name, entry in json.loads(text).items() if name != "__metadata__"]
             promised += max((entry["data_offsets"][1] for entry in entries), default=0)
         if size < promised:
