@@ -201,8 +201,8 @@ class Pipeline:
             raise FloatingPointError("the latents hold NaN or Inf, so there is no picture to decode")
         pictures = []
         with self.at_work("vae"):
-            for latent in torch.split(latents.to(next(self.vae.parameters())), 1):
-                image = self.placement.decoder()(self.vae, latent)
+            for latent in latents.to(next(self.vae.parameters())):
+                image = self.placement.decoder()(self.vae, latent[None])
                 if not image.isfinite().all():
                     raise self._not_finite("vae", peak=float(latent.abs().max()))
                 pictures += to_pil(image)
