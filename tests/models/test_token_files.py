@@ -29,16 +29,6 @@ PROMPTS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return Tokenizer.official()
-
-
-@pytest.fixture(scope="module")
-def theirs(tokenizer):
-    return CLIPTokenizer(vocab=tokenizer.vocab, merges=tokenizer.merges)
-
-
 def edit(path, **changes):
     path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | changes))
 

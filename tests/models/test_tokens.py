@@ -4,9 +4,8 @@ import random
 import unicodedata
 
 import pytest
-from transformers import CLIPTokenizer
 
-from ldm.models.tokens import EOS, Tokenizer, byte_alphabet
+from ldm.models.tokens import EOS, byte_alphabet
 
 # ids without begin and end, from OpenAI's own tokenizer
 GOLDEN = {
@@ -22,16 +21,6 @@ GOLDEN = {
     "supercalifragilisticexpialidocious": [1642, 2857, 13093, 2076, 5868, 26850, 835, 639, 38466],
     "I'm we're they'll it's O'Neil": [328, 880, 649, 982, 889, 1342, 585, 568, 334, 262, 8030],
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return Tokenizer.official()
-
-
-@pytest.fixture(scope="module")
-def theirs(tokenizer):
-    return CLIPTokenizer(vocab=tokenizer.vocab, merges=tokenizer.merges)
 
 
 def ids_of(theirs, text):
