@@ -99,7 +99,7 @@ class NoiseSchedule:
 
     def __len__(self) -> int:
         """Return the number of training timesteps."""
-        return len(self.sigmas)
+        return len(self._sigmas)
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Compute z_t = sqrt(a_t) x0 + sqrt(1 - a_t) noise (Ho et al. 2020, eq. 4).
@@ -119,7 +119,7 @@ class NoiseSchedule:
 
     def snr(self, t: Tensor) -> Tensor:
         """Look up the signal-to-noise ratio a_t / (1 - a_t), fp32, of timesteps `t`: integers of any shape."""
-        ratio = self.alphas_cumprod / (1 - self.alphas_cumprod)
+        ratio = self._alphas_cumprod / (1 - self._alphas_cumprod)
         return ratio.to(t.device, torch.float32)[t]
 
     def sigma(self, t: float | Tensor) -> Tensor:
@@ -133,7 +133,7 @@ class NoiseSchedule:
         if not ((t >= 0) & (t <= last)).all():
             raise ValueError(f"timesteps must lie in 0 .. {last}, got {t.tolist()}")
         low = t.long().clamp(max=last - 1)
-        return torch.lerp(self.sigmas[low], self.sigmas[low + 1], t - low)
+        return torch.lerp(self._sigmas[low], self._sigmas[low + 1], t - low)
 
     def timestep(self, sigma: float | Tensor) -> Tensor:
         """Find the timestep with noise level `sigma`, usually a fraction. The result is fp64 on the CPU.
@@ -143,9 +143,9 @@ class NoiseSchedule:
         A level outside the table gives the first or the last timestep.
         """
         sigma = torch.as_tensor(sigma, dtype=torch.float64, device="cpu")
-        sigma = sigma.clamp(self.sigmas[0], self.sigmas[-1])
-        high = torch.searchsorted(self.sigmas, sigma).clamp(min=1)
-        log_low, log_high = self.sigmas[high - 1].log(), self.sigmas[high].log()
+        sigma = sigma.clamp(self._sigmas[0], self._sigmas[-1])
+        high = torch.searchsorted(self._sigmas, sigma).clamp(min=1)
+        log_low, log_high = self._sigmas[high - 1].log(), self._sigmas[high].log()
         return high - (log_high - sigma.log()) / (log_high - log_low)
 
     def steps(
@@ -188,19 +188,19 @@ class NoiseSchedule:
             raise ValueError(f"offset must be 0 or more timesteps, got {offset}")
         if final not in get_args(Final):
             raise ValueError(f"final must be one of {get_args(Final)}, got {final!r}")
-        low, high = float(self.sigmas[1]), float(self.sigmas[-1])
+        low, high = float(self._sigmas[1]), float(self._sigmas[-1])
         if start is not None and not low <= start <= high:
             raise ValueError(f"the start level must lie in {low:.4f} .. {high:.4f}, got {start}")
 
         sigmas = self._levels(n, spacing, offset, start)
-        end = self.sigmas[0] if final == "first" and sigmas[-1] > self.sigmas[0] else 0.0
+        end = self._sigmas[0] if final == "first" and sigmas[-1] > self._sigmas[0] else 0.0
         return torch.cat([sigmas, sigmas.new_tensor([end])])
 
     def _levels(self, n: int, spacing: str, offset: int, start: float | None = None) -> Tensor:
         """Return the level at which each of `n` steps starts, falling."""
         total = len(self)
         if n == 1:  # "leading" and "linspace" would start at the clean end
-            return self.sigmas[-1:] if start is None else self.sigmas.new_tensor([start])
+            return self._sigmas[-1:] if start is None else self._sigmas.new_tensor([start])
         base, _, curve = spacing.rpartition("_")
         if curve in ("karras", "exponential"):
             ends = self._levels(n, base or "linspace", offset, start)[[0, -1]]
@@ -223,15 +223,15 @@ class NoiseSchedule:
         if start is None:
             return self.sigma(t)
         # Invert `self.sigma`. `self.timestep` interpolates differently, so that a level could lie above `start`.
-        above = int(torch.searchsorted(self.sigmas, start).clamp(min=1))
-        low, high = self.sigmas[above - 1 : above + 1].tolist()
+        above = int(torch.searchsorted(self._sigmas, start).clamp(min=1))
+        low, high = self._sigmas[above - 1 : above + 1].tolist()
         levels = self.sigma(t / t[0] * (above - (high - start) / (high - low)))
         levels[0] = start  # exactly
         return levels
 
     def _signal_and_std(self, t: Tensor, *, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return sqrt(a_t) and sqrt(1 - a_t) in a shape that multiplies `like`."""
-        signal, std = self.alphas_cumprod.sqrt().to(like)[t], (1 - self.alphas_cumprod).sqrt().to(like)[t]
+        signal, std = self._alphas_cumprod.sqrt().to(like)[t], (1 - self._alphas_cumprod).sqrt().to(like)[t]
         return per_image(signal, like), per_image(std, like)
 
 
