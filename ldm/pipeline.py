@@ -199,10 +199,10 @@ class Pipeline:
         """
         if not latents.isfinite().all():
             raise FloatingPointError("the latents hold NaN or Inf, so there is no picture to decode")
-        pictures = []
+        pictures, decode = [], self.placement.decoder()
         with self.at_work("vae"):
             for latent in latents.to(next(self.vae.parameters())):
-                image = self.placement.decoder()(self.vae, latent[None])
+                image = decode(self.vae, latent[None])
                 if not image.isfinite().all():
                     raise self._not_finite("vae", peak=float(latent.abs().max()))
                 pictures += to_pil(image)
