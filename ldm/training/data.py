@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ldm.pictures import open_picture
 from ldm.training.loop import Dataset
-from ldm.training.scenes import FONT, Scenes, emoji_sprites
+from ldm.training.objects import FLUENT, FONT, OBJECTS, emoji_sprites, every_character
+from ldm.training.scenes import Scenes
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -22,14 +23,17 @@ class DataConfig:
 
     size: int = 64  # pixels; all pictures are squares
     folder: Path | None = None  # see `Folder`
-    font: Path = FONT  # draws the objects of the scenes
+    font: Path = FONT  # draws the flat objects of the scenes
+    fluent: Path = FLUENT  # has the 3D objects of the scenes; see docs/training.md
+    every_emoji: bool = False  # the objects: all emoji but ten, for a VAE; False: the 108 with names
     seed: int = 0  # of the scenes
 
     def open(self) -> Dataset:
         """Return the data set. Raises ValueError if the folder or the font cannot be used."""
         if self.folder is not None:
             return Folder(self.folder, self.size)
-        return Scenes(emoji_sprites(font=self.font), self.size, seed=self.seed)
+        characters = every_character(self.fluent) if self.every_emoji else OBJECTS
+        return Scenes(emoji_sprites(self.font, self.fluent, characters), self.size, seed=self.seed)
 
 
 class Folder:

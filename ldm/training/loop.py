@@ -78,6 +78,7 @@ class LoopConfig:
     warmup: int = 200  # steps
     weight_decay: float = 0.01
     clip: float = 1.0  # largest norm of the gradient
+    bf16: bool = False  # compute the networks in bfloat16, as autocast does; the weights stay in fp32
     ema: float = 0.999  # decay of the average of the weights
     seed: int = 0
     workers: int = 0  # processes that load data; 0: the training process loads them
@@ -215,8 +216,10 @@ def _step(
     optimizer.zero_grad(set_to_none=True)
     for _ in range(config.accumulate):
         images, captions = next(batches)
-        batch = images.to(group["params"][0].device), captions
-        loss, logs = objective(batch)
+        device = group["params"][0].device
+        batch = images.to(device), captions
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
+            loss, logs = objective(batch)
         (loss / config.accumulate).backward()
     norm = nn.utils.clip_grad_norm_(group["params"], config.clip)
     if torch.isfinite(norm):

@@ -45,7 +45,7 @@ class VAEObjective(Objective):
         """Return the weighted loss of one batch, and its terms without weights. The PSNR is in dB."""
         images = random_crop(batch[0], self.weights.crop) if self.weights.crop else batch[0]
         posterior = self.vae.encode(images)
-        decoded = self.vae.decode(posterior.sample())
+        decoded = self.vae.decode(posterior.sample()).float()
 
         l1, edges, divergence = ((images - decoded).abs().mean(), gradient_l1(images, decoded), kl(posterior))
         loss = l1 + self.weights.gradient * edges + self.weights.kl * divergence
