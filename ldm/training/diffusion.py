@@ -15,7 +15,7 @@ from ldm.diffusion.schedule import NoiseSchedule, to_ve
 from ldm.models.text import TextEncoder
 from ldm.models.transformer import SpatialTransformer
 from ldm.models.unet import Stage, UNet
-from ldm.models.vae import VAE
+from ldm.models.vae import VAE, Gaussian
 from ldm.training.loop import Batch, Objective
 
 
@@ -42,7 +42,10 @@ class Networks(nn.Module):
 
 
 class DiffusionObjective(Objective):
-    """Train a new UNet and a text encoder in the latents of a fixed VAE (Rombach et al. 2022, eq. 3)."""
+    """Train a new UNet and a text encoder in the latents of a fixed VAE (Rombach et al. 2022, eq. 3).
+
+    The batches have images, or the moments of their latents (see `ldm.training.latents`).
+    """
 
     def __init__(
         self,
@@ -87,10 +90,10 @@ class DiffusionObjective(Objective):
         """Return the mean weighted squared error of one batch at random timesteps. The log has it without weights."""
         images, captions = batch
         with torch.no_grad():
-            x0 = self.vae.encode(images).sample()
+            x0 = (Gaussian(*images.chunk(2, dim=1)) if _are_moments(images) else self.vae.encode(images)).sample()
         keep = (torch.rand(len(captions)) >= self.weights.caption_dropout).tolist()
         shown = [caption if kept else None for caption, kept in zip(captions, keep, strict=True)]
-        given = self._condition(self.networks.text_encoder, shown, images.shape[-2:])
+        given = self._condition(self.networks.text_encoder, shown, self._size(images))
 
         t = torch.randint(len(self.schedule), (len(images),), device=images.device)
         noise = torch.randn_like(x0)
@@ -101,6 +104,12 @@ class DiffusionObjective(Objective):
         errors = F.mse_loss(predicted, targets[self.prediction], reduction="none").mean(dim=(1, 2, 3))
         weights = loss_weights(self.schedule.snr(t), self.prediction, self.weights.min_snr_gamma)
         return (weights * errors).mean(), {"mse": errors.mean()}
+
+    def _size(self, images: Tensor) -> tuple[int, int]:
+        """Return the height and width in pixels of images, or of the images that moments belong to."""
+        height, width = images.shape[-2:]
+        factor = self.vae.config.factor if _are_moments(images) else 1
+        return height * factor, width * factor
 
     def _condition(self, text_encoder: TextEncoder, texts: Sequence[str | None], size: Sequence[int]) -> Condition:
         """Make the condition of each text as the pipeline does; None is a left-out text.
@@ -125,17 +134,21 @@ class DiffusionObjective(Objective):
         """Return one guided picture for each sample prompt. The noise is the same at each call."""
         assert isinstance(trained, Networks)
         prompts = self.sample_prompts or batch[1][:16]
-        height, width = (side // self.vae.config.factor for side in batch[0].shape[-2:])
+        size = self._size(batch[0])
+        height, width = (side // self.vae.config.factor for side in size)
         noise = torch.randn(
             len(prompts), self.vae.config.latent_channels, height, width, generator=torch.Generator().manual_seed(0)
         ).to(batch[0].device)
         sigmas = self.schedule.steps(25, "trailing")
-        size = batch[0].shape[-2:]
         conditions = [self._condition(trained.text_encoder, t, size) for t in (prompts, [None] * len(prompts))]
         network = guided(trained.unet.bind, conditions, classifier_free(self.config.guidance_scale))
         denoise = parametrize(network, self.schedule, self.prediction)
         *_, last = ddim(denoise, to_ve(noise, sigmas[0]), sigmas)
         return self.vae.decode(last.latents)
+
+
+def _are_moments(images: Tensor) -> bool:
+    return images.shape[1] != 3  # an image has 3 channels; moments have 2 for each latent channel
 
 
 def loss_weights(snr: Tensor, prediction: str, gamma: float) -> Tensor:

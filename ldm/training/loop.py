@@ -29,7 +29,8 @@ from ldm.geometry import grid
 from ldm.images import to_pil
 from ldm.pictures import save_png
 
-Batch = tuple[Tensor, list[str]]  # images: b 3 h w in [-1, 1], and their captions
+# Images: b 3 h w in [-1, 1], or the moments of their latents: b 2c h w, and the captions.
+Batch = tuple[Tensor, list[str]]
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -38,7 +39,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Dataset(Protocol):
-    """Examples by index: an image as uint8 3 h w and its caption."""
+    """Examples by index: an image as uint8 3 h w, or the moments of its latents as float 2c h w, and its caption."""
 
     def __len__(self) -> int:
         """Count the examples."""
@@ -261,8 +262,10 @@ def _ignore_stop_signals(worker: int) -> None:
 
 
 def collate(examples: list[tuple[Tensor, str]]) -> Batch:
-    """Stack uint8 images as b 3 h w in [-1, 1], and list their captions."""
-    images = torch.stack([image for image, _ in examples]).float() / 127.5 - 1  # b 3 h w
+    """Stack uint8 images as b 3 h w in [-1, 1], or float moments as they are, and list the captions."""
+    images = torch.stack([image for image, _ in examples])
+    if images.dtype == torch.uint8:
+        images = images.float() / 127.5 - 1
     return images, [caption for _, caption in examples]
 
 

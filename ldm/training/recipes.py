@@ -13,12 +13,15 @@ from ldm.atomic import beside, replace_folder
 from ldm.checkpoint.files import load, load_vae, save, save_vae
 from ldm.checkpoint.parts import Model
 from ldm.config import DiffusionConfig, ModelConfig, TextConfig, UNetConfig, VAEConfig
+from ldm.models.attention import math_attention, set_attention
 from ldm.models.text import TextEncoder
 from ldm.models.token_files import read_tokenizer, save_tokenizer
 from ldm.models.tokens import Tokenizer
+from ldm.record import digest
 from ldm.strict import from_dict, read_toml
 from ldm.training.data import DataConfig
 from ldm.training.diffusion import DiffusionLoss, DiffusionObjective, Networks
+from ldm.training.latents import Latents
 from ldm.training.loop import Dataset, LoopConfig, collate, train
 from ldm.training.vae import VAELoss, VAEObjective, latent_std
 from ldm.training.vocabulary import build_vocabulary
@@ -26,7 +29,7 @@ from ldm.training.vocabulary import build_vocabulary
 
 @dataclass(frozen=True)
 class VAERecipe:
-    """Train a VAE and save it to `out`/vae. Its scaling factor is measured at the end."""
+    """Train a VAE and save it to `out`/vae. Its scaling factor is measured at the end, unless the encoder stays."""
 
     recipe: str
     out: Path
@@ -34,6 +37,7 @@ class VAERecipe:
     data: DataConfig = field(default_factory=DataConfig)
     vae: VAEConfig = field(default_factory=VAEConfig)
     loss: VAELoss = field(default_factory=VAELoss)
+    start: Path | None = None  # a VAE of the same architecture, whose weights the training starts from
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class LDMRecipe:
     vae: Path  # of the VAE: the `out`/vae of a VAE recipe, or any VAE or model that `load_vae` reads
     loop: LoopConfig
     name: str = "custom"
+    latents: int = 0  # encode this many examples once, before the training; 0: encode every batch
     start: Path | None = None  # a model of the same architecture, whose weights and vocabulary the training starts from
     data: DataConfig = field(default_factory=DataConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
@@ -105,18 +110,31 @@ def _run_vae(recipe: VAERecipe, device: torch.device) -> Path:
     size, crop = recipe.data.size, recipe.loss.crop
     _check_side("size", size, recipe.vae)
     _check_side("crop", crop, recipe.vae)
+    if recipe.loss.decoder_only and recipe.start is None:
+        raise ValueError("decoder_only trains the decoder of a VAE that exists: give its folder as `start`")
     if crop > size:
         raise ValueError(f"crop must be at most the pictures' size of {size} pixels, got {crop}")
     dataset = recipe.data.open()
     torch.manual_seed(recipe.loop.seed)
     config = dataclasses.replace(recipe.vae, scaling_factor=1.0)  # the true factor is measured at the end
     objective = VAEObjective(config, recipe.loss).to(device)
+    start = load_vae(recipe.start, device=device) if recipe.start else None
+    if start:
+        if dataclasses.replace(start.config, scaling_factor=1.0) != config:
+            raise ValueError(
+                f"the VAE in {recipe.start} has another architecture than [vae] says: give the values of that VAE, or "
+                "leave `start` out"
+            )
+        objective.vae.load_state_dict(start.state_dict())
     average = train(objective, dataset, recipe.loop, recipe.out, fixed_values(recipe))
 
     objective.vae.load_state_dict(average.state_dict())
-    images, _ = collate([dataset[i] for i in range(min(256, len(dataset)))])
-    std = latent_std(objective.vae, images.to(device))
-    objective.vae.config = dataclasses.replace(config, scaling_factor=1 / std)
+    if start and recipe.loss.decoder_only:
+        factor = start.config.scaling_factor
+    else:
+        images, _ = collate([dataset[i] for i in range(min(256, len(dataset)))])
+        factor = 1 / latent_std(objective.vae, images.to(device))
+    objective.vae.config = dataclasses.replace(config, scaling_factor=factor)
     save_vae(objective.vae, recipe.out / "vae", image_size=size)
     return recipe.out / "vae"
 
@@ -141,6 +159,8 @@ def _run_ldm(recipe: LDMRecipe, device: torch.device) -> Path:
     text_encoder = TextEncoder((text,), (tokenizer,))
     objective = DiffusionObjective(config, text_encoder, vae, recipe.loss, sample_prompts=recipe.sample_prompts)
     objective.to(device)
+    if device.type == "cpu":  # the gradient of PyTorch's fused attention takes a fifth of a step there
+        set_attention(objective.networks, math_attention)
     if start:
         if (start.config.unet, start.config.text) != (config.unet, config.text):
             raise ValueError(
@@ -148,6 +168,12 @@ def _run_ldm(recipe: LDMRecipe, device: torch.device) -> Path:
                 "values of that model, or leave `start` out"
             )
         objective.networks.load_state_dict(Networks(start.unet, start.text_encoder).state_dict())
+    if recipe.latents:
+        fixed = fixed_values(recipe)
+        source = {name: value for name, value in fixed.items() if name.startswith("data.")}
+        source["vae"] = digest(recipe.vae)
+        folder = recipe.out / "latents"
+        dataset = Latents(dataset, recipe.latents, vae, folder, source, bf16=recipe.loop.bf16)
     average = train(objective, dataset, recipe.loop, recipe.out, fixed_values(recipe))
 
     assert isinstance(average, Networks)

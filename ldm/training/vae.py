@@ -22,6 +22,7 @@ class VAELoss:
     kl: float = 1e-4
     adversarial: float = 0.0  # 0: no discriminator
     adversarial_start: int = 0  # the number of batches before the adversarial term is added
+    decoder_only: bool = False  # keep the encoder, so that a UNet that was trained on its latents stays valid
     crop: int = 0  # side in pixels of the random squares to train on; 0: whole images
 
 
@@ -32,6 +33,9 @@ class VAEObjective(Objective):
         super().__init__()
         self.weights = weights
         self.vae = init(VAE(config))
+        if weights.decoder_only:
+            self.vae.encoder.requires_grad_(False)
+            self.vae.quant_conv.requires_grad_(False)
         self.discriminator = PatchDiscriminator() if weights.adversarial else None
         self.steps: Tensor
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))

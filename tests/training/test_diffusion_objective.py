@@ -252,3 +252,16 @@ def test_a_refiner_cannot_be_trained_for_lack_of_aesthetic_scores():
     _, vae, text_encoder = random_networks(TINY_REFINER)
     with pytest.raises(ValueError, match=r"random-refiner takes an aesthetic score, and training data have none"):
         DiffusionObjective(TINY_REFINER, text_encoder, vae, DiffusionLoss())
+
+
+def test_moments_train_as_the_images_do_that_they_belong_to(tokenizer):
+    o = objective(tokenizer)
+    images, captions = batch()
+    without_vae_noise(o)
+    torch.manual_seed(1)
+    expected, _ = o((images, captions))
+    mean, std = o.vae.encode(images)
+    torch.manual_seed(1)
+    loss, _ = o((torch.cat([mean, std], dim=1), captions))
+    torch.testing.assert_close(loss, expected)
+    assert o.sample(o.trained, (torch.cat([mean, std], dim=1), captions)).shape == images.shape

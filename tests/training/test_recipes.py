@@ -244,10 +244,40 @@ def test_a_missing_vae_is_named(pictures):
 
 
 def test_the_recipes_that_ship_can_be_read():
-    assert isinstance(read_recipe(CONFIGS / "train_vae.toml"), VAERecipe)
-    ldm_recipe, tune = (read_recipe(CONFIGS / f"{name}_ldm.toml") for name in ("train", "tune"))
+    vae_recipe, ldm_recipe = (read_recipe(CONFIGS / f"train_{name}.toml") for name in ("vae", "ldm"))
+    assert isinstance(vae_recipe, VAERecipe)
     assert isinstance(ldm_recipe, LDMRecipe)
-    assert isinstance(tune, LDMRecipe)
-    assert tune.start == ldm_recipe.out / "model"
-    assert (tune.unet, tune.text) == (ldm_recipe.unet, ldm_recipe.text)
+    assert ldm_recipe.vae == vae_recipe.out / "vae"
     assert ldm_recipe.unet == ldm.TINY.unet
+
+
+def test_latents_that_were_encoded_once_train_as_those_of_each_batch_do(pictures):
+    """The posterior's noise is almost 0 after `init`, so that the losses are close."""
+    run(recipe(pictures, VAE_TOML.replace("steps = 3", "steps = 1\nlearning_rate = 0.0")), CPU)
+    run(recipe(pictures, LDM_TOML), CPU)
+    cached = LDM_TOML.replace('out = "{out}/ldm"', 'out = "{out}/cached"\nlatents = 3')
+    run(recipe(pictures, cached), CPU)
+    assert len(list((pictures / "cached" / "latents").iterdir())) == 1
+    log = [json.loads((pictures / out / "log.jsonl").read_text()) for out in ("ldm", "cached")]
+    assert log[0]["loss"] == pytest.approx(log[1]["loss"], rel=0.05)
+
+    run(recipe(pictures, VAE_TOML.replace("{out}/vae", "{out}/other")), CPU)
+    (pictures / "cached" / "checkpoint.pt").unlink()
+    with pytest.raises(ValueError, match="has latents of other data or of another VAE"):
+        run(recipe(pictures, cached.replace("{out}/vae/vae", "{out}/other/vae")), CPU)
+
+
+def test_the_decoder_of_a_vae_can_be_trained_alone(pictures):
+    first = load_vae(run(recipe(pictures, VAE_TOML), CPU))
+    text = VAE_TOML.replace("crop = 8", "crop = 8\ndecoder_only = true\nadversarial = 0.1")
+    with pytest.raises(ValueError, match="decoder_only trains the decoder of a VAE that exists: give its folder as"):
+        run(recipe(pictures, text), CPU)
+    text = text.replace('out = "{out}/vae"', 'out = "{out}/sharp"\nstart = "{out}/vae/vae"')
+    sharp = load_vae(run(recipe(pictures, text), CPU))
+    assert sharp.config == first.config  # the same scaling factor
+    for (name, before), after in zip(first.named_parameters(), sharp.parameters(), strict=True):
+        fixed = name.startswith(("encoder.", "quant_conv."))
+        assert torch.equal(before, after) == fixed, name
+
+    with pytest.raises(ValueError, match=r"has another architecture than \[vae\] says: give the values of that VAE"):
+        run(recipe(pictures, text.replace("sharp", "deeper").replace("[8, 8]", "[8, 16]")), CPU)
