@@ -58,7 +58,7 @@ class Scene:
         return self.describe()
 
     def describe(self, rng: np.random.Generator | None = None) -> str:
-        """Return a caption. With `rng`, words vary, and some are left out."""
+        """Return a caption. With `rng`, words vary, and some of them are left out."""
 
         def chance(share: float) -> bool:
             return rng is not None and rng.random() < share
@@ -70,12 +70,10 @@ class Scene:
         bare = chance(0.1)  # without articles
         for name in self.objects:
             noun = one_of((name, *NAMES.get(name, ())))
-            words = " ".join(w for w in (one_of(SIZE_WORDS[self.size]), self.style, noun) if w)
-            if self.count:
-                words = f"{self.count} {self.style} ".rstrip() + f" {plural(noun)}"
-            elif not bare and noun not in MANY | MASS:
-                words = with_article(words)
-            things.append(words)
+            size = one_of(SIZE_WORDS[self.size])
+            words = (self.count, self.style, plural(noun)) if self.count else (size, self.style, noun)
+            thing = " ".join(word for word in words if word)
+            things.append(thing if self.count or bare or noun in MANY | MASS else with_article(thing))
         ground = "" if chance(0.05) else " " + one_of(GROUNDS[self.ground].phrases)
         text = f" {self.relation} ".join(things) + ground
         if not self.place or chance(0.05):

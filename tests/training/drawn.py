@@ -1,6 +1,9 @@
-"""Six drawn objects in two styles, so that scenes can be tested on machines without an emoji font."""
+"""Drawn objects and an archive of drawn emoji, so that scenes can be tested without an emoji font and a download."""
 
-from collections.abc import Callable
+import io
+import tarfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from PIL import Image, ImageDraw
 
@@ -34,3 +37,18 @@ def drawn_sprites() -> dict[str, dict[str, Image.Image]]:
             pen.ellipse((x, y, x + 9, y + 9), fill=("white", "black", "white")[k])
         sprites["3D"][name], sprites["flat"][name] = shaded, flat
     return sprites
+
+
+def write_archive(path: Path, names: Mapping[str, Image.Image]) -> Path:
+    """Write an archive like the one of `npm pack @lobehub/fluent-emoji-3d`. names: such as "1f438" -> picture."""
+    files = {"package/package.json": b"{}", "package/README.md": b"Fluent Emoji"}
+    for name, picture in names.items():
+        encoded = io.BytesIO()
+        picture.save(encoded, "WEBP", lossless=True)
+        files[f"package/assets/{name}.webp"] = encoded.getvalue()
+    with tarfile.open(path, "w:gz") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
