@@ -262,6 +262,15 @@ def box(mask):
     return center, ((x.max() + 1 - x.min()) / len(mask), (y.max() + 1 - y.min()) / len(mask))
 
 
+def test_places_and_counts_are_what_their_words_say():
+    x, y = (dict(zip(PLACES, line, strict=True)) for line in zip(*PLACES.values(), strict=True))
+    assert x["on the left"] < x[""] < x["on the right"]
+    assert y["at the top"] < y[""] < y["at the bottom"]
+    for count, centers in COUNTS.items():
+        assert len(centers) == {"two": 2, "three": 3, "four": 4}[count]
+        assert all(max(abs(a - c), abs(b - d)) > 0.4 for (a, b), (c, d) in itertools.combinations(centers, 2))
+
+
 def assert_near(center, expected):
     assert np.abs(np.subtract(center, expected)).max() < 0.05  # jitter is 0.025 and a pixel 0.016
 
@@ -299,7 +308,6 @@ def test_as_many_objects_are_drawn_as_the_count_says(style, count):
     mask = mask_of(Scene(("apple",), "sky", style, count=count))
     x, y = (np.arange(64) + 0.5) / 64, (np.arange(64)[:, None] + 0.5) / 64
     nearest = np.argmin([(x - cx) ** 2 + (y - cy) ** 2 for cx, cy in COUNTS[count]], axis=0)
-    assert len(COUNTS[count]) == {"two": 2, "three": 3, "four": 4}[count]
     for i, expected in enumerate(COUNTS[count]):
         center, sides = box(mask & (nearest == i))
         assert_near(center, expected)
