@@ -80,6 +80,13 @@ WORDS: dict[str, tuple[str, ...]] = {
 }
 MANY = frozenset({"grapes", "cherries", "fries", "french fries"})  # plural names: no article and no number
 MASS = frozenset({"cheese", "fire", "ice cream"})  # no number
+IRREGULAR = {
+    "snowman": "snowmen",
+    "maple leaf": "maple leaves",
+    "slice of pizza": "slices of pizza",
+    "sheep": "sheep",
+    "fish": "fish",
+}
 
 Sprites = Mapping[str, Mapping[str, Image.Image]]  # style -> name -> RGBA square; all styles have the same names
 
@@ -98,9 +105,8 @@ def plural(name: str) -> str:
     """Return the plural of an object's name: "foxes" for "fox"."""
     if name in MANY:
         return name
-    irregular = {"snowman": "snowmen", "maple leaf": "maple leaves", "sheep": "sheep", "fish": "fish"}
-    if name in irregular:
-        return irregular[name]
+    if name in IRREGULAR:
+        return IRREGULAR[name]
     if name.endswith("y") and name[-2] not in "aeiou":
         return name[:-1] + "ies"
     return name + ("es" if name.endswith(("s", "x", "ch", "sh", "tomato")) else "s")

@@ -82,8 +82,8 @@ class Scene:
 
 
 def with_article(thing: str) -> str:
-    """Put "a" or "an" before a noun with its adjectives."""
-    return f"{'an' if thing[0] in 'aeiou' else 'a'} {thing}"
+    """Put "a" or "an" before a noun with its adjectives: "an owl", "a unicorn"."""
+    return f"{'an' if thing[0] in 'aeiou' and not thing.startswith('uni') else 'a'} {thing}"
 
 
 class Painter:

@@ -93,6 +93,7 @@ def test_plurals_are_regular_but_for_these():
         "sheep": "sheep",
         "snowman": "snowmen",
         "maple leaf": "maple leaves",
+        "slice of pizza": "slices of pizza",
     }
     exceptions |= {word: word for word in MANY}
     assert {word: plural(word) for word in WORDS_FOR_OBJECTS if plural(word) != word + "s"} == exceptions

@@ -78,7 +78,7 @@ def test_captions_are_english(scene, caption):
 
 def test_articles_follow_the_sound_of_the_next_word():
     articles = {"an apple", "an elephant", "an octopus", "an owl", "an orange", "an avocado", "an umbrella"}
-    for thing in articles | {"a UFO", "a frog", "a house", "a 3D apple", "a flat owl", "a big orange"}:
+    for thing in articles | {"a UFO", "a unicorn", "a frog", "a house", "a 3D apple", "a flat owl", "a big orange"}:
         assert with_article(thing.split(" ", 1)[1]) == thing
 
 
