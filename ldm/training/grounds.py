@@ -62,7 +62,7 @@ def _rise(low: float, high: float, values: Pixels) -> Pixels:
 
 def _over(pixels: Pixels, mask: Pixels, color: Color | Pixels) -> Pixels:
     """Paint `color` where `mask` is 1."""
-    return pixels + mask[..., None] * (np.asarray(color, np.float32) - pixels)
+    return pixels + mask.astype(np.float32)[..., None] * (np.asarray(color, np.float32) - pixels)
 
 
 def _below(line: Pixels, side: int) -> Pixels:
