@@ -92,10 +92,10 @@ Sprites = Mapping[str, Mapping[str, Image.Image]]  # style -> name -> RGBA squar
 
 
 def name_of(character: str) -> str:
-    """Return the English name of an emoji: "frog" for FROG FACE."""
+    """Return the English name of an emoji: "frog" for FROG FACE, "U+1FADF" where Python's Unicode is too old."""
     if character in WORDS:
         return WORDS[character][0]
-    return unicodedata.name(character, "unknown").lower().removesuffix(" face")
+    return unicodedata.name(character, "").lower().removesuffix(" face") or f"U+{ord(character):X}"
 
 
 NAMES = {name_of(character): WORDS.get(character, ())[1:] for character in OBJECTS + UNSEEN}  # -> synonyms

@@ -63,6 +63,10 @@ def test_every_object_has_the_name_that_people_say():
     assert WORDS.keys() <= set(OBJECTS + UNSEEN)
 
 
+def test_characters_without_a_name_have_different_ones():
+    assert [name_of(character) for character in "\ue000\ue001"] == ["U+E000", "U+E001"]
+
+
 def test_no_word_names_two_objects():
     assert len(WORDS_FOR_OBJECTS) == len(set(WORDS_FOR_OBJECTS)) > len(NAMES)
     plurals = [plural(word) for word in WORDS_FOR_OBJECTS]
