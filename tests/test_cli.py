@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -23,8 +24,11 @@ from ldm.outputs import Outputs
 from ldm.pictures import read_texts, save_png
 from ldm.placement.packing import can_pack
 from ldm.record import digest
-from ldm.training import evaluate, scenes
+from ldm.training import evaluate, recipes, scenes
+from ldm.training.data import DataConfig
+from ldm.training.loop import Interrupted
 from tests.tiny import TINY_REFINER, TINY_SDXL, random_networks
+from tests.training.drawn import write_archive
 
 
 @pytest.fixture(autouse=True)
@@ -772,12 +776,39 @@ def test_train_follows_a_recipe_and_says_where_the_result_is(here, capsys):
     assert out == "runs/vae\n"
     assert (here / "runs/vae/config.json").is_file()
 
-    assert main(["train", "vae.toml", "--font", "x.ttf"]) == 2
-    assert "trains on the folder pictures, without a font" in capsys.readouterr().err
-    scenes = (here / "vae.toml").read_text().replace('folder = "pictures"\n', "")
-    (here / "vae.toml").write_text(scenes)
-    assert main(["train", "vae.toml", "--font", "x.ttf"]) == 2
-    assert "x.ttf" in capsys.readouterr().err
+    for words in (["--font", "x.ttf"], ["--fluent", "x.tgz"], ["--font", "x.ttf", "--fluent", "x.tgz"]):
+        assert main(["train", "vae.toml", *words]) == 2
+        flags = " and ".join(words[::2])
+        assert f"vae.toml trains on the folder pictures, without emoji: omit {flags}\n" in capsys.readouterr().err
+
+
+def test_train_takes_the_emoji_of_the_scenes_from_the_files_that_it_is_told(here, capsys, monkeypatch):
+    (here / "vae.toml").write_text(
+        'recipe = "vae"\nout = "runs"\n[data]\nsize = 16\nevery_emoji = true\n'
+        "[loss]\ncrop = 8\n[loop]\nsteps = 1\nwarmup = 0\n"
+    )
+    assert main(["train", "vae.toml", "--device", "cpu", "--fluent", "no.tgz"]) == 2
+    assert "there is no archive of 3D emoji at no.tgz" in capsys.readouterr().err
+    write_archive(here / "emoji.tgz", {"1f438": Image.new("RGBA", (8, 8), "green")})
+    assert main(["train", "vae.toml", "--device", "cpu", "--fluent", "emoji.tgz", "--font", "no.ttf"]) == 2
+    assert "there is no emoji font at no.ttf" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [[], ["--font", "a font.ttf", "--fluent", "emoji.tgz", "--device", "cpu"]])
+def test_a_stopped_training_names_the_command_that_goes_on_with_the_same_files(here, capsys, monkeypatch, words):
+    given = []
+
+    def stop(recipe, device):
+        given.append(recipe.data)
+        raise Interrupted("training stopped after step 5 of 9")
+
+    (here / "vae.toml").write_text('recipe = "vae"\nout = "runs"\n[loop]\nsteps = 9\nwarmup = 0\n')
+    monkeypatch.setattr(recipes, "run", stop)
+    assert main(["train", "vae.toml", *words]) == 130
+    command = shlex.join(["ldm", "train", "vae.toml", *words])
+    assert capsys.readouterr().err == f"ldm: error: training stopped after step 5 of 9; to go on: {command}\n"
+    files = {"font": Path("a font.ttf"), "fluent": Path("emoji.tgz")} if words else {}
+    assert given == [DataConfig(**files)]
 
 
 @pytest.mark.parametrize(

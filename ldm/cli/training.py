@@ -23,7 +23,8 @@ def add(commands: Commands) -> None:
     command = commands.add_parser("train", help="train a model, or resume a stopped training")
     command.set_defaults(run=_train)
     command.add_argument("recipe", type=Path, help="a TOML file such as configs/train_ldm.toml")
-    command.add_argument("--font", type=Path, help="the emoji font of the scenes, a NotoColorEmoji.ttf")
+    command.add_argument("--font", type=Path, help="the font of the flat emoji, a NotoColorEmoji.ttf")
+    command.add_argument("--fluent", type=Path, help="the archive of the 3D emoji, see docs/training.md")
     add_options(command, ldm.Placement, ["device"])
 
     command = commands.add_parser("evaluate", help="measure how often a model of emoji scenes draws its prompts")
@@ -42,15 +43,16 @@ def _train(args: argparse.Namespace) -> None:
 
     device = find_device(args.device)
     recipe = read_recipe(args.recipe)
-    if args.font is not None:
-        if recipe.data.folder is not None:
-            raise ValueError(f"{args.recipe} trains on the folder {recipe.data.folder}, without a font: omit --font")
-        recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, font=args.font))
+    files = {name: path for name, path in {"font": args.font, "fluent": args.fluent}.items() if path is not None}
+    if files and recipe.data.folder is not None:
+        flags = " and ".join(f"--{name}" for name in files)
+        raise ValueError(f"{args.recipe} trains on the folder {recipe.data.folder}, without emoji: omit {flags}")
+    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, **files))
     try:
         print(run(recipe, device))
     except Interrupted as stop:
-        options = {"--font": args.font, "--device": args.device}
-        words = [word for flag, value in options.items() if value is not None for word in (flag, str(value))]
+        options = files | ({"device": args.device} if args.device is not None else {})
+        words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         command = shlex.join(["ldm", "train", str(args.recipe), *words])
         raise Interrupted(f"{stop}; to go on: {command}") from None
 

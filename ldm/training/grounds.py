@@ -1,9 +1,10 @@
 """The grounds of the scenes, computed at any size. Light comes from the upper left.
 
-A painter is a function (side, rng) -> pixels: h w 3 in 0 .. 255, for a square of `side` pixels. All lengths are shares
-of the side. Each call differs a little in colors and shapes.
+A painter is a function (side, rng) -> pixels: h w 3, about 0 .. 255, for a square of `side` pixels. All lengths are
+shares of the side. Each call differs a little in colors and shapes.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,14 +18,14 @@ Color = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Ground:
-    """A ground: its painter, the phrases that name it, the first of them most often, and whether objects stand on it."""
+    """A place in which objects are shown."""
 
     paint: Callable[[int, np.random.Generator], Pixels]
-    phrases: tuple[str, ...]
-    floor: bool  # objects have a shadow
+    phrases: tuple[str, ...]  # of captions; the first is the most frequent
+    floor: bool  # objects stand on it and have a shadow
 
 
-# Tools: masks and fields are h w in 0 .. 1 ---------------------------------------------------------
+# Tools: a mask is h w in 0 .. 1 -------------------------------------------------------------------
 
 
 def _axes(side: int) -> tuple[Pixels, Pixels]:
@@ -42,14 +43,15 @@ def _gradient(side: int, *stops: tuple[float, Color]) -> Pixels:
 
 
 def _noise(side: int, rng: np.random.Generator, across: int, down: int) -> Pixels:
-    """Return smooth noise of unit variance at its grid points. across, down: the number of cells."""
+    """Return smooth noise, h w with mean 0. across, down: its random points, which have unit variance."""
     cells = Image.fromarray(rng.standard_normal((down, across), np.float32))
     return np.asarray(cells.resize((side, side), Image.Resampling.BICUBIC))
 
 
 def _clouds(side: int, rng: np.random.Generator, across: int = 4, down: int = 7) -> Pixels:
-    """Return noise of three scales, about 0."""
-    return sum(_noise(side, rng, across * 2**i, down * 2**i) * 0.5**i for i in range(3)) * np.float32(0.8)
+    """Return the sum of smooth noise at three scales, h w with mean 0. across, down: cells of the largest scale."""
+    scales = [_noise(side, rng, across * 2**i, down * 2**i) * 0.5**i for i in range(3)]
+    return np.sum(scales, axis=0) * np.float32(0.8)
 
 
 def _rise(low: float, high: float, values: Pixels) -> Pixels:
@@ -60,7 +62,7 @@ def _rise(low: float, high: float, values: Pixels) -> Pixels:
 
 def _over(pixels: Pixels, mask: Pixels, color: Color | Pixels) -> Pixels:
     """Paint `color` where `mask` is 1."""
-    return pixels + mask[..., None] * (np.asarray(color, np.float32) - pixels)
+    return pixels + mask.astype(np.float32)[..., None] * (np.asarray(color, np.float32) - pixels)
 
 
 def _below(line: Pixels, side: int) -> Pixels:
@@ -72,11 +74,11 @@ def _below(line: Pixels, side: int) -> Pixels:
 def _ridge(side: int, rng: np.random.Generator, height: float, swing: float, bumps: int = 3) -> Pixels:
     """Return a smooth line y(x) about `height`: w."""
     x = np.linspace(0, 1, side)
-    line = sum(
+    bends = [
         np.sin(2 * np.pi * (rng.uniform(0.35, 1) * k * x + rng.random())) * rng.uniform(0.4, 1) / k
         for k in range(1, bumps + 1)
-    )
-    return (height + swing * line).astype(np.float32)
+    ]
+    return (height + swing * np.sum(bends, axis=0)).astype(np.float32)
 
 
 def _peaks(side: int, rng: np.random.Generator, height: float, swing: float, count: int) -> Pixels:
@@ -94,7 +96,9 @@ def _disc(side: int, x: float, y: float, radius: float, soft: float = 0.0) -> Pi
     return np.clip((radius - distance) / (soft + 1 / side) + 0.5, 0, 1)
 
 
-def _spots(side: int, rng: np.random.Generator, count: int, radius: float, top: float = 0.0, end: float = 1.0) -> Pixels:
+def _spots(
+    side: int, rng: np.random.Generator, count: int, radius: float, top: float = 0.0, end: float = 1.0
+) -> Pixels:
     """Return a mask of `count` soft round spots between the heights `top` and `end`."""
     mask = np.zeros((side, side), np.float32)
     for x, y, size in zip(rng.random(count), rng.uniform(top, end, count), rng.uniform(0.6, 1.2, count), strict=True):
@@ -109,7 +113,7 @@ def _spots(side: int, rng: np.random.Generator, count: int, radius: float, top: 
 
 
 def _lit(pixels: Pixels, rng: np.random.Generator, contrast: float = 0.12) -> Pixels:
-    """Brighten the upper left and darken the lower right; vary the colors and the brightness a little."""
+    """Brighten the upper left, darken the lower right, and vary the colors and the brightness a little."""
     x, y = _axes(len(pixels))
     ramp = 1 + np.float32(contrast) * (1 - x - y) / 2
     tint = rng.normal(1, 0.02, 3).astype(np.float32) * np.float32(rng.normal(1, 0.02))
@@ -117,7 +121,7 @@ def _lit(pixels: Pixels, rng: np.random.Generator, contrast: float = 0.12) -> Pi
 
 
 def _sky(side: int, rng: np.random.Generator, horizon: float, top: Color, bottom: Color, cover: float) -> Pixels:
-    """Return a sky with clouds that are lit from above. cover: 0 for few clouds, 1 for many."""
+    """Return a sky with clouds that are lit from above. cover: 0 for few clouds, larger for more."""
     pixels = _gradient(side, (0, top), (horizon, bottom))
     field = _clouds(side, rng)
     cloud = _rise(0.75 - cover, 1.6 - cover, field)
@@ -177,7 +181,8 @@ def _underwater(side: int, rng: np.random.Generator) -> Pixels:
     sand = _gradient(side, (0.85, (150, 170, 140)), (1, (95, 125, 125))) + _noise(side, rng, 12, 30)[..., None] * 5
     pixels = _over(pixels, _below(bed, side), sand)
     for cx, cy, radius in zip(rng.random(7), rng.uniform(0, 0.8, 7), rng.uniform(0.012, 0.03, 7), strict=True):
-        ring = _disc(side, cx, cy, radius) - _disc(side, cx, cy, radius * 0.6) * 0.75
+        ring = _disc(side, cx, cy, radius)
+        ring -= _disc(side, cx, cy, radius * 0.6) * 0.75
         pixels = _over(pixels, ring * 0.6, (215, 250, 255))
     return _lit(pixels, rng)
 
@@ -195,7 +200,8 @@ def _desert(side: int, rng: np.random.Generator) -> Pixels:
         dune = np.stack([np.full((side, side), v, np.float32) for v in (top, top * 0.68, top * 0.38)], axis=-1)
         fade = np.clip((y - height) * 2.2, 0, 1)[..., None] * (top - bottom)
         ripple = _noise(side, rng, 4, 40)[..., None] * 3
-        pixels = _over(pixels, _below(line, side), dune + light * (1 - 0.6 * np.clip((y - height) * 4, 0, 1))[..., None] - fade + ripple)
+        light = light * (1 - 0.6 * np.clip((y - height) * 4, 0, 1))[..., None]
+        pixels = _over(pixels, _below(line, side), dune + light - fade + ripple)
     return _lit(pixels, rng)
 
 
@@ -246,9 +252,8 @@ def _mountains(side: int, rng: np.random.Generator) -> Pixels:
     _, y = _axes(side)
     light = np.where(np.gradient(near, 1 / side) < 0, 16.0, -18.0).astype(np.float32)  # left slopes are lit
     rock = np.array((118, 122, 142), np.float32) + light[None, :, None] + _noise(side, rng, 14, 14)[..., None] * 5
-    rock = np.broadcast_to(rock, (side, side, 3)).copy()
     snow = _rise(-0.02, 0.02, 0.36 - y + _noise(side, rng, 14, 6) * 0.02)
-    rock = _over(rock, np.broadcast_to(snow, (side, side)), np.array((238, 243, 250), np.float32) + light[None, :, None])
+    rock = _over(rock, snow, np.array((238, 243, 250), np.float32) + light[None, :, None])
     pixels = _over(pixels, _below(near, side), rock)
     meadow = _gradient(side, (0.6, (128, 178, 88)), (1, (70, 128, 52))) + _noise(side, rng, 40, 14)[..., None] * 6
     return _lit(_over(pixels, _below(_ridge(side, rng, 0.63, 0.02, 2), side), meadow), rng)
@@ -256,7 +261,8 @@ def _mountains(side: int, rng: np.random.Generator) -> Pixels:
 
 def _sunset(side: int, rng: np.random.Generator) -> Pixels:
     horizon = 0.56 + rng.uniform(-0.02, 0.02)
-    pixels = _gradient(side, (0, (72, 44, 120)), (0.25, (190, 72, 120)), (0.45, (250, 140, 80)), (horizon, (255, 212, 120)))
+    stops = (0, (72, 44, 120)), (0.25, (190, 72, 120)), (0.45, (250, 140, 80)), (horizon, (255, 212, 120))
+    pixels = _gradient(side, *stops)
     streaks = _rise(0.5, 1.4, _noise(side, rng, 3, 16))
     pixels = _over(pixels, streaks * 0.5, (255, 170, 130))
     sun = rng.uniform(0.3, 0.7)
@@ -264,7 +270,8 @@ def _sunset(side: int, rng: np.random.Generator) -> Pixels:
     pixels = _over(pixels, _disc(side, sun, horizon - 0.02, 0.13), (255, 244, 190))
     water = _gradient(side, (horizon, (196, 104, 110)), (0.75, (110, 56, 110)), (1, (52, 32, 84)))
     x, y = _axes(side)
-    glitter = np.exp(-(((x - sun) / (0.07 + 0.25 * np.clip(y - horizon, 0, 1))) ** 2)) * (0.3 + _waves(side, rng, horizon))
+    path = np.exp(-(((x - sun) / (0.07 + 0.25 * np.clip(y - horizon, 0, 1))) ** 2))  # where the sun is reflected
+    glitter = path * (0.3 + _waves(side, rng, horizon))
     water = _over(water, np.clip(glitter, 0, 0.85), (255, 205, 130))
     water = water + (_waves(side, rng, horizon) * 28)[..., None]
     return _lit(_over(pixels, _below(np.full(side, horizon, np.float32), side), water), rng, 0.05)
@@ -275,7 +282,7 @@ def _city(side: int, rng: np.random.Generator) -> Pixels:
     x, y = _axes(side)
     for count, low, high, shades in ((5, 0.1, 0.3, (168, 184, 208)), (4, 0.26, 0.46, (128, 142, 172))):
         edges = np.linspace(-0.05, 1.05, count + 1) + rng.uniform(-0.02, 0.02, count + 1)
-        for left, right in zip(edges[:-1], edges[1:], strict=True):
+        for left, right in itertools.pairwise(edges):
             top = rng.uniform(low, high)
             body = ((x > left + 0.006) & (x < right - 0.006) & (y > top)).astype(np.float32)
             color = np.array(shades, np.float32) * rng.uniform(0.88, 1.12) + rng.normal(0, 8, 3)

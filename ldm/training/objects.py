@@ -4,9 +4,12 @@
 from the archive that `npm pack @lobehub/fluent-emoji-3d` writes. Neither is part of this project.
 """
 
+import gzip
 import io
+import re
 import tarfile
 import unicodedata
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -77,15 +80,22 @@ WORDS: dict[str, tuple[str, ...]] = {
 }
 MANY = frozenset({"grapes", "cherries", "fries", "french fries"})  # plural names: no article and no number
 MASS = frozenset({"cheese", "fire", "ice cream"})  # no number
+IRREGULAR = {
+    "snowman": "snowmen",
+    "maple leaf": "maple leaves",
+    "slice of pizza": "slices of pizza",
+    "sheep": "sheep",
+    "fish": "fish",
+}
 
-Sprites = Mapping[str, Mapping[str, Image.Image]]  # style -> name -> RGBA square
+Sprites = Mapping[str, Mapping[str, Image.Image]]  # style -> name -> RGBA square; all styles have the same names
 
 
 def name_of(character: str) -> str:
-    """Return the English name of an emoji: "frog" for FROG FACE."""
+    """Return the English name of an emoji: "frog" for FROG FACE, "U+1FADF" where Python's Unicode is too old."""
     if character in WORDS:
         return WORDS[character][0]
-    return unicodedata.name(character, "unknown").lower().removesuffix(" face")
+    return unicodedata.name(character, "").lower().removesuffix(" face") or f"U+{ord(character):X}"
 
 
 NAMES = {name_of(character): WORDS.get(character, ())[1:] for character in OBJECTS + UNSEEN}  # -> synonyms
@@ -93,9 +103,10 @@ NAMES = {name_of(character): WORDS.get(character, ())[1:] for character in OBJEC
 
 def plural(name: str) -> str:
     """Return the plural of an object's name: "foxes" for "fox"."""
-    irregular = {"snowman": "snowmen", "maple leaf": "maple leaves", "sheep": "sheep", "fish": "fish"}
-    if name in irregular:
-        return irregular[name]
+    if name in MANY:
+        return name
+    if name in IRREGULAR:
+        return IRREGULAR[name]
     if name.endswith("y") and name[-2] not in "aeiou":
         return name[:-1] + "ies"
     return name + ("es" if name.endswith(("s", "x", "ch", "sh", "tomato")) else "s")
@@ -116,9 +127,7 @@ def every_character(fluent: Path = FLUENT) -> str:
 
     Raises ValueError if the archive is missing or cannot be read.
     """
-    names = [name for name in _members(fluent) if "-" not in name]
-    characters = [chr(int(name, 16)) for name in names if int(name, 16) >= 0x2190]  # without letters and digits
-    return "".join(c for c in characters if c not in UNSEEN)
+    return "".join(c for c in _pictures(fluent) if c >= "\u2190" and c not in UNSEEN)  # without letters and digits
 
 
 def font_sprites(font: Path = FONT, characters: str = OBJECTS) -> dict[str, Image.Image]:
@@ -152,31 +161,36 @@ def fluent_sprites(archive: Path = FLUENT, characters: str = OBJECTS) -> dict[st
 
     Raises ValueError if the archive is missing or cannot be read, or has no picture of a character.
     """
-    members, sprites = _members(archive), {}
+    pictures, sprites = _pictures(archive), {}
     for character in characters:
-        if f"{ord(character):x}" not in members:
+        if character not in pictures:
             raise ValueError(f"the archive {archive} has no picture of {character} ({name_of(character)})")
-        with Image.open(io.BytesIO(members[f"{ord(character):x}"])) as picture:
+        with Image.open(io.BytesIO(pictures[character]), formats=["WEBP"]) as picture:
             sprites[name_of(character)] = _square(picture.convert("RGBA"))
     return sprites
 
 
-def _members(archive: Path) -> dict[str, bytes]:
-    """Return the pictures' files by code point, such as "1f438"."""
+def _pictures(archive: Path) -> dict[str, bytes]:
+    """Return the WebP files of all emoji of one character, by this character: of 1f438.webp for the frog.
+
+    The variation selector U+FE0F does not count as a character.
+    """
+    fetch = "get the archive with `npm pack @lobehub/fluent-emoji-3d@1.1.0`, or give its path with --fluent"
     if not archive.is_file():
-        raise ValueError(
-            f"there is no archive of 3D emoji at {archive}: get it with `npm pack @lobehub/fluent-emoji-3d@1.1.0`, or "
-            "give its path with --fluent"
-        )
+        raise ValueError(f"there is no archive of 3D emoji at {archive}: {fetch}")
+    pictures = {}
     try:
-        with tarfile.open(archive) as files:
-            pictures = [member for member in files if member.name.endswith(".webp")]
-            return {
-                Path(member.name).stem.removesuffix("-fe0f"): files.extractfile(member).read()  # type: ignore[union-attr]
-                for member in pictures
-            }
-    except (OSError, tarfile.TarError) as error:
-        raise ValueError(f"{archive} is not the archive that npm pack writes ({error})") from error
+        unpacked = io.BytesIO(gzip.decompress(archive.read_bytes()))  # checks the checksum, which tarfile does not
+        with tarfile.open(fileobj=unpacked, mode="r:") as files:
+            for member in files:
+                name = re.fullmatch(r"(?:.*/)?([0-9a-f]{4,5})(?:-fe0f)?\.webp", member.name)
+                if name and (file := files.extractfile(member)):
+                    pictures[chr(int(name[1], 16))] = file.read()
+    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
+        raise ValueError(f"{archive} cannot be read ({error}): {fetch}") from error
+    if not pictures:
+        raise ValueError(f"{archive} has no pictures with names such as 1f438.webp: {fetch}")
+    return pictures
 
 
 def _square(image: Image.Image) -> Image.Image:

@@ -5,7 +5,7 @@ depends on (seed, index) alone.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,7 +42,7 @@ GROUP_SIZE = 0.42  # side of each of several objects / side of the picture
 
 @dataclass(frozen=True)
 class Scene:
-    """The content of a picture. Two `objects` have a `relation`; one object has a `size` and a `place`, or a `count`."""
+    """What a picture shows: two objects with a relation, or one object with a size and a place, or with a count."""
 
     objects: tuple[str, ...]
     ground: str
@@ -58,24 +58,22 @@ class Scene:
         return self.describe()
 
     def describe(self, rng: np.random.Generator | None = None) -> str:
-        """Return a caption. With `rng`, words vary, and some are left out."""
+        """Return a caption. With `rng`, words vary, and some of them are left out."""
 
         def chance(share: float) -> bool:
             return rng is not None and rng.random() < share
 
         def one_of(words: Sequence[str]) -> str:
-            return words[rng.integers(len(words))] if rng is not None and chance(0.25) else words[0]
+            return pick(rng, words) if rng is not None and chance(0.25) else words[0]
 
         things = []
         bare = chance(0.1)  # without articles
         for name in self.objects:
             noun = one_of((name, *NAMES.get(name, ())))
-            words = " ".join(w for w in (one_of(SIZE_WORDS[self.size]), self.style, noun) if w)
-            if self.count:
-                words = f"{self.count} {self.style} ".rstrip() + f" {plural(noun)}"
-            elif not bare and noun not in MANY | MASS:
-                words = with_article(words)
-            things.append(words)
+            size = one_of(SIZE_WORDS[self.size])
+            words = (self.count, self.style, plural(noun)) if self.count else (size, self.style, noun)
+            thing = " ".join(word for word in words if word)
+            things.append(thing if self.count or bare or noun in MANY | MASS else with_article(thing))
         ground = "" if chance(0.05) else " " + one_of(GROUNDS[self.ground].phrases)
         text = f" {self.relation} ".join(things) + ground
         if not self.place or chance(0.05):
@@ -84,8 +82,8 @@ class Scene:
 
 
 def with_article(thing: str) -> str:
-    """Put "a" or "an" before a noun with its adjectives."""
-    return f"{'an' if thing[0] in 'aeiou' else 'a'} {thing}"
+    """Put "a" or "an" before a noun with its adjectives: "an owl", "a unicorn"."""
+    return f"{'an' if thing[0] in 'aeiou' and not thing.startswith('uni') else 'a'} {thing}"
 
 
 class Painter:
@@ -129,7 +127,10 @@ class Painter:
         return np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
 
     def _shadow(self, alpha: Pixels, left: int, top: int) -> Pixels:
-        """Return how much an object darkens the floor: its flattened outline at its foot, blurred, to the right."""
+        """Return how much the shadow of an object darkens the floor: h w in 0..1.
+
+        The shadow is the object's outline, flattened, moved to its foot and a little to the right, and blurred.
+        """
         side = len(alpha)
         rows = np.flatnonzero(alpha.max(axis=1) > 0.5)
         foot = top + (rows[-1] if len(rows) else side - 1)
@@ -138,7 +139,7 @@ class Painter:
         layer = Image.new("L", (self.side, self.side))
         layer.paste(flat, (left + round(0.06 * side), int(foot - 0.62 * height)))
         blurred = layer.filter(ImageFilter.GaussianBlur(0.035 * side))
-        return np.asarray(blurred).astype(np.float32) / 255
+        return np.asarray(blurred).astype(np.float32) / np.float32(255)
 
 
 # The data set -------------------------------------------------------------------------------------
@@ -168,18 +169,18 @@ class Scenes:
         return 1_000_000
 
     def scene(self, rng: np.random.Generator) -> Scene:
-        """Choose a random scene that is not held out: a quarter have two objects, and a tenth several equal ones."""
+        """Choose a random scene that is not held out. A fifth have two objects, a tenth have several equal ones."""
         while held_out(self.concepts, scene := self._any_scene(rng)):
             pass
         return scene
 
     def _any_scene(self, rng: np.random.Generator) -> Scene:
-        name = self.concepts[rng.integers(len(self.concepts))]
+        name = pick(rng, self.concepts)
         ground = pick(rng, GROUNDS)
         style = pick(rng, self.painter.sprites) if rng.random() < 0.6 else ""
         kind = rng.random()
         if kind < 0.25:
-            other = self.concepts[rng.integers(len(self.concepts))]
+            other = pick(rng, self.concepts)
             if other != name:
                 return Scene((name, other), ground, style, relation=pick(rng, RELATIONS))
         if kind > 0.9 and name not in MANY | MASS:
@@ -200,6 +201,6 @@ class Scenes:
         return self.scene(rng).describe(rng)
 
 
-def pick(rng: np.random.Generator, choices: Mapping[str, object]) -> str:
-    """Choose a key of `choices` at random."""
+def pick(rng: np.random.Generator, choices: Collection[str]) -> str:
+    """Choose a word, or a key of a mapping, at random."""
     return list(choices)[rng.integers(len(choices))]

@@ -1,6 +1,7 @@
 """Folders of pictures: the caption format, geometry, transparency, and an error for each mistake."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,9 @@ from PIL import Image
 
 from ldm.training import data
 from ldm.training.data import DataConfig, Folder
-from ldm.training.scenes import FONT, Scenes
+from ldm.training.objects import FLUENT, FONT, OBJECTS
+from ldm.training.scenes import Scenes
+from tests.training.drawn import drawn_sprites, write_archive
 
 
 def save(path, size=(8, 8), color="red", mode="RGB", text=None, **options):
@@ -201,8 +204,47 @@ def test_the_configuration_opens_a_folder_where_there_is_one(tmp_path):
     assert dataset[0][0].shape == (3, 16, 16)
 
 
-@pytest.mark.skipif(not FONT.is_file(), reason="needs fonts-noto-color-emoji")
-def test_the_configuration_opens_scenes_otherwise():
+@pytest.fixture
+def archive(tmp_path):
+    """An archive of two emoji: the frog of the scenes, and a mouse that is no object of the scenes."""
+    green = Image.new("RGBA", (8, 8), "green")
+    return write_archive(tmp_path / "emoji.tgz", {"1f438": green, "1f42d": green})
+
+
+def test_the_configuration_opens_scenes_of_its_size_and_seed_otherwise(monkeypatch):
+    monkeypatch.setattr(data, "emoji_sprites", lambda *_: drawn_sprites())
     dataset = DataConfig(size=32, seed=4).open()
     assert isinstance(dataset, Scenes)
+    image, caption = dataset[9]
+    expected, same_caption = Scenes(drawn_sprites(), 32, seed=4)[9]
+    assert torch.equal(image, expected)
+    assert caption == same_caption
+
+
+def test_the_configuration_names_the_font_the_archive_and_the_objects(monkeypatch, archive):
+    asked = []
+    monkeypatch.setattr(data, "emoji_sprites", lambda *given: asked.append(given) or drawn_sprites())
+    DataConfig().open()
+    DataConfig(font=Path("my.ttf"), fluent=Path("my.tgz")).open()
+    DataConfig(fluent=archive, every_emoji=True).open()
+    assert asked == [(FONT, FLUENT, OBJECTS), (Path("my.ttf"), Path("my.tgz"), OBJECTS), (FONT, archive, "🐸🐭")]
+
+
+def test_scenes_without_their_files_are_an_error_at_once(tmp_path, archive):
+    with pytest.raises(ValueError, match=r"no archive of 3D emoji at .*no\.tgz"):
+        DataConfig(fluent=tmp_path / "no.tgz").open()
+    with pytest.raises(ValueError, match=r"has no picture of 🐘 \(elephant\)"):
+        DataConfig(fluent=archive).open()
+    with pytest.raises(ValueError, match=r"no emoji font at .*no\.ttf"):
+        DataConfig(fluent=archive, font=tmp_path / "no.ttf", every_emoji=True).open()
+
+
+@pytest.mark.skipif(not FONT.is_file(), reason="needs fonts-noto-color-emoji")
+def test_every_emoji_of_the_archive_becomes_an_object_in_both_styles(archive):
+    dataset = DataConfig(size=32, fluent=archive, every_emoji=True).open()
+    assert dataset.concepts == ("frog", "mouse")
+    assert {style: list(sprites) for style, sprites in dataset.painter.sprites.items()} == {
+        "3D": ["frog", "mouse"],
+        "flat": ["frog", "mouse"],
+    }
     assert dataset[9][0].shape == (3, 32, 32)

@@ -1,5 +1,6 @@
 """docs/training.md is true: its commands, its recipes, its folders and its code."""
 
+import dataclasses
 import json
 import re
 import shlex
@@ -13,9 +14,10 @@ from ldm import cli
 from ldm.checkpoint.files import save
 from ldm.checkpoint.parts import Model
 from ldm.strict import from_dict, read_toml
-from ldm.training.data import SUFFIXES, Folder
+from ldm.training.data import SUFFIXES, DataConfig, Folder
+from ldm.training.loop import LoopConfig
+from ldm.training.objects import FLUENT, FONT, OBJECTS, UNSEEN
 from ldm.training.recipes import FREE, RECIPES
-from ldm.training.scenes import FONT
 from tests.tiny import TINY_SDXL, random_networks
 
 ROOT = Path(__file__).parent.parent.parent
@@ -53,10 +55,30 @@ def test_the_values_that_may_change_are_those_of_the_code():
     assert {name.split(".")[-1] for name in FREE} <= set(re.findall(r"`(\w+)`", listed))
 
 
-def test_the_font_and_the_suffixes_are_those_of_the_code():
+def test_the_font_the_archive_and_the_suffixes_are_those_of_the_code():
     assert f"as `{FONT}`" in TEXT
+    assert f"writes `{FLUENT}` into the current folder" in TEXT
+    package, version = re.search(r"npm pack (\S+)@([\d.]+)\n", TEXT).groups()
+    assert f"{package.lstrip('@').replace('/', '-')}-{version}.tgz" == str(FLUENT)
     *others, last = SUFFIXES
     assert f"{', '.join(f'`{suffix}`' for suffix in others)} or `{last}`" in TEXT
+
+
+def test_the_keys_of_the_data_are_those_of_the_code():
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \| ", TEXT.split("all keys of `[data]`")[1], re.MULTILINE))
+    fields = {field.name: field.default for field in dataclasses.fields(DataConfig)}
+    assert {"size", "folder", "font", "fluent", "every_emoji", "seed"} == fields.keys()
+    assert fields.keys() <= rows.keys()
+    for name in ("size", "every_emoji", "seed"):
+        assert rows[name] == f"`{json.dumps(fields[name])}`"
+    assert f"instead of the {len(OBJECTS)} with names" in TEXT
+    assert (len(UNSEEN), "Ten emoji with names are kept out" in TEXT) == (10, True)
+
+
+def test_the_training_in_bfloat16_is_off_by_default_and_fixed_in_a_run():
+    assert "`bf16 = true` under `[loop]`" in TEXT
+    assert LoopConfig(300).bf16 is False
+    assert "loop.bf16" not in FREE
 
 
 def test_both_folders_of_the_example_are_read(tmp_path):

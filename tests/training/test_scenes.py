@@ -1,75 +1,229 @@
-"""Emoji scenes: what is drawn is what is said, and every scene follows from its number."""
+"""Scenes: what is drawn is what is said, in the shares that the code says, and each scene follows from its number."""
 
-import collections
+import itertools
+import re
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from ldm.training.grounds import GROUNDS
+from ldm.training.objects import MANY, MASS, NAMES, OBJECTS, UNSEEN, name_of, plural
 from ldm.training.scenes import (
-    EMOJI,
-    FONT,
-    GROUNDS,
-    PHRASES,
+    COUNTS,
+    GROUP_SIZE,
     PLACES,
     RELATIONS,
     SIZES,
     Painter,
     Scene,
     Scenes,
-    emoji_sprites,
     held_out,
-    name_of,
+    with_article,
 )
 from tests.training.drawn import drawn_sprites
 
 SPRITES = drawn_sprites()
-needs_font = pytest.mark.skipif(not FONT.is_file(), reason="needs fonts-noto-color-emoji")
+CONCEPTS = tuple(name_of(character) for character in OBJECTS)
+FLOORS = [name for name, ground in GROUNDS.items() if ground.floor]
 
 
-def draw(scene, side=64, seed=0):
-    return Painter(SPRITES, side).paint(scene, np.random.default_rng(seed)).astype(np.float32)
+@pytest.fixture(scope="module")
+def many():
+    """8,000 random scenes of all objects, which are not drawn."""
+    scenes = Scenes({style: dict.fromkeys(CONCEPTS) for style in ("3D", "flat")})
+    return [scenes.scene(np.random.default_rng((0, i))) for i in range(8000)]
 
 
-def object_mask(scene, side=64):
-    """Where a scene differs from its ground alone, drawn with the same random numbers."""
-    ground = GROUNDS[scene.ground](side, np.random.default_rng(0))
-    return np.abs(draw(scene, side) - ground).max(-1) > 3
+def check_shares(values, expected):
+    """Compare how often each value occurs with its expected share, within 4.5 standard deviations."""
+    counts, total = Counter(values), len(values)
+    assert counts.keys() <= expected.keys()
+    for value, share in expected.items():
+        spread = (share * (1 - share) / total) ** 0.5
+        assert abs(counts[value] / total - share) <= 4.5 * spread, value
 
 
-def center(mask):
-    y, x = np.nonzero(mask)
-    return (x.min() + x.max() + 1) / 2 / len(mask), (y.min() + y.max() + 1) / 2 / len(mask)
+def evenly(choices):
+    return dict.fromkeys(choices, 1 / len(choices))
+
+
+# Captions -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("scene", "caption"),
     [
         (Scene(("frog",), "grass"), "a frog on the grass"),
+        (Scene(("frog",), "grass", "3D"), "a 3D frog on the grass"),
         (Scene(("apple",), "night", size="big"), "a big apple at night"),
-        (Scene(("owl",), "sea", size="small", place="at the top"), "a small owl in the sea, at the top"),
+        (Scene(("apple",), "space", "flat"), "a flat apple in space"),
+        (Scene(("owl",), "sea", "3D", "small", "at the top"), "a small 3D owl in the sea, at the top"),
         (Scene(("frog", "apple"), "beach", relation="left of"), "a frog left of an apple on the beach"),
+        (Scene(("bee", "owl"), "sky", "3D", relation="above"), "a 3D bee above a 3D owl in the sky"),
         (Scene(("apple",), "red", place="on the left"), "an apple on a red background, on the left"),
+        (Scene(("grapes",), "table"), "grapes on a wooden table"),
+        (Scene(("cheese",), "snow", "flat", "big"), "big flat cheese in the snow"),
+        (Scene(("fox",), "city", count="three"), "three foxes in the city"),
+        (Scene(("tomato",), "forest", "3D", count="two"), "two 3D tomatoes in the forest"),
     ],
 )
 def test_captions_are_english(scene, caption):
     assert scene.caption == caption
+    assert scene.caption == caption  # the same words each time
+
+
+def test_articles_follow_the_sound_of_the_next_word():
+    articles = {"an apple", "an elephant", "an octopus", "an owl", "an orange", "an avocado", "an umbrella"}
+    for thing in articles | {"a UFO", "a unicorn", "a frog", "a house", "a 3D apple", "a flat owl", "a big orange"}:
+        assert with_article(thing.split(" ", 1)[1]) == thing
+
+
+VARIED = Scene(("cat",), "grass", "flat", "small", "on the left")
+PARTS = re.compile(
+    r"(?P<first>on the left, )?(?P<article>a )?(?P<size>small|little|tiny) flat (?P<noun>cat|kitten)"
+    r"(?P<ground> on the grass| in a meadow)?(?P<last>, on the left)?"
+)
+
+
+def test_captions_vary_in_the_shares_that_the_code_says():
+    rng = np.random.default_rng(0)
+    parts = [PARTS.fullmatch(VARIED.describe(rng)) for _ in range(6000)]
+    assert all(parts)  # the style is never left out
+    check_shares([part["noun"] for part in parts], {"cat": 7 / 8, "kitten": 1 / 8})
+    check_shares([part["size"] for part in parts], {"small": 5 / 6, "little": 1 / 12, "tiny": 1 / 12})
+    check_shares([part["article"] is None for part in parts], {True: 0.1, False: 0.9})
+    grounds = {" on the grass": 0.95 * 7 / 8, " in a meadow": 0.95 / 8, None: 0.05}
+    check_shares([part["ground"] for part in parts], grounds)
+    places = [(part["first"] is not None, part["last"] is not None) for part in parts]
+    check_shares(places, {(False, False): 0.05, (True, False): 0.95 * 0.15, (False, True): 0.95 * 0.85})
+
+
+def test_both_objects_lose_their_articles_together():
+    rng = np.random.default_rng(0)
+    scene = Scene(("fox", "owl"), "sea", "3D", relation="below")
+    captions = {scene.describe(rng).removesuffix(" in the sea").removesuffix(" on the ocean") for _ in range(300)}
+    assert captions == {"a 3D fox below a 3D owl", "3D fox below 3D owl"}
+
+
+def test_counted_objects_keep_their_number_and_their_plural():
+    rng = np.random.default_rng(0)
+    scene = Scene(("rabbit",), "white", count="four")
+    captions = {scene.describe(rng).removesuffix(" on a white background") for _ in range(300)}
+    assert captions == {"four rabbits", "four bunnies"}
+
+
+@pytest.mark.parametrize("word", ["grapes", "cheese"])
+def test_plural_names_and_masses_get_no_article(word):
+    rng = np.random.default_rng(0)
+    captions = {Scene((word,), "city", size="small").describe(rng).split(f" {word}")[0] for _ in range(200)}
+    assert captions == {"small", "little", "tiny"}
+
+
+# The data set -------------------------------------------------------------------------------------
+
+
+def test_every_kind_of_scene_occurs_as_often_as_it_should(many):
+    kept = 0.9  # of the scenes with one object
+    both = 0.81 * 0.9  # of the scenes with two objects: neither is held out with the ground, nor are they as a pair
+    countable = 1 - sum(name in MANY | MASS for name in CONCEPTS) / len(CONCEPTS)
+    pairs, counts = 0.25 * both, 0.1 * countable * kept
+    total = pairs + 0.75 * kept
+    kinds = ["pair" if scene.relation else "count" if scene.count else "single" for scene in many]
+    shares = {"pair": pairs / total, "count": counts / total}
+    check_shares(kinds, shares | {"single": 1 - sum(shares.values())})
+    assert 0.19 < shares["pair"] < 0.22  # a fifth
+    assert 0.09 < shares["count"] < 0.11  # a tenth
+
+
+def test_every_choice_occurs_as_often_as_it_should(many):
+    single = [scene for scene in many if not scene.relation and not scene.count]
+    check_shares([scene.style for scene in many], {"": 0.4, "3D": 0.3, "flat": 0.3})
+    check_shares([scene.ground for scene in many], evenly(GROUNDS))
+    check_shares([scene.relation for scene in many if scene.relation], evenly(RELATIONS))
+    check_shares([scene.count for scene in many if scene.count], evenly(COUNTS))
+    check_shares([scene.size for scene in single], evenly(SIZES))
+    places = dict.fromkeys(PLACES, 0.6 / 5) | {"": 0.4 + 0.6 / 5}
+    check_shares([scene.place for scene in single if scene.size != "big"], places)
+    assert not any(scene.place for scene in single if scene.size == "big")  # it fills the picture
+    check_shares([scene.objects[0] for scene in many], evenly(CONCEPTS))
+    assert {scene.objects[1] for scene in many if scene.relation} == set(CONCEPTS)
+
+
+def test_a_scene_has_one_object_or_two_different_ones_and_counts_what_can_be_counted(many):
+    for scene in many:
+        assert len(set(scene.objects)) == len(scene.objects) == (2 if scene.relation else 1)
+        assert not (scene.relation or scene.count) or (scene.size, scene.place) == ("", "")
+        assert not scene.count or scene.objects[0] not in MANY | MASS
+
+
+def test_training_never_shows_a_held_out_combination(many):
+    assert not any(held_out(CONCEPTS, scene) for scene in many)
+    shown = {(name, scene.ground) for scene in many for name in scene.objects}
+    apart = {pair for pair in itertools.product(CONCEPTS, GROUNDS) if held_out(CONCEPTS, Scene(pair[:1], pair[1]))}
+    assert not shown & apart
+    assert len(shown) > 0.95 * (len(CONCEPTS) * len(GROUNDS) - len(apart))
+
+
+def test_a_tenth_is_held_out_of_every_object_and_of_every_ground():
+    def share(scenes):
+        return np.mean([held_out(CONCEPTS, scene) for scene in scenes])
+
+    singles = [Scene((name,), ground) for name in CONCEPTS for ground in GROUNDS]
+    assert 0.09 < share(singles) < 0.11
+    for name in CONCEPTS:
+        assert 0 < share(scene for scene in singles if scene.objects == (name,)) < 0.12
+    for ground in GROUNDS:
+        assert 0.09 < share(scene for scene in singles if scene.ground == ground) < 0.11
+    pairs = []
+    for a, b in itertools.combinations(CONCEPTS, 2):
+        ground = next(g for g in GROUNDS if not any(held_out(CONCEPTS, Scene((name,), g)) for name in (a, b)))
+        pairs.append(Scene((a, b), ground, relation="above"))
+        assert held_out(CONCEPTS, pairs[-1]) == held_out(CONCEPTS, Scene((b, a), ground, relation="left of"))
+    assert 0.09 < share(pairs) < 0.11
+
+
+def test_the_examples_of_the_readme_are_shown_in_training():
+    root = Path(__file__).parent.parent.parent
+    prompts = re.findall(r'"([^"]+)"', (root / "README.md").read_text(encoding="utf-8"))
+    phrases = {phrase: name for name, ground in GROUNDS.items() for phrase in ground.phrases}
+    examples = [Scene(("frog",), "grass")]
+    for prompt in prompts:
+        names = [name for name in CONCEPTS if re.search(rf"\b({name}|{plural(name)})\b", prompt)]
+        grounds = [ground for phrase, ground in phrases.items() if prompt.endswith(phrase)]
+        examples += [Scene((name,), ground) for name in names for ground in grounds]
+    assert not any(held_out(CONCEPTS, scene) for scene in examples)
+    assert len(examples) > 1  # the README has some
+
+
+def test_the_unseen_objects_occur_in_no_caption():
+    assert not set(OBJECTS) & set(UNSEEN)
+    assert (len(OBJECTS), len(UNSEEN)) == (108, 10)
+    scenes = Scenes({"flat": dict.fromkeys(CONCEPTS)})
+    text = " ".join(scenes.caption(i) for i in range(4000))
+    unseen = [word for name in map(name_of, UNSEEN) for word in (name, *NAMES[name])]
+    assert not re.search(rf"\b({'|'.join(unseen)})(e?s)?\b", text)
+    assert all(re.search(rf"\b({name}|{plural(name)})\b", text) for name in CONCEPTS)
 
 
 def test_scene_i_depends_on_the_seed_and_i_alone():
-    first, again = Scenes(SPRITES, seed=1), Scenes(SPRITES, seed=1)
-    again[5]  # what was asked for before must not matter
+    first, again = Scenes(SPRITES, 64, seed=1), Scenes(SPRITES, 64, seed=1)
+    again[5]  # other scenes do not matter
     image, caption = first[77]
     assert torch.equal(image, again[77][0])
     assert caption == again[77][1]
-    assert not torch.equal(image, Scenes(SPRITES, seed=2)[77][0])
+    assert not torch.equal(image, Scenes(SPRITES, 64, seed=2)[77][0])
 
 
 def test_a_caption_is_returned_without_drawing_its_scene():
-    scenes = Scenes(SPRITES, seed=1)
+    scenes = Scenes(SPRITES, 32, seed=1)
     expected = [scenes[i][1] for i in range(50)]
-    scenes.painter = None
+    scenes.painter.paint = None
     assert [scenes.caption(i) for i in range(50)] == expected
+    assert len(scenes) == 1_000_000
 
 
 @pytest.mark.parametrize("side", [32, 50, 64, 128])
@@ -79,98 +233,127 @@ def test_scenes_of_every_size_are_bytes_in_channels_first_order(side):
     assert image.dtype == torch.uint8
 
 
+# Pictures -----------------------------------------------------------------------------------------
+
+
+def draw(scene, sprites=SPRITES, side=64, seed=0):
+    return Painter(sprites, side).paint(scene, np.random.default_rng(seed)).astype(np.float32)
+
+
+def ground_alone(scene, side=64, seed=0):
+    """The ground that `draw` paints with the same seed, if the scene has a style. Else a style is chosen before."""
+    return np.clip(GROUNDS[scene.ground].paint(side, np.random.default_rng(seed)), 0, 255)
+
+
+def mask_of(scene, name=None):
+    """Where the objects of a scene are, or only those called `name`. The ground must have no shadows."""
+    blank = Image.new("RGBA", (96, 96))
+    sprites = {
+        style: {key: picture if name in (None, key) else blank for key, picture in pictures.items()}
+        for style, pictures in SPRITES.items()
+    }
+    return np.abs(draw(scene, sprites) - ground_alone(scene)).max(-1) > 3
+
+
+def box(mask):
+    """The center and the size of the smallest rectangle around a mask, as shares of the side."""
+    y, x = np.nonzero(mask)
+    center = (x.min() + x.max() + 1) / 2 / len(mask), (y.min() + y.max() + 1) / 2 / len(mask)
+    return center, ((x.max() + 1 - x.min()) / len(mask), (y.max() + 1 - y.min()) / len(mask))
+
+
+def test_places_and_counts_are_what_their_words_say():
+    x, y = (dict(zip(PLACES, line, strict=True)) for line in zip(*PLACES.values(), strict=True))
+    assert x["on the left"] < x[""] < x["on the right"]
+    assert y["at the top"] < y[""] < y["at the bottom"]
+    for count, centers in COUNTS.items():
+        assert len(centers) == {"two": 2, "three": 3, "four": 4}[count]
+        assert all(max(abs(a - c), abs(b - d)) > 0.4 for (a, b), (c, d) in itertools.combinations(centers, 2))
+
+
+def assert_near(center, expected):
+    assert np.abs(np.subtract(center, expected)).max() < 0.05  # jitter is 0.025 and a pixel 0.016
+
+
+@pytest.mark.parametrize("style", SPRITES)
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("size", ["small", ""])
-def test_an_object_is_where_its_place_says(place, size):
-    x, y = center(object_mask(Scene(("box",), "white", size=size, place=place)))
-    assert abs(x - PLACES[place][0]) < 0.05  # jitter is 0.025 and a pixel 0.016
-    assert abs(y - PLACES[place][1]) < 0.05
+def test_an_object_is_where_its_place_says(style, place, size):
+    center, _ = box(mask_of(Scene(("apple",), "sky", style, size, place)))
+    assert_near(center, PLACES[place])
 
 
-def test_an_object_is_as_large_as_its_size_says():
-    areas = [object_mask(Scene(("box",), "white", size=size)).sum() for size in ("small", "", "big")]
-    assert areas == sorted(areas)
-    for area, size in zip(areas, ("small", "", "big"), strict=True):
-        drawn = 80 / 96 * SIZES[size]  # the box fills 80 of 96 pixels of its sprite
-        assert drawn**2 * 0.75 < area / 64**2 < drawn**2 * 1.35  # 8 % jitter in scale, soft edges
+@pytest.mark.parametrize("style", SPRITES)
+@pytest.mark.parametrize("size", SIZES)
+def test_an_object_is_as_large_as_its_size_says(style, size):
+    _, sides = box(mask_of(Scene(("apple",), "sky", style, size)))
+    for side in sides:
+        assert 0.85 < side / (SIZES[size] * 88 / 96) < 1.18  # the apple fills 88 of 96 pixels; 8 % jitter, soft edges
 
 
+@pytest.mark.parametrize("style", SPRITES)
 @pytest.mark.parametrize("relation", RELATIONS)
-def test_two_objects_stand_as_their_relation_says(relation):
-    pixels = draw(Scene(("apple", "box"), "white", relation=relation))
-    red = (pixels[..., 0] > 180) & (pixels[..., 1] < 80)
-    blue = (pixels[..., 2] > 180) & (pixels[..., 0] < 110)
-    (x1, y1), (x2, y2) = center(red), center(blue)
+def test_two_objects_stand_as_their_relation_says(style, relation):
+    scene = Scene(("apple", "box"), "sky", style, relation=relation)
+    (x1, y1), (x2, y2) = centers = [box(mask_of(scene, name))[0] for name in scene.objects]
     apart = {"left of": x2 - x1, "right of": x1 - x2, "above": y2 - y1, "below": y1 - y2}
-    assert apart[relation] > 0.3
+    assert apart[relation] > 0.4
+    for center, expected in zip(centers, RELATIONS[relation], strict=True):
+        assert_near(center, expected)
 
 
-def test_training_never_shows_a_held_out_combination():
-    scenes, names = Scenes(SPRITES), tuple(SPRITES)
-    for i in range(1500):
-        scene = scenes.scene(np.random.default_rng((0, i)))
-        assert not any(held_out(names, name, scene.ground) for name in scene.objects)
+@pytest.mark.parametrize("style", SPRITES)
+@pytest.mark.parametrize("count", COUNTS)
+def test_as_many_objects_are_drawn_as_the_count_says(style, count):
+    mask = mask_of(Scene(("apple",), "sky", style, count=count))
+    x, y = (np.arange(64) + 0.5) / 64, (np.arange(64)[:, None] + 0.5) / 64
+    nearest = np.argmin([(x - cx) ** 2 + (y - cy) ** 2 for cx, cy in COUNTS[count]], axis=0)
+    for i, expected in enumerate(COUNTS[count]):
+        center, sides = box(mask & (nearest == i))
+        assert_near(center, expected)
+        assert all(0.85 < side / (GROUP_SIZE * 88 / 96) < 1.18 for side in sides)
 
 
-def test_about_a_tenth_is_held_out_and_every_object_and_ground_is_seen():
-    names = [name_of(c) for c in EMOJI]
-    kept = [(n, g) for n in names for g in GROUNDS if not held_out(names, n, g)]
-    assert 0.88 < len(kept) / (len(names) * len(GROUNDS)) < 0.92
-    assert {n for n, _ in kept} == set(names)
-    assert {g for _, g in kept} == set(GROUNDS)
-    assert ("frog", "grass") in kept  # the README's example
+def test_a_style_that_is_not_given_is_chosen_at_random():
+    plain = {style: {"box": Image.new("RGBA", (8, 8), style)} for style in ("red", "blue")}
+    red = [draw(Scene(("box",), "white"), plain, 32, seed)[16, 16, 0] > 128 for seed in range(200)]
+    check_shares(red, {True: 0.5, False: 0.5})
+    for style, expected in (("red", (255, 0, 0)), ("blue", (0, 0, 255))):
+        assert all(tuple(draw(Scene(("box",), "white", style), plain, 32, i)[16, 16]) == expected for i in range(10))
 
 
-def test_every_kind_of_scene_occurs_as_often_as_it_should():
-    scenes = Scenes(SPRITES)
-    drawn = [scenes.scene(np.random.default_rng((0, i))) for i in range(2000)]
-    pairs = sum(bool(s.relation) for s in drawn) / len(drawn)
-    assert 0.16 < pairs < 0.24  # 4.5 standard deviations about 0.2
-    for field, choices in (("size", SIZES), ("place", PLACES), ("ground", GROUNDS)):
-        assert set(choices) == set(collections.Counter(getattr(s, field) for s in drawn))
-    assert all(len(set(s.objects)) == len(s.objects) for s in drawn)
+def test_two_objects_have_one_style():
+    plain = {style: dict.fromkeys("ab", Image.new("RGBA", (8, 8), style)) for style in ("red", "blue")}
+    for seed in range(20):
+        pixels = draw(Scene(("a", "b"), "white", relation="left of"), plain, 32, seed)
+        assert (pixels[16, 8] == pixels[16, 24]).all()
 
 
-def test_grounds_differ_in_color():
-    means = {
-        name: paint(64, np.random.default_rng(0)).reshape(4, 16, 64, 3).mean((1, 2)).ravel()
-        for name, paint in GROUNDS.items()
-    }
-    for name, mean in means.items():
-        nearest = min(np.linalg.norm(mean - other) for n, other in means.items() if n != name)
-        assert nearest > 40, name  # levels over four strips: above every texture and jitter
-    assert set(PHRASES) == set(GROUNDS)
+@pytest.mark.parametrize("ground", GROUNDS)
+def test_objects_have_a_shadow_on_floors_alone(ground):
+    """A white object makes no pixel darker."""
+    scene = Scene(("box",), ground, "flat", "small")
+    white = {"flat": {"box": Image.new("RGBA", (8, 8), "white")}}
+    darker = ground_alone(scene) - draw(scene, white)
+    if ground not in FLOORS:
+        assert darker.max() <= 0.5
+        return
+    rows, columns = np.nonzero(darker.max(-1) > 8)
+    assert rows.mean() > 32 + 0.3 * SIZES["small"] * 64  # at the foot
+    assert columns.mean() > 32  # the light comes from the left
+    assert len(rows) > 20
 
 
-def test_a_missing_font_is_named_with_what_to_do(tmp_path):
-    message = r"no emoji font at .*none\.ttf: install it \(apt-get install fonts-noto-color-emoji\), or give .* --font"
-    with pytest.raises(ValueError, match=message):
-        emoji_sprites("🐸", tmp_path / "none.ttf")
+def test_shadows_lie_below_all_objects():
+    """The upper object's shadow falls onto the lower object."""
+    white = {"flat": dict.fromkeys("ab", Image.new("RGBA", (8, 8), "white"))}
+    scene = Scene(("a", "b"), "grass", "flat", relation="above")
+    assert (draw(scene, white)[42:52, 28:36] == 255).all()
 
 
-def test_a_file_that_is_no_font_is_named(tmp_path):
-    (tmp_path / "no.ttf").write_text("not a font")
-    with pytest.raises(
-        ValueError, match=r"no\.ttf is not a font with color bitmaps of 109 pixels \(unknown file format\): give"
-    ):
-        emoji_sprites("🐸", tmp_path / "no.ttf")
-
-
-@needs_font
-def test_a_character_that_the_font_lacks_is_named():
-    with pytest.raises(ValueError, match="no color picture of a"):
-        emoji_sprites("🐸a")
-
-
-@needs_font
-def test_every_default_object_has_a_square_picture_and_its_own_name():
-    sprites = emoji_sprites()
-    assert len(sprites) == len(EMOJI)
-    assert {"frog", "apple"} <= set(sprites)
-    for picture in sprites.values():
-        assert picture.width == picture.height > 64
-        assert picture.getchannel("A").getextrema() == (0, 255)
-
-
-def test_names_are_what_people_say():
-    assert [name_of(c) for c in "🐸🍎🌲🐙"] == ["frog", "apple", "tree", "octopus"]
+def test_soft_edges_are_mixed_with_the_ground():
+    half = {"flat": {"veil": Image.new("RGBA", (8, 8), (255, 255, 255, 128))}}
+    scene = Scene(("veil",), "underwater", "flat", "big")
+    inside = (slice(24, 40), slice(24, 40))
+    expected = ground_alone(scene) * (127 / 255) + 128
+    assert np.abs(draw(scene, half) - expected)[inside].max() <= 1

@@ -1,21 +1,24 @@
 """The small vocabulary is CLIP's in form: the same order of ids, readable by transformers, complete for any text."""
 
 import json
+import re
 
 import pytest
 from transformers import CLIPTokenizer
 
 from ldm.models.token_files import save_tokenizer
 from ldm.models.tokens import BOS, EOS, Tokenizer, byte_alphabet
+from ldm.training.objects import OBJECTS, name_of
 from ldm.training.scenes import Scenes
 from ldm.training.vocabulary import build_vocabulary
-from tests.training.drawn import drawn_sprites
 
 
 @pytest.fixture(scope="module")
 def captions():
-    scenes = Scenes(drawn_sprites())
-    return [scenes[i][1] for i in range(300)]
+    """Captions of scenes with all objects."""
+    names = dict.fromkeys(map(name_of, OBJECTS))
+    scenes = Scenes({"3D": names, "flat": names})
+    return [scenes.caption(i) for i in range(2000)]
 
 
 def test_the_ids_are_in_clips_order(captions):
@@ -30,10 +33,15 @@ def test_the_ids_are_in_clips_order(captions):
 
 
 def test_words_of_the_captions_become_single_tokens(captions):
-    tokenizer = Tokenizer(*build_vocabulary(captions, 1024))
-    for caption in captions[:50]:
-        words = caption.replace(",", " ,").split()
+    tokenizer = Tokenizer(*build_vocabulary(captions, 1536))
+    for caption in captions[:200]:
+        words = re.findall(r"[a-z]+|[0-9]|[-,]", caption.lower())  # CLIP takes "3D" as two words, "3" and "d"
         assert len(tokenizer.encode(caption)) == len(words)
+
+
+def test_every_caption_of_the_scenes_fits_into_the_32_tokens_of_the_recipe(captions):
+    tokenizer = Tokenizer(*build_vocabulary(captions, 1536))
+    assert max(len(tokenizer.encode(caption)) for caption in captions) <= 30  # with the begin and the end token
 
 
 def test_the_size_is_kept_and_few_captions_give_fewer_tokens(captions):
