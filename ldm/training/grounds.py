@@ -139,19 +139,19 @@ def _grass(side: int, rng: np.random.Generator) -> Pixels:
     pixels = _over(pixels, _below(far, side), _gradient(side, (0.3, (120, 190, 110)), (0.45, (95, 170, 80))))
     meadow = _gradient(side, (0.4, (150, 212, 85)), (0.65, (98, 182, 55)), (1, (52, 132, 36)))
     _, y = _axes(side)
-    blades = _noise(side, rng, 56, 14) * (3 + 10 * y) + _noise(side, rng, 4, 5) * 7
+    blades = _noise(side, rng, 40, 10) * (2 + 6 * y) + _noise(side, rng, 4, 5) * 7
     return _lit(_over(pixels, _below(_ridge(side, rng, 0.4, 0.025, 2), side), meadow + blades[..., None]), rng)
 
 
 def _beach(side: int, rng: np.random.Generator) -> Pixels:
     pixels = _sky(side, rng, 0.3, (70, 170, 245), (200, 235, 255), 0.1)
-    water = _gradient(side, (0.28, (20, 115, 190)), (0.5, (70, 205, 215))) + _noise(side, rng, 5, 48)[..., None] * 7
+    water = _gradient(side, (0.28, (20, 115, 190)), (0.5, (70, 205, 215))) + _noise(side, rng, 4, 30)[..., None] * 7
     pixels = _over(pixels, _below(np.full(side, 0.28 + rng.uniform(-0.02, 0.02), np.float32), side), water)
     shore = _ridge(side, rng, 0.5, 0.02, 2)
     foam = _below(shore - 0.035, side)
     pixels = _over(pixels, foam, (245, 252, 255))
     sand = _gradient(side, (0.45, (226, 196, 142)), (0.6, (250, 226, 172)), (1, (236, 202, 138)))
-    ripples = _noise(side, rng, 6, 26) * 4 + _noise(side, rng, 64, 64) * 2.5
+    ripples = _noise(side, rng, 5, 20) * 4
     return _lit(_over(pixels, _below(shore, side), sand + ripples[..., None]), rng)
 
 
@@ -240,7 +240,7 @@ def _forest(side: int, rng: np.random.Generator) -> Pixels:
             inside = np.clip((edge - np.abs(x - center)) * side + 0.5, 0, 1) * (y > top) * (y < foot + 0.02)
             mask = np.maximum(mask, inside)
         pixels = _over(pixels, mask, color)
-    floor = _gradient(side, (0.58, (70, 118, 52)), (1, (46, 76, 36))) + _noise(side, rng, 30, 22)[..., None] * 8
+    floor = _gradient(side, (0.58, (70, 118, 52)), (1, (46, 76, 36))) + _noise(side, rng, 20, 14)[..., None] * 7
     return _lit(_over(pixels, _below(_ridge(side, rng, 0.6, 0.015), side), floor), rng)
 
 
@@ -255,7 +255,7 @@ def _mountains(side: int, rng: np.random.Generator) -> Pixels:
     snow = _rise(-0.02, 0.02, 0.36 - y + _noise(side, rng, 14, 6) * 0.02)
     rock = _over(rock, snow, np.array((238, 243, 250), np.float32) + light[None, :, None])
     pixels = _over(pixels, _below(near, side), rock)
-    meadow = _gradient(side, (0.6, (128, 178, 88)), (1, (70, 128, 52))) + _noise(side, rng, 40, 14)[..., None] * 6
+    meadow = _gradient(side, (0.6, (128, 178, 88)), (1, (70, 128, 52))) + _noise(side, rng, 28, 10)[..., None] * 5
     return _lit(_over(pixels, _below(_ridge(side, rng, 0.63, 0.02, 2), side), meadow), rng)
 
 
@@ -292,7 +292,7 @@ def _city(side: int, rng: np.random.Generator) -> Pixels:
             window = body * ((column > 0.3) & (column < 0.75) & (row > 0.4) & (row < 0.9))
             pixels = _over(pixels, window * 0.8, (255, 238, 180) if rng.random() < 0.5 else (205, 230, 250))
     pavement = _gradient(side, (0.64, (196, 194, 190)), (0.7, (182, 180, 178)))
-    road = _gradient(side, (0.7, (104, 106, 114)), (1, (78, 80, 90))) + _noise(side, rng, 48, 48)[..., None] * 2
+    road = _gradient(side, (0.7, (104, 106, 114)), (1, (78, 80, 90)))
     pixels = _over(pixels, _below(np.full(side, 0.63, np.float32), side), pavement)
     pixels = _over(pixels, _below(np.full(side, 0.7, np.float32), side), road)
     dashes = (np.mod(x * 4 + rng.random(), 1) < 0.55) & (np.abs(y - 0.9) < 0.014)
@@ -305,7 +305,7 @@ def _table(side: int, rng: np.random.Generator) -> Pixels:
     wood = _gradient(side, (0.48, (186, 124, 72)), (1, (146, 88, 46)))
     x, y = _axes(side)
     depth = np.clip((y - 0.48) / 0.52, 0, 1)
-    grain = _noise(side, rng, 5, 60) * 7 + _noise(side, rng, 3, 20) * 6
+    grain = _noise(side, rng, 4, 40) * 4 + _noise(side, rng, 3, 16) * 6
     planks = np.floor(5 * depth**0.7)
     tone = rng.normal(0, 9, 7).astype(np.float32)[planks.astype(int)]
     gap = np.exp(-((np.mod(5 * depth**0.7, 1) / 0.06) ** 2)) * 45
