@@ -192,7 +192,9 @@ def _text_part(tensors: Tensors, config: TextConfig) -> Part:
 
 def _write_index(config: ModelConfig, scheduler: Json, towers: tuple[str, ...]) -> Json:
     sdxl, refiner = config.unet.is_sdxl, "aesthetic_score" in config.micro_conditioning
-    task = {8: "InstructPix2Pix", 9: "Inpaint"}.get(config.unet.in_channels, "Img2Img" if refiner else "")
+    latents = config.vae.latent_channels
+    tasks = {2 * latents: "InstructPix2Pix", 2 * latents + 1: "Inpaint"}
+    task = tasks.get(config.unet.in_channels, "Img2Img" if refiner else "")
     index: Json = {
         "_class_name": f"StableDiffusion{'XL' * sdxl}{task}Pipeline",
         "_diffusers_version": "0.36.0",  # the oldest supported; some pipelines require the key

@@ -1,5 +1,6 @@
 """The latents of a data set, encoded once. A training that meets each picture several times saves the VAE's time."""
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -27,11 +28,11 @@ class Latents:
     ) -> None:
         """Encode the examples, or read those that an earlier run has written to `folder`.
 
-        source: what the latents depend on, as JSON can hold it. The files keep it.
-        Raises ValueError if `folder` has latents of another source.
+        source: what the examples depend on, as JSON can hold it. The files keep it, with a digest of the encoder.
+        Raises ValueError if `folder` has latents of another source or encoder.
         """
         self.dataset = dataset
-        count, text = min(count, len(dataset)), json.dumps(source)
+        count, text = min(count, len(dataset)), json.dumps({**source, "encoder": _digest(vae)})
         parts = []
         with tqdm(total=count, unit="picture", desc="encode", disable=None) as progress:
             for start in range(0, count, PART):
@@ -51,7 +52,7 @@ class Latents:
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 batches.append(torch.cat(vae.encode(images.to(device)), dim=1).half().cpu())
         with beside(path) as new:
-            save_file({"moments": torch.cat(batches)}, new, {"source": source})
+            save_file({"moments": torch.cat(batches).contiguous()}, new, {"source": source})
             os.replace(new, path)
 
     def __len__(self) -> int:
@@ -65,12 +66,21 @@ class Latents:
         return self.dataset.caption(index)
 
 
+def _digest(vae: VAE) -> str:
+    """Return the sha256 of what turns images into latents. The decoder may change."""
+    parts = sorted((n, t) for n, t in vae.state_dict().items() if n.startswith(("encoder.", "quant_conv.")))
+    found = hashlib.sha256(str(vae.config.scaling_factor).encode())
+    for _, tensor in parts:
+        found.update(tensor.cpu().numpy().tobytes())
+    return found.hexdigest()
+
+
 def _read(path: Path, count: int, source: str) -> Tensor:
     with safe_open(path, "pt") as file:
         moments: Tensor = file.get_tensor("moments")
         if file.metadata()["source"] != source or len(moments) != count:
             raise ValueError(
-                f"{path} has latents of other data or of another VAE: delete the folder {path.parent}, or choose "
+                f"{path} has latents of other data or of another encoder: delete the folder {path.parent}, or choose "
                 "another `out`"
             )
     return moments

@@ -17,7 +17,6 @@ from ldm.models.attention import math_attention, set_attention
 from ldm.models.text import TextEncoder
 from ldm.models.token_files import read_tokenizer, save_tokenizer
 from ldm.models.tokens import Tokenizer
-from ldm.record import digest
 from ldm.strict import from_dict, read_toml
 from ldm.training.data import DataConfig
 from ldm.training.diffusion import DiffusionLoss, DiffusionObjective, Networks
@@ -142,6 +141,12 @@ def _run_vae(recipe: VAERecipe, device: torch.device) -> Path:
 def _run_ldm(recipe: LDMRecipe, device: torch.device) -> Path:
     vae = load_vae(recipe.vae, device=device)
     _check_side("size", recipe.data.size, vae.config)
+    channels = (recipe.unet.in_channels, recipe.unet.out_channels)
+    if channels != (vae.config.latent_channels,) * 2:
+        raise ValueError(
+            f"in_channels and out_channels of [unet] must be {vae.config.latent_channels}, as many as the latents of the "
+            f"VAE {recipe.vae} have, got {channels[0]} and {channels[1]}"
+        )
     dataset = recipe.data.open()
     start = load(recipe.start, device=device) if recipe.start else None
     tokenizer = start.text_encoder.tokenizers[0] if start else _tokenizer(recipe, dataset)
@@ -169,11 +174,8 @@ def _run_ldm(recipe: LDMRecipe, device: torch.device) -> Path:
             )
         objective.networks.load_state_dict(Networks(start.unet, start.text_encoder).state_dict())
     if recipe.latents:
-        fixed = fixed_values(recipe)
-        source = {name: value for name, value in fixed.items() if name.startswith("data.")}
-        source["vae"] = digest(recipe.vae)
-        folder = recipe.out / "latents"
-        dataset = Latents(dataset, recipe.latents, vae, folder, source, bf16=recipe.loop.bf16)
+        source = {name: value for name, value in fixed_values(recipe).items() if name.startswith("data.")}
+        dataset = Latents(dataset, recipe.latents, vae, recipe.out / "latents", source, bf16=recipe.loop.bf16)
     average = train(objective, dataset, recipe.loop, recipe.out, fixed_values(recipe))
 
     assert isinstance(average, Networks)

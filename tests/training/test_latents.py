@@ -35,7 +35,7 @@ def vae(monkeypatch):
 
 
 def test_an_example_has_the_mean_and_the_deviation_of_its_latents_and_its_caption(vae, tmp_path):
-    encoded = Latents(Noise(), 6, vae, tmp_path, {"vae": "a"})
+    encoded = Latents(Noise(), 6, vae, tmp_path, {})
     assert len(encoded) == 6
     for index in (0, 5):
         images, _ = collate([Noise()[index]])
@@ -53,17 +53,23 @@ def test_no_more_examples_are_encoded_than_there_are(vae, tmp_path):
 
 
 def test_a_stopped_encoding_goes_on_where_it_was(vae, tmp_path):
-    first = Latents(Noise(), 4, vae, tmp_path, {"vae": "a"})
+    first = Latents(Noise(), 4, vae, tmp_path, {})
     noise = Noise()
-    again = Latents(noise, 7, vae, tmp_path, {"vae": "a"})
+    again = Latents(noise, 7, vae, tmp_path, {})
     assert noise.drawn == [4, 5, 6]
     assert torch.equal(again.moments[:4], first.moments)
 
 
 def test_latents_of_another_source_are_refused(vae, tmp_path):
-    Latents(Noise(), 4, vae, tmp_path, {"vae": "a"})
-    with pytest.raises(ValueError, match=r"00000000\.safetensors has latents of other data or of another VAE: delete"):
-        Latents(Noise(), 4, vae, tmp_path, {"vae": "b"})
+    Latents(Noise(), 4, vae, tmp_path, {"data.seed": 0})
+    error = r"00000000\.safetensors has latents of other data or of another encoder: delete the folder"
+    with pytest.raises(ValueError, match=error):
+        Latents(Noise(), 4, vae, tmp_path, {"data.seed": 1})
+    torch.nn.init.zeros_(vae.decoder.conv_in.weight)
+    Latents(Noise(), 4, vae, tmp_path, {"data.seed": 0})  # the decoder may change
+    torch.nn.init.zeros_(vae.quant_conv.weight)
+    with pytest.raises(ValueError, match=error):
+        Latents(Noise(), 4, vae, tmp_path, {"data.seed": 0})
 
 
 def test_bfloat16_changes_the_moments_a_little(vae, tmp_path):

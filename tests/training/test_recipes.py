@@ -263,7 +263,7 @@ def test_latents_that_were_encoded_once_train_as_those_of_each_batch_do(pictures
 
     run(recipe(pictures, VAE_TOML.replace("{out}/vae", "{out}/other")), CPU)
     (pictures / "cached" / "checkpoint.pt").unlink()
-    with pytest.raises(ValueError, match="has latents of other data or of another VAE"):
+    with pytest.raises(ValueError, match="has latents of other data or of another encoder"):
         run(recipe(pictures, cached.replace("{out}/vae/vae", "{out}/other/vae")), CPU)
 
 
@@ -281,3 +281,10 @@ def test_the_decoder_of_a_vae_can_be_trained_alone(pictures):
 
     with pytest.raises(ValueError, match=r"has another architecture than \[vae\] says: give the values of that VAE"):
         run(recipe(pictures, text.replace("sharp", "deeper").replace("[8, 8]", "[8, 16]")), CPU)
+
+
+def test_a_unet_that_does_not_fit_the_latents_is_refused_before_the_training(pictures):
+    run(recipe(pictures, VAE_TOML), CPU)
+    text = LDM_TOML.replace("[unet]", "[unet]\nin_channels = 8")
+    with pytest.raises(ValueError, match=r"in_channels and out_channels of \[unet\] must be 4, as many as the latents"):
+        run(recipe(pictures, text), CPU)
