@@ -20,9 +20,9 @@ ASKED = ("steps", "sampler", "spacing", "seed", "guidance_scale", "guidance_resc
 
 def add(commands: Commands) -> None:
     """Add the commands to the parser."""
-    command = commands.add_parser("train", help="train a model, or resume a stopped training")
+    command = commands.add_parser("train", help="train with one recipe after another, or resume a stopped training")
     command.set_defaults(run=_train)
-    command.add_argument("recipe", type=Path, help="a TOML file such as configs/train_ldm.toml")
+    command.add_argument("recipe", type=Path, nargs="+", help="a TOML file such as configs/train_ldm.toml")
     command.add_argument("--font", type=Path, help="the font of the flat emoji, a NotoColorEmoji.ttf")
     command.add_argument("--fluent", type=Path, help="the archive of the 3D emoji, see docs/training.md")
     add_options(command, ldm.Placement, ["device"])
@@ -37,23 +37,26 @@ def add(commands: Commands) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
-    """Train with the recipe, and print the folder of the result."""
+    """Train with each recipe, and print the folder of each result. All recipes are read before the first training."""
     from ldm.training.loop import Interrupted
     from ldm.training.recipes import read_recipe, run
 
     device = find_device(args.device)
-    recipe = read_recipe(args.recipe)
     files = {name: path for name, path in {"font": args.font, "fluent": args.fluent}.items() if path is not None}
-    if files and recipe.data.folder is not None:
-        flags = " and ".join(f"--{name}" for name in files)
-        raise ValueError(f"{args.recipe} trains on the folder {recipe.data.folder}, without emoji: omit {flags}")
-    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, **files))
+    recipes = []
+    for path in args.recipe:
+        recipe = read_recipe(path)
+        if files and recipe.data.folder is not None:
+            flags = " and ".join(f"--{name}" for name in files)
+            raise ValueError(f"{path} trains on the folder {recipe.data.folder}, without emoji: omit {flags}")
+        recipes.append(dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, **files)))
     try:
-        print(run(recipe, device))
+        for recipe in recipes:
+            print(run(recipe, device), flush=True)
     except Interrupted as stop:
         options = files | ({"device": args.device} if args.device is not None else {})
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-        command = shlex.join(["ldm", "train", str(args.recipe), *words])
+        command = shlex.join(["ldm", "train", *map(str, args.recipe), *words])
         raise Interrupted(f"{stop}; to go on: {command}") from None
 
 

@@ -199,6 +199,17 @@ def test_ctrl_c_names_the_step_and_the_command_that_goes_on(pictures, monkeypatc
     assert [json.loads(line)["step"] for line in log] == [3]
 
 
+def test_one_command_trains_one_recipe_after_another(pictures, monkeypatch, capsys):
+    recipe(pictures, VAE_TOML, "vae.toml")
+    recipe(pictures, LDM_TOML, "ldm.toml")
+    monkeypatch.chdir(pictures)
+    assert cli.main(["train", "vae.toml", "nowhere.toml", "--device", "cpu"]) == 2
+    assert not (pictures / "vae").exists()  # every recipe is read before the first training
+    capsys.readouterr()
+    assert cli.main(["train", "vae.toml", "ldm.toml", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.splitlines() == [str(pictures / "vae" / "vae"), str(pictures / "ldm" / "model")]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -244,10 +255,14 @@ def test_a_missing_vae_is_named(pictures):
 
 
 def test_the_recipes_that_ship_can_be_read():
-    vae_recipe, ldm_recipe = (read_recipe(CONFIGS / f"train_{name}.toml") for name in ("vae", "ldm"))
+    names = ("train_vae", "sharpen_vae", "train_ldm")
+    vae_recipe, sharpen, ldm_recipe = (read_recipe(CONFIGS / f"{name}.toml") for name in names)
     assert isinstance(vae_recipe, VAERecipe)
+    assert isinstance(sharpen, VAERecipe)
     assert isinstance(ldm_recipe, LDMRecipe)
-    assert ldm_recipe.vae == vae_recipe.out / "vae"
+    assert sharpen.start == vae_recipe.out / "vae"
+    assert ldm_recipe.vae == sharpen.out / "vae"
+    assert sharpen.vae == vae_recipe.vae
     assert ldm_recipe.unet == ldm.TINY.unet
 
 
