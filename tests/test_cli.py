@@ -24,7 +24,7 @@ from ldm.outputs import Outputs
 from ldm.pictures import read_texts, save_png
 from ldm.placement.packing import can_pack
 from ldm.record import digest
-from ldm.training import evaluate, recipes, scenes
+from ldm.training import evaluate, objects, recipes
 from ldm.training.data import DataConfig
 from ldm.training.loop import Interrupted
 from tests.tiny import TINY_REFINER, TINY_SDXL, random_networks
@@ -405,7 +405,8 @@ def test_every_word_about_the_model_reaches_load(monkeypatch, capsys, command):
         raise ValueError("enough")
 
     monkeypatch.setattr("ldm.jobs.load", load)
-    monkeypatch.setattr(scenes, "emoji_sprites", lambda font: {})
+    monkeypatch.setattr(objects, "emoji_sprites", lambda font, fluent: {"flat": {}})
+    monkeypatch.setattr(evaluate, "fixed_scenes", lambda concepts, styles: {})
     words = ["--model", "m", "--vae", "v", "--unet", "u", "--text-encoder", "t", "--ema"]
     prompt = ["a frog"] if command == "txt2img" else []
     assert main([command, *prompt, *words, "--prediction", "x0", "--device", "cpu"]) == 2
@@ -837,15 +838,16 @@ def test_bad_input_to_the_other_commands_is_one_sentence_too(here, capsys, words
 def test_evaluate_shows_the_checker_what_the_model_makes(model_folder, pipe, monkeypatch, capsys, as_json):
     seen = {}
 
-    def look(generate, sprites, *, seed):
+    def look(generate, sprites, *, seed, reconstruct):
         seen["sprites"], seen["seed"] = sprites, seed
+        seen["again"] = reconstruct(Image.new("RGB", (64, 64), "red"))
         seen["pictures"] = generate(["a frog", "a cat"], [seed, seed + 1])
         return evaluate.Report({"model": {"object": (1, 2)}}, {"model": 0.5}, ())
 
-    frogs = {"frog": Image.new("RGBA", (8, 8)), "cat": Image.new("RGBA", (8, 8))}
+    frogs = {"flat": {"frog": Image.new("RGBA", (8, 8)), "cat": Image.new("RGBA", (8, 8))}}
     monkeypatch.setattr(evaluate, "evaluate", look)
-    monkeypatch.setattr(evaluate, "fixed_scenes", lambda concepts: {"object": [None, None]})
-    monkeypatch.setattr(scenes, "emoji_sprites", lambda font: frogs)
+    monkeypatch.setattr(evaluate, "fixed_scenes", lambda concepts, styles: {"object": [None, None]})
+    monkeypatch.setattr(objects, "emoji_sprites", lambda font, fluent: frogs)
     words = ["--model", str(model_folder), "--device", "cpu", "--steps", "2", "--seed", "3"]
     assert main(["evaluate", *words, "--guidance", "2", *["--json"] * as_json]) == 0
     out = capsys.readouterr().out
@@ -854,5 +856,27 @@ def test_evaluate_shows_the_checker_what_the_model_makes(model_folder, pipe, mon
     else:
         assert "1/2" in out
     assert (seen["sprites"], seen["seed"]) == (frogs, 3)
+    assert seen["again"].size == (64, 64)
     request = ldm.Request("a cat", steps=2, seed=4, guidance_scale=2.0)
     assert np.array_equal(seen["pictures"][1], pipe.generate(request)[0])
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_evaluate_measures_kid_with_as_many_pictures_as_asked(model_folder, monkeypatch, capsys, as_json):
+    asked = {}
+
+    def distance(generate, sprites, vae, count, *, seed):
+        asked.update(count=count, seed=seed, channels=vae.config.latent_channels)
+        return 0.25, 0.0625
+
+    monkeypatch.setattr(evaluate, "distance", distance)
+    monkeypatch.setattr(evaluate, "fixed_scenes", lambda concepts, styles: {})
+    monkeypatch.setattr(objects, "emoji_sprites", lambda font, fluent: {"flat": {}})
+    words = ["--model", str(model_folder), "--device", "cpu", "--kid", "300", "--seed", "3"]
+    assert main(["evaluate", *words, *["--json"] * as_json]) == 0
+    out = capsys.readouterr().out
+    if as_json:
+        assert json.loads(out) == {"kid": 0.25, "standard_error": 0.0625, "pictures": 300}
+    else:
+        assert out == "KID 0.25000 +- 0.06250 (300 pictures)\n"
+    assert asked == {"count": 300, "seed": 3, "channels": 4}

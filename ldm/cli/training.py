@@ -30,7 +30,9 @@ def add(commands: Commands) -> None:
     command = commands.add_parser("evaluate", help="measure how often a model of emoji scenes draws its prompts")
     command.set_defaults(run=_evaluate)
     add_options(command, ModelChoice, MODEL_AND_PARTS)
-    command.add_argument("--font", type=Path, help="the emoji font that the model was trained with")
+    command.add_argument("--font", type=Path, help="the font of the flat emoji that the model was trained with")
+    command.add_argument("--fluent", type=Path, help="the archive of the 3D emoji, see docs/training.md")
+    command.add_argument("--kid", type=int, metavar="N", help="measure KID with N pictures instead, such as 1000")
     add_options(command, ldm.Request, ASKED)
     add_options(command, ldm.Placement)
     command.add_argument("--json", action="store_true", help="print the results of all pictures as JSON")
@@ -61,16 +63,16 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    """Make pictures of a fixed list of prompts, and print how often they show what the prompts say."""
-    from ldm.training.evaluate import evaluate, fixed_scenes
-    from ldm.training.scenes import FONT, emoji_sprites
+    """Make pictures of fixed prompts, and print how often they show what the prompts say; or print KID."""
+    from ldm.training.evaluate import distance, evaluate, fixed_scenes
+    from ldm.training.objects import FLUENT, FONT, emoji_sprites
 
     asked = ldm.Request("", **given(args, ldm.Request, ASKED))
     placement = ldm.Placement.fast(**given(args, ldm.Placement))
-    sprites = emoji_sprites(font=args.font or FONT)
+    sprites = emoji_sprites(args.font or FONT, args.fluent or FLUENT)
     pipe = load_models(ModelChoice(**given(args, ModelChoice)), placement).base
-    total = sum(map(len, fixed_scenes(tuple(sprites)).values()))
-    with tqdm(total=total, unit="picture", disable=None) as progress:
+    scenes = fixed_scenes(tuple(next(iter(sprites.values()))), tuple(sprites))
+    with tqdm(total=args.kid or sum(map(len, scenes.values())), unit="picture", disable=None) as progress:
 
         def generate(prompts: list[str], seeds: list[int]) -> list[Image.Image]:
             pictures = []
@@ -80,5 +82,13 @@ def _evaluate(args: argparse.Namespace) -> None:
                 progress.update()
             return pictures
 
-        report = evaluate(generate, sprites, seed=asked.seed)
+        def reconstruct(picture: Image.Image) -> Image.Image:
+            return pipe.decode(pipe.encode_image(picture))[0]
+
+        if args.kid is not None:
+            value, error = distance(generate, sprites, pipe.vae, args.kid, seed=asked.seed)
+            found = {"kid": value, "standard_error": error, "pictures": args.kid}
+            print(json.dumps(found) if args.json else f"KID {value:.5f} +- {error:.5f} ({args.kid} pictures)")
+            return
+        report = evaluate(generate, sprites, seed=asked.seed, reconstruct=reconstruct)
     print(json.dumps(report.to_json()) if args.json else report)

@@ -1,24 +1,30 @@
-"""Measure how often a model of emoji scenes draws what its prompts say.
+"""Measure how often a model of emoji scenes draws what its prompts say, and how close its pictures are to true ones.
 
 The model draws fixed prompts, and the checker compares each picture with its prompt. The checker's own accuracy is
-measured on pictures of the same scenes that are drawn from the sprites, also blurred and with other contrast.
+measured on pictures of the same scenes that are drawn from the sprites, also blurred, with other contrast, and decoded
+from their latents. KID, which looks at the pictures without their prompts, is a second measure.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageFilter
 
-from ldm.training.checker import SIDE, Checker, Seen
-from ldm.training.scenes import GROUNDS, PLACES, RELATIONS, SIZES, Painter, Scene, Sprites, held_out
+from ldm.models.vae import VAE
+from ldm.training.checker import Checker, Seen
+from ldm.training.grounds import GROUNDS
+from ldm.training.kid import features, kid
+from ldm.training.objects import MANY, MASS, Sprites
+from ldm.training.scenes import COUNTS, PLACES, RELATIONS, SIZES, Painter, Scene, Scenes, apart, held_out
 
 Generate = Callable[[list[str], list[int]], Sequence[Image.Image]]  # prompts, seeds -> pictures
+Change = Callable[[Image.Image], Image.Image]
 
 BATCH = 16  # pictures per call of `generate`
-CONDITIONS: dict[str, Callable[[Image.Image], Image.Image]] = {
+CONDITIONS: dict[str, Change] = {
     "true renders": lambda picture: picture,
     "blurred renders": lambda picture: picture.filter(ImageFilter.GaussianBlur(1)),
     "contrast x 0.7": lambda picture: picture.point(lambda level: 128 + (level - 128) * 0.7),
@@ -26,35 +32,54 @@ CONDITIONS: dict[str, Callable[[Image.Image], Image.Image]] = {
 }  # for measuring the checker
 
 
-def fixed_scenes(concepts: Sequence[str]) -> dict[str, list[Scene]]:
-    """Return the fixed scenes by the property that they test.
+def fixed_scenes(concepts: Sequence[str], styles: Sequence[str], each: int = 64) -> dict[str, list[Scene]]:
+    """Return the fixed scenes by the property that they test. All name a style.
 
-    "object": each concept on two grounds; for every other concept, the second ground is a held-out one.
-    "size", "place" and "relation": 16 scenes each, with combinations of object and ground that training shows.
+    "object": 2 * `each` scenes, every second one with a ground on which training never shows the object.
+    "size", "place", "relation": `each` scenes; an eighth of the relations join objects that training never shows
+    together. "count": `each` / 2 scenes. But for these, all combinations are ones that training shows.
     """
-    seen = {n: [g for g in GROUNDS if not held_out(concepts, n, g)] for n in concepts}
-    unseen = {n: [g for g in GROUNDS if held_out(concepts, n, g)] for n in concepts}
-    scenes: dict[str, list[Scene]] = {"object": [], "size": [], "place": [], "relation": []}
-    for i, name in enumerate(concepts):
-        again = unseen[name] if i % 2 and unseen[name] else seen[name]
-        scenes["object"] += [Scene((name,), seen[name][i % len(seen[name])])]
-        scenes["object"] += [Scene((name,), again[(i + 5) % len(again)])]
-    sizes = [size for size in SIZES if size]
-    places = [place for place in PLACES if place]
-    for i in range(16):
-        name, other = (concepts[(2 * i + step) % len(concepts)] for step in (0, 5))
-        both = [ground for ground in seen[name] if ground in seen[other]]
-        ground = both[i % len(both)]
-        relation = list(RELATIONS)[i % len(RELATIONS)]
-        scenes["size"].append(Scene((name,), ground, size=sizes[i % len(sizes)]))
-        scenes["place"].append(Scene((other,), ground, place=places[i % len(places)]))
-        scenes["relation"].append(Scene((name, other), ground, relation=relation))
-    return scenes
+
+    def scene(i: int, objects: tuple[str, ...], *, unseen: bool = False, **more: str) -> Scene:
+        """Take the first ground from number i on that training shows with the objects, or never shows."""
+        grounds = list(GROUNDS)[i % len(GROUNDS) :] + list(GROUNDS)[: i % len(GROUNDS)]
+        scenes = [Scene(objects, ground, styles[i % len(styles)], **more) for ground in grounds]
+        return next((s for s in scenes if held_out(concepts, s) == unseen), scenes[0])
+
+    def turn(choices: Mapping[str, object], i: int) -> str:
+        words = [word for word in choices if word]
+        return words[i // len(styles) % len(words)]
+
+    n = len(concepts)
+    found: dict[str, list[Scene]] = {kind: [] for kind in MEASURES}
+    for i in range(2 * each):
+        name = concepts[(i + i // n) % n]
+        found["object"].append(scene(i + i // n, (name,), unseen=i % 4 >= 2))
+    countable = [name for name in concepts if name not in MANY | MASS]
+    for i in range(each):
+        found["size"].append(scene(i, (concepts[3 * i % n],), size=turn({"small": 0, "big": 0}, i)))
+        found["place"].append(scene(i, (concepts[(3 * i + 1) % n],), place=turn(PLACES, i)))
+        first, unseen = concepts[(3 * i + 2) % n], i % 8 == 7
+        others = [concepts[(3 * i + 3 + (i + step) % (n - 1)) % n] for step in range(n - 1)]
+        second = next((other for other in others if apart(concepts, first, other) == unseen), others[0])
+        found["relation"].append(scene(i, (first, second), unseen=unseen, relation=turn(RELATIONS, i)))
+        if i % 2:
+            found["count"].append(scene(i // 2, (countable[5 * i % len(countable)],), count=turn(COUNTS, i // 2)))
+    return found
 
 
 def judge(scene: Scene, seen: Seen) -> dict[str, bool]:
-    """Compare `seen` with `scene`, property by property. Size, place and relation need the right objects, too."""
+    """Compare `seen` with `scene`, property by property. All but the ground need the right objects, too."""
     verdict = {"ground": seen.ground == scene.ground}
+    if scene.count:
+        names = [found.name for found in seen.objects]
+        right = len(COUNTS[scene.count])
+        own = [found for found in seen.objects if found.name == scene.objects[0]]
+        styles = all(found.style == scene.style for found in own)
+        return verdict | {
+            "count": len(own) == right == sum(n != "nothing" for n in names),
+            "style": bool(own) and styles,
+        }
     if scene.relation:
         first, second = seen.objects
         if first.name != scene.objects[0]:
@@ -64,21 +89,33 @@ def judge(scene: Scene, seen: Seen) -> dict[str, bool]:
             relation = "left of" if first.x < second.x else "right of"
         else:
             relation = "above" if first.y < second.y else "below"
-        return verdict | {"both objects": pair, "relation": pair and relation == scene.relation}
+        styles = first.style == second.style == scene.style
+        return verdict | {
+            "both objects": pair,
+            "style": pair and styles,
+            "relation": pair and relation == scene.relation,
+        }
     (found,) = seen.objects
     named = found.name == scene.objects[0]
     size = min(SIZES, key=lambda size: abs(math.log(SIZES[size] / found.size)))
     place = min(PLACES, key=lambda place: math.dist(PLACES[place], (found.x, found.y)))
-    verdict |= {"object": named, "size": named and size == scene.size}
+    verdict |= {"object": named, "style": named and found.style == scene.style, "size": named and size == scene.size}
     return verdict | {"place": named and place == scene.place}
 
 
+def objects_to_find(scene: Scene) -> int:
+    """Return for how many objects the checker must look: one more than the count, to see that there are no more."""
+    return len(COUNTS[scene.count]) + 1 if scene.count else len(scene.objects)
+
+
 MEASURES = {  # kind of scene -> the properties that are counted
-    "object": ("object", "ground"),
-    "size": ("size",),
-    "place": ("place",),
-    "relation": ("both objects", "relation"),
+    "object": ("object", "style", "ground"),
+    "size": ("style", "size"),
+    "place": ("style", "place"),
+    "relation": ("style", "both objects", "relation"),
+    "count": ("style", "count"),
 }
+COLUMNS = ("object", "style", "ground", "size", "place", "both objects", "relation", "count")
 
 
 class Answer(NamedTuple):
@@ -101,10 +138,9 @@ class Report:
     answers: tuple[Answer, ...]  # for the model's pictures
 
     def __str__(self) -> str:
-        columns = [measure for measures in MEASURES.values() for measure in measures]
-        lines = [" " * 26 + "".join(f"{column:>14}" for column in [*columns, "likeness"])]
+        lines = [" " * 26 + "".join(f"{column:>14}" for column in [*COLUMNS, "likeness"])]
         for row, scores in self.rows.items():
-            cells = [_cell(*scores[column]) if column in scores else "" for column in columns]
+            cells = [_cell(*scores[column]) if column in scores else "" for column in COLUMNS]
             cells.append(f"{self.likeness[row]:.2f}")
             lines.append(f"{row:<26}" + "".join(f"{cell:>14}" for cell in cells))
         return "\n".join(line.rstrip() for line in lines)
@@ -126,49 +162,72 @@ class Report:
         return {"rows": rows, "answers": answers}
 
 
-def evaluate(generate: Generate, sprites: Sprites, *, seed: int = 0) -> Report:
+def evaluate(
+    generate: Generate, sprites: Sprites, *, seed: int = 0, each: int = 64, reconstruct: Change | None = None
+) -> Report:
     """Let `generate` draw the fixed scenes, 16 pictures per call, and check the pictures.
 
     generate: (prompts, seeds) -> one square picture for each prompt, of any size. sprites: the objects that the model
-    was trained on. seed: of the first picture; picture i has seed + i.
+    was trained on. seed: of the first picture; picture i has seed + i. each: see `fixed_scenes`.
+    reconstruct: encodes and decodes a picture with the model's VAE, for one more row of the checker's own accuracy.
     Raises ValueError if `generate` returns too few or too many pictures.
     """
-    checker, concepts = Checker(sprites), tuple(sprites)
-    asked = [(kind, scene) for kind, scenes in fixed_scenes(concepts).items() for scene in scenes]
-    prompts = [scene.caption for _, scene in asked]
-    pictures: list[Image.Image] = []
-    for start in range(0, len(asked), BATCH):
-        batch = prompts[start : start + BATCH]
-        made = generate(batch, [seed + start + i for i in range(len(batch))])
-        if len(made) != len(batch):
-            raise ValueError(f"generate must return one picture per prompt, got {len(made)} for {len(batch)} prompts")
-        pictures += made
+    checker, concepts = Checker(sprites), tuple(next(iter(sprites.values())))
+    fixed = fixed_scenes(concepts, tuple(sprites), each)
+    asked = [(kind, scene) for kind, scenes in fixed.items() for scene in scenes]
+    pictures = generate_all(generate, [scene.caption for _, scene in asked], seed)
 
     def answers(shown: Sequence[Image.Image]) -> list[Answer]:
         result = []
         for i, ((kind, scene), picture) in enumerate(zip(asked, shown, strict=True)):
-            seen = checker.look(picture, len(scene.objects))
-            unseen = any(held_out(concepts, name, scene.ground) for name in scene.objects)
+            seen = checker.look(picture, objects_to_find(scene))
             verdict = {name: judge(scene, seen)[name] for name in MEASURES[kind]}
-            result.append(Answer(kind, unseen, scene.caption, seed + i, seen, verdict))
+            result.append(Answer(kind, held_out(concepts, scene), scene.caption, seed + i, seen, verdict))
         return result
 
     model = answers(pictures)
-    single = [answer for answer in model if answer.kind == "object"]
+    single, pairs = ([answer for answer in model if answer.kind == kind] for kind in ("object", "relation"))
     groups = {
         "model": model,
         "  seen combinations": [answer for answer in single if not answer.held_out],
         "  held-out combinations": [answer for answer in single if answer.held_out],
+        "  held-out pairs": [answer for answer in pairs if answer.held_out],
     }
-    painter, rng = Painter(sprites, SIDE), np.random.default_rng(seed)
+    painter, rng = Painter(sprites, pictures[0].width), np.random.default_rng(seed)
     renders = [Image.fromarray(painter.paint(scene, rng)) for _, scene in asked]
-    for name, change in CONDITIONS.items():
+    conditions = CONDITIONS | ({"decoded latents": reconstruct} if reconstruct else {})
+    for name, change in conditions.items():
         groups[f"checker, {name}"] = answers([change(render) for render in renders])
     return Report(
         rows={row: _count(group) for row, group in groups.items()},
         likeness={row: _likeness(group) for row, group in groups.items()},
         answers=tuple(model),
     )
+
+
+def generate_all(generate: Generate, prompts: Sequence[str], seed: int) -> list[Image.Image]:
+    """Call `generate` for BATCH prompts at a time. Picture i has the seed `seed` + i."""
+    pictures: list[Image.Image] = []
+    for start in range(0, len(prompts), BATCH):
+        batch = list(prompts[start : start + BATCH])
+        made = generate(batch, [seed + start + i for i in range(len(batch))])
+        if len(made) != len(batch):
+            raise ValueError(f"generate must return one picture per prompt, got {len(made)} for {len(batch)} prompts")
+        pictures += made
+    return pictures
+
+
+def distance(generate: Generate, sprites: Sprites, vae: VAE, count: int, *, seed: int = 0) -> tuple[float, float]:
+    """Return KID between `count` pictures for random captions and as many true renders, with its standard error.
+
+    The true renders show other scenes of the same distribution. vae: gives the features; see `ldm.training.kid`.
+    Raises ValueError as `generate_all` and `kid` do.
+    """
+    captions = Scenes(sprites, seed=seed + 1)  # not the scenes of the training, which have seed 0
+    made = generate_all(generate, [captions.caption(i) for i in range(count)], seed)
+    scenes = Scenes(sprites, made[0].width, seed=seed + 2)
+    renders = [Image.fromarray(scenes[i][0].permute(1, 2, 0).numpy()) for i in range(count)]
+    return kid(features(vae, made), features(vae, renders))
 
 
 def _count(answers: Sequence[Answer]) -> dict[str, tuple[int, int]]:

@@ -119,7 +119,8 @@ def emoji_sprites(
 
     Raises ValueError if a file is missing or cannot be used, or has no picture of a character.
     """
-    return {"3D": fluent_sprites(fluent, characters), "flat": font_sprites(font, characters)}
+    flat = font_sprites(font, characters)
+    return {"3D": fluent_sprites(fluent, characters), "flat": flat}
 
 
 def every_character(fluent: Path = FLUENT) -> str:

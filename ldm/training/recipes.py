@@ -144,8 +144,8 @@ def _run_ldm(recipe: LDMRecipe, device: torch.device) -> Path:
     channels = (recipe.unet.in_channels, recipe.unet.out_channels)
     if channels != (vae.config.latent_channels,) * 2:
         raise ValueError(
-            f"in_channels and out_channels of [unet] must be {vae.config.latent_channels}, as many as the latents of the "
-            f"VAE {recipe.vae} have, got {channels[0]} and {channels[1]}"
+            f"in_channels and out_channels of [unet] must be {vae.config.latent_channels}, as many as the latents of "
+            f"the VAE {recipe.vae} have, got {channels[0]} and {channels[1]}"
         )
     dataset = recipe.data.open()
     start = load(recipe.start, device=device) if recipe.start else None

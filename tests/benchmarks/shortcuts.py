@@ -19,8 +19,8 @@ from tqdm import tqdm
 import ldm
 from ldm.pictures import save_png
 from ldm.training.checker import Checker
-from ldm.training.evaluate import MEASURES, fixed_scenes, judge
-from ldm.training.scenes import emoji_sprites
+from ldm.training.evaluate import MEASURES, fixed_scenes, judge, objects_to_find
+from ldm.training.objects import emoji_sprites
 from scripts.recipes.deepcache import DeepCache
 
 SHORTCUTS = {  # fields of the Request; arguments of DeepCache, or None
@@ -65,7 +65,9 @@ def count(pipe, fields, cache):
 def main():
     sprites = emoji_sprites()
     pipe, counted = (ldm.load(placement=ldm.Placement("cpu", attention=a)) for a in ("sdpa", "math"))
-    asked = [(k, s) for k, scenes in fixed_scenes(tuple(sprites)).items() for s in scenes][::NTH]
+    asked = [(k, s) for k, scenes in fixed_scenes(tuple(sprites["flat"]), tuple(sprites)).items() for s in scenes][
+        ::NTH
+    ]
     made, seconds, right, likeness = ({name: [] for name in SHORTCUTS} for _ in range(4))
     checker = Checker(sprites)
     for seed, (kind, scene) in enumerate(tqdm(asked, unit="prompt", disable=None)):
@@ -75,7 +77,7 @@ def main():
                 *_, last = pipe.stream(ldm.Request(scene.caption, seed=seed, **fields))
                 seconds[name].append(perf_counter() - start)
             made[name] += pipe.decode(last.latents)
-            seen = checker.look(made[name][-1], len(scene.objects))
+            seen = checker.look(made[name][-1], objects_to_find(scene))
             likeness[name] += [found.likeness for found in seen.objects]
             right[name] += [judge(scene, seen)[measure] for measure in MEASURES[kind]]
 
