@@ -13,6 +13,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,32 +51,31 @@ def check(control: "Control") -> None:
 def hint(control: "Control", width: int, height: int) -> Tensor:
     """Return the hint: 1 3 h w in [0, 1].
 
-    Raises ValueError for a picture that cannot be read, and for the detector "canny" without OpenCV.
+    Raises ValueError as `Control.picture` does.
     """
-    picture = fit(read(control), width, height)
+    picture = fit(control.picture, width, height)
     if control.detector == "canny":
         picture = canny(picture)
     return (to_tensor(picture) + 1) / 2
 
 
 def read(control: "Control") -> Image.Image:
-    """Return the picture as 8-bit RGB. Raises ValueError if it cannot be read."""
+    """Return the picture as 8-bit RGB. Raises ValueError if it cannot be read, and for "canny" without OpenCV."""
+    if control.detector == "canny" and find_spec("cv2") is None:
+        raise ValueError(
+            "canny needs OpenCV, which is not installed: install the extra with pip install 'ldm[control]', or give a "
+            "picture of the edges"
+        )
     return to_rgb(control.image) if isinstance(control.image, Image.Image) else read_picture(control.image)
 
 
 def canny(picture: Image.Image, low: int = 100, high: int = 200) -> Image.Image:
     """Draw the edges of an RGB picture, white on black (Canny 1986).
 
-    low, high: the thresholds of the gradient. The defaults are those that the published ControlNets were trained with.
-    Raises ValueError if OpenCV is not installed.
+    low, high: the thresholds of the gradient; the defaults are usual with the published ControlNets.
     """
-    try:
-        import cv2
-    except ImportError as error:
-        raise ValueError(
-            "canny needs OpenCV, which is not installed: install the extra with pip install 'ldm[control]', or give a "
-            "picture of the edges"
-        ) from error
+    import cv2  # the extra `control` installs it
+
     edges = cv2.Canny(np.asarray(picture), low, high)
     return Image.fromarray(edges).convert("RGB")
 

@@ -90,6 +90,13 @@ class Control:
 
         check(self)
 
+    @cached_property
+    def picture(self) -> Image.Image:
+        """The picture as 8-bit RGB. Raises ValueError if it cannot be read, or if its detector is not installed."""
+        from ldm.control import read
+
+        return read(self)
+
 
 @dataclass(frozen=True)
 class Request:

@@ -37,7 +37,6 @@ class ControlNet(Encoder):
         for narrow, wide in pairwise(self.hint_channels):
             self.hint.append(nn.Conv2d(narrow, narrow, 3, padding=1))
             self.hint.append(nn.Conv2d(narrow, wide, 3, stride=2, padding=1))
-        self.hint.append(nn.Conv2d(hint_channels[-1], hint_channels[-1], 3, padding=1))
         self.hint.append(nn.Conv2d(hint_channels[-1], config.channels[0], 3, padding=1))
         self.zero_convs = nn.ModuleList(nn.Conv2d(channels, channels, 1) for channels in self.skip_channels)
         self.mid_out = nn.Conv2d(config.channels[-1], config.channels[-1], 1)

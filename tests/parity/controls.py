@@ -13,6 +13,23 @@ import ldm
 from tests.parity.reference import asked, schedule
 from tests.parity.tenants import _array, picture
 
+FAMILIES = ("sd15", "sd21-base", "sdxl-base")
+CASES = {
+    "one": lambda nets, hints: [ldm.Control(nets[0], hints[0])],
+    "two": lambda nets, hints: [ldm.Control(n, h, w) for n, h, w in zip(nets, hints, (0.7, 0.4), strict=False)],
+    "guess": lambda nets, hints: [ldm.Control(nets[0], hints[0], 0.8, guess=True)],
+    "shares": lambda nets, hints: [
+        ldm.Control(nets[0], hints[0], end=0.5),
+        ldm.Control(nets[1], hints[1], start=0.25, end=0.9),
+    ],
+    "shuffle": lambda nets, hints: [ldm.Control(nets[2], hints[0])],
+}
+
+
+def three(folder: Path, pipe: Any) -> list[Path]:
+    """Save two ControlNets, and one of the shuffle kind."""
+    return [build(folder, pipe, 0), build(folder, pipe, 1), build(folder, pipe, 2, global_pool_conditions=True)]
+
 
 @torch.no_grad()
 def build(folder: Path, pipe: Any, seed: int = 0, **options: Any) -> Path:
