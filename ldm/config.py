@@ -44,7 +44,7 @@ def check_fields(value: Any, *, largest: float = math.inf) -> None:
             _check_text(f.name, got)
         elif kind in (int, float):
             check_number(f.name, got, low, min(high, largest), whole=kind is int)
-        elif typing.get_origin(kind) is tuple:
+        elif typing.get_origin(kind) is tuple and ... not in typing.get_args(kind):
             if not isinstance(got, tuple | list) or len(got) != len(typing.get_args(kind)):
                 raise ValueError(f"{f.name} must be {len(typing.get_args(kind))} numbers, got {got!r}")
             for number in got:

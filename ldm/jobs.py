@@ -46,9 +46,12 @@ class Job:
 
     @property
     def paths(self) -> dict[str, Path]:
-        """The files and folders that the job reads, by name: those of the models, and the source picture."""
+        """The files and folders that the job reads, by name: of the models, the source picture and the ControlNets."""
         source = self.request.source
         own = {"source": Path(source.image)} if source and isinstance(source.image, str | Path) else {}
+        for i, control in enumerate(self.request.controls, 1):
+            named = {f"controlnet_{i}": control.model, f"control_{i}": control.image}
+            own |= {name: Path(path) for name, path in named.items() if isinstance(path, str | Path)}
         return self.model.paths | own
 
 
@@ -97,7 +100,10 @@ def run(job: Job, models: Models, outputs: Outputs, watch: Watch = lambda steps,
         digests = {name: pool.submit(digest, path) for name, path in job.paths.items()}
         for name, sha256 in job.sha256.items():
             if digests[name].result() != sha256:
-                what, how = name.replace("_", " "), f"with --{name.replace('_', '-')}"
+                option = name.rstrip("_0123456789")  # control_1 is the first --control
+                what, how = option.replace("_", " "), f"with --{option.replace('_', '-')}"
+                if name.startswith("control"):
+                    what, how = f"{what}{' picture' * (option == 'control')}", "with --controlnet and --control"
                 if name == "source":
                     what, how = "source picture", "as the PICTURE of ldm img2img"
                 raise ValueError(

@@ -33,7 +33,7 @@ from ldm.models.text import TextEncoder
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
 from ldm.placement.memory import Placement
-from ldm.request import Plan, Request
+from ldm.request import Control, Plan, Request
 
 
 class Pipeline:
@@ -44,6 +44,7 @@ class Pipeline:
     schedule: the noise schedule of the UNet's training. why: how `config` and its prediction type were found.
     placement: device, precision and memory. `load` has applied it to the networks (default: leave them as they are).
     paths: the file or folder of "unet", "vae" and "text_encoder", if known.
+    controlnets: the ControlNets by `Control.model`, loaded at their first use.
 
     All stages except `decode` support gradients, `encode_image` only with the whole VAE. Weights from `load` do not
     require gradients.
@@ -63,6 +64,7 @@ class Pipeline:
         self.paths = dict(paths or {})
         self.unet, self.vae, self.text_encoder = unet, vae, text_encoder
         self.schedule = NoiseSchedule.from_config(config.diffusion)
+        self.controlnets: dict[str, Any] = {}
         self._at_work: dict[str, tuple[nn.Module, AbstractContextManager[object]]] = {}
 
     @torch.no_grad()
@@ -97,7 +99,7 @@ class Pipeline:
 
     @torch.no_grad()
     def _steps(self, plan: Plan, conditions: list[Condition], x: Tensor, sampler: Sampler | None) -> Iterator[Step]:
-        with self.at_work("unet"):  # so that the UNet is moved once for `denoiser` and `walk`
+        with self.at_work("unet", plan.request.controls):  # so that it is moved once for `denoiser` and `walk`
             yield from self.walk(plan, self.denoiser(plan, conditions), x, sampler=sampler)
 
     def generate(self, request: Request) -> list[Image.Image]:
@@ -157,11 +159,18 @@ class Pipeline:
         latents = self.encode_image(picture, noise())  # the VAE's noise is drawn first, as in diffusers
         return latents + float(plan.sigmas[0]) * noise().to(latents)
 
-    def denoiser(self, plan: Plan, conditions: Sequence[Condition]) -> Denoiser:
-        """Make the denoiser (x, sigma) -> x0 from the UNet, the conditions and the guidance of `plan`."""
+    def denoiser(self, plan: Plan, conditions: Sequence[Condition], bind: Bind | None = None) -> Denoiser:
+        """Make the denoiser (x, sigma) -> x0 from the UNet, the conditions and the guidance of `plan`.
+
+        bind: makes the network of a condition (default: `binding()`, with the ControlNets of the request).
+        """
+        if plan.request.controls and bind is None:
+            from ldm.control import controlled  # only ControlNets need it
+
+            return controlled(self, plan, conditions)
         weight, kind = next(self.unet.parameters()), self.config.diffusion.prediction
         conditions = [dataclasses.replace(c, context=c.context.to(weight.dtype)) for c in conditions]
-        bind, batched = self.binding(), self.placement.guidance == "batched"
+        bind, batched = bind or self.binding(), self.placement.guidance == "batched"
         rule = classifier_free(plan.guidance_scale, plan.request.guidance_rescale)
         with self.at_work("unet"):  # `guided` calls `bind`, which projects the context
             network = guided(bind, conditions, rule, batched=batched)
@@ -180,7 +189,7 @@ class Pipeline:
         Raises FloatingPointError as the iterator of `stream` does.
         """
         run, options = sampler or SAMPLERS[plan.sampler], plan.request.sampler_options
-        with self.at_work("unet"):
+        with self.at_work("unet", plan.request.controls):
             x = x.to(next(self.unet.parameters()).device)
             finite: list[Tensor] = []
             for step in run(denoise, x, plan.sigmas, noise=noise or plan.noise(), **options):
@@ -221,16 +230,23 @@ class Pipeline:
 
         save(self, path, layout=layout, dtype=dtype, overwrite=overwrite)
 
-    def at_work(self, name: str) -> AbstractContextManager[object]:
-        """Return the context manager that keeps the network `name` on the device. It can be nested."""
+    def at_work(self, name: str, controls: Sequence[Control] = ()) -> AbstractContextManager[object]:
+        """Return the context manager that keeps the network `name` on the device. It can be nested.
+
+        controls: ControlNets to keep there, too.
+        """
+        if controls:
+            from ldm.control import all_at_work
+
+            return all_at_work(self, name, controls)
         network = getattr(self, name)
         if name not in self._at_work or self._at_work[name][0] is not network:
             self._at_work[name] = network, self.placement.at_work(network)
         return self._at_work[name][1]
 
-    def binding(self) -> Bind:
+    def binding(self, unet: Any = None) -> Bind:
         """Return the function (condition) -> network: `unet.bind`, or a version of it that replays CUDA graphs."""
-        unet = self.unet
+        unet = self.unet if unet is None else unet
         # A replaced UNet may only have the arguments of `UNet.forward`. A module of `torch.compile` also passes on the
         # `bind` of the module inside, which would not call the compiled one.
         if inspect.getattr_static(unet, "bind", None) is None:

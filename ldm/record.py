@@ -73,7 +73,8 @@ class Record:
     """How a picture was made: the request, the model, and the defaults that the model filled in.
 
     resolved: the main fields of the `Plan`. name, why: the name of the identified model, and how it was identified.
-    sha256: the digest of each path in `model.paths`, and of the source picture.
+    sha256: the digest of each path in `model.paths`, of the source picture, and of each ControlNet and its picture:
+      "controlnet_1", "control_1" and so on.
     placement: its fields, with device and dtypes as text. picture: the index of the picture; None: a grid of all.
     """
 
@@ -94,8 +95,10 @@ class Record:
         Empty texts stay: for SDXL, an empty negative prompt makes another picture than none.
         """
         table = dataclasses.asdict(
-            self, dict_factory=lambda pairs: {k: v for k, v in pairs if v is not None and v != {}}
+            self, dict_factory=lambda pairs: {k: v for k, v in pairs if v is not None and v not in ({}, ())}
         )
+        for control, held in zip(self.request.controls, table["request"].get("controls", ()), strict=True):
+            held |= {"model": str(control.model), "image": str(control.image)}
         if self.request.source is not None:
             table["request"]["source"]["image"] = str(self.request.source.image)
         return table

@@ -48,6 +48,7 @@ def plan_both(base: Pipeline, refiner: Pipeline, request: Request, *, handover: 
     plan = base.plan(_with_own_sizes(request, base.config, refiner.config))
     shared = dataclasses.replace(
         _with_own_sizes(request, refiner.config, base.config),
+        controls=(),  # a ControlNet fits one of the two UNets, and the base model decides the composition
         **{name: getattr(plan, name) for name in ("steps", "sampler", "spacing", "width", "height")},
     )
     cutoff = round(len(base.schedule) - handover * len(base.schedule))
@@ -77,7 +78,7 @@ def _steps(base: Pipeline, refiner: Pipeline, plan: Plan, refiner_plan: Plan) ->
     before, total = 0, len(plan.sigmas) + len(refiner_plan.sigmas) - 2
     for pipe, own in ((base, plan), (refiner, refiner_plan)):
         conditions = pipe.conditions(own)
-        with pipe.at_work("unet"):
+        with pipe.at_work("unet", own.request.controls):
             for step in pipe.walk(own, pipe.denoiser(own, conditions), x, noise=noise):
                 x = step.x
                 yield dataclasses.replace(step, index=before + step.index, total=total)

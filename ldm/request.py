@@ -73,6 +73,32 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Control:
+    """A ControlNet, and the picture that it follows, see `ldm.control`."""
+
+    model: str | Path  # a file or folder, or a name in `Pipeline.controlnets`
+    image: str | Path | Image.Image = dataclasses.field(hash=False)  # as `Source.image`, with `resize` "crop"
+    weight: float = option(1.0, "factor of what the ControlNet adds to the UNet")
+    start: float = option(0.0, "share of the steps at which the ControlNet begins", "--control-from", low=0, high=1)
+    end: float = option(1.0, "share of the steps at which it ends", "--control-to", low=0, high=1)
+    guess: bool = option(False, "follow the picture also without a prompt: guess mode")
+    detector: Literal["canny"] | None = None  # draws the hint from the picture; None: the picture is the hint
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        from ldm.control import check  # only ControlNets need it
+
+        check(self)
+
+    @cached_property
+    def picture(self) -> Image.Image:
+        """The picture as 8-bit RGB. Raises ValueError if it cannot be read, or if its detector is not installed."""
+        from ldm.control import read
+
+        return read(self)
+
+
+@dataclass(frozen=True)
 class Request:
     """A request for pictures. None means the model's default, see `resolved`.
 
@@ -110,6 +136,7 @@ class Request:
     )
     sizes: Sizes = Sizes()
     source: Source | None = None  # None: start from noise
+    controls: tuple[Control, ...] = ()
 
     def __post_init__(self) -> None:
         """Check what can be checked without a model, and draw a random seed for a negative one."""
@@ -130,6 +157,9 @@ class Request:
             value = getattr(self, name)
             if not isinstance(value, kind) and not (name == "source" and value is None):
                 raise ValueError(f"{name} must be an ldm.{kind.__name__}, got {value!r}")
+        if not isinstance(self.controls, tuple | list) or not all(isinstance(c, Control) for c in self.controls):
+            raise ValueError(f"controls must be a tuple of ldm.Control, got {self.controls!r}")
+        object.__setattr__(self, "controls", tuple(self.controls))
         if self.seed < 0:
             object.__setattr__(self, "seed", secrets.randbelow(2**32))
         if self.seed + self.images > 2**64:

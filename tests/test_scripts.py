@@ -1,5 +1,6 @@
 """The unrolled scripts make the pictures of the Pipeline, bit for bit, and stay short."""
 
+import dataclasses
 import runpy
 import sys
 from pathlib import Path
@@ -10,8 +11,9 @@ from PIL import Image
 
 import ldm
 from ldm.checkpoint import files
+from ldm.checkpoint.controlnets import save_controlnet
 from ldm.checkpoint.parts import Model
-from tests.tiny import TINY_RANDOM, TINY_REFINER, TINY_SDXL, random_networks
+from tests.tiny import TINY_RANDOM, TINY_REFINER, TINY_SDXL, random_controlnet, random_networks
 
 FOLDER = Path(__file__).parents[1] / "scripts"
 SCRIPTS = sorted(FOLDER.glob("*.py"))
@@ -23,7 +25,7 @@ def run(path: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
 
 
 def test_a_sampling_script_has_at_most_80_lines():
-    for name in ("txt2img", "img2img", "sdxl_refiner"):
+    for name in ("txt2img", "img2img", "sdxl_refiner", "controlnet"):
         assert len((FOLDER / f"{name}.py").read_text().splitlines()) <= 80
 
 
@@ -70,6 +72,22 @@ def test_img2img_equals_the_pipeline_bit_for_bit(tmp_path, monkeypatch, config, 
     run(FOLDER / "img2img.py", monkeypatch, str(picture), *words, "--device", "cpu", "--out", str(out))
     request = ldm.Request("a frog", "bad", steps=5, seed=3, source=ldm.Source(picture, strength))
     assert np.array_equal(Image.open(out), ldm.Pipeline(config, *networks).generate(request)[0])
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+@pytest.mark.parametrize("config", [TINY_RANDOM, TINY_SDXL], ids=lambda c: c.name)
+def test_controlnet_equals_the_pipeline_bit_for_bit(tmp_path, monkeypatch, config, guidance):
+    networks = random_networks(config)
+    monkeypatch.setattr(files, "load", lambda *_, **__: Model(config, *networks))
+    save_controlnet(random_controlnet(config), tmp_path / "net")
+    Image.linear_gradient("L").resize((50, 30)).rotate(20).save(tmp_path / "hint.png")
+    given, out = [str(tmp_path / name) for name in ("net", "hint.png")], tmp_path / "frog.png"
+    words = ["--weight", "0.7", "--steps", "3", "--seed", "0", "--guidance", str(guidance), "--model", "random"]
+    run(FOLDER / "controlnet.py", monkeypatch, "a frog", *given, *words, "--device", "cpu", "--out", str(out))
+    request = ldm.Request("a frog", steps=3, guidance_scale=guidance, controls=(ldm.Control(*given, 0.7),))
+    pipe = ldm.Pipeline(config, *networks)
+    assert np.array_equal(Image.open(out), pipe.generate(request)[0])
+    assert not np.array_equal(Image.open(out), pipe.generate(dataclasses.replace(request, controls=()))[0])
 
 
 @pytest.mark.parametrize("negative", [None, "bad"])

@@ -6,11 +6,13 @@ import torch
 from torch import nn
 
 from ldm.config import ModelConfig, TextConfig, UNetConfig, VAEConfig
+from ldm.models.controlnet import ControlNet
 from ldm.models.text import TextEncoder
 from ldm.models.tokens import BOS, EOS, Tokenizer, byte_alphabet
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
 
+HINTS = (8, 8, 16)  # channels of a hint embedding with two halvings, as the VAE below has
 TINY_RANDOM = ModelConfig(
     name="random",
     unet=UNetConfig(channels=(16, 32), res_blocks=1, depth=(0, 1), heads=(2, 2), context_dim=32, norm_groups=8),
@@ -62,6 +64,16 @@ def random_networks(
         _scale(unet.conv_out, predicted, 1.0)
         _scale(vae.decoder.conv_out, vae.decode(latents), 0.4)
     return unet, vae, text_encoder
+
+
+def random_controlnet(config: ModelConfig = TINY_RANDOM, seed: int = 1, *, pooled: bool = False) -> ControlNet:
+    """Build a ControlNet for the UNet of `config`, seeded, whose outputs are not zero."""
+    torch.manual_seed(seed)
+    network = ControlNet(config.unet, hint_channels=HINTS, pooled=pooled).eval().requires_grad_(False)
+    for layer in (network.hint[-1], *network.zero_convs, network.mid_out):
+        layer.weight.normal_(0, 0.1)
+        layer.bias.normal_(0, 0.1)
+    return network
 
 
 def _scale(layer: nn.Conv2d, output: torch.Tensor, std: float) -> None:

@@ -106,7 +106,7 @@ _SCHEDULER_USUAL = {  # options that no sampler here has, with their usual value
 
 def unet_from_json(json: Json, where: str) -> UNetConfig:
     """Read unet/config.json. Raises ValueError naming `where` for a value that is malformed or not implemented."""
-    _check_fixed(json, _UNET_FIXED, where)
+    check_fixed(json, _UNET_FIXED, where)
     table = _read(json, _UNET)
     levels = len(table["channels"]) if isinstance(table["channels"], list) else 0
     downs = json.get("down_block_types", ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"])
@@ -155,7 +155,7 @@ def vae_from_json(json: Json, where: str, *, sdxl: bool) -> VAEConfig:
 
     Raises ValueError naming `where` for a value that is malformed or not implemented.
     """
-    _check_fixed(json, _VAE_FIXED, where)
+    check_fixed(json, _VAE_FIXED, where)
     table = _read(json, _VAE)
     table["overflows_fp16"] = sdxl and table["overflows_fp16"]
     config = from_dict(table, VAEConfig, where)
@@ -182,7 +182,7 @@ def text_from_json(json: Json, where: str, pad_id: int, *, sdxl: bool) -> TextCo
     sdxl: the UNet takes the output of the layer before the last, without the final norm, as SDXL's does.
     Raises ValueError naming `where` for a value that is malformed or not implemented.
     """
-    _check_fixed(json, _TEXT_FIXED, where)
+    check_fixed(json, _TEXT_FIXED, where)
     table = _read(json, _TEXT) | {"pad_id": pad_id}
     if sdxl:
         table |= {"output_layer": -2, "final_norm": False}
@@ -231,7 +231,7 @@ def diffusion_from_json(json: Json, where: str, *, sdxl: bool) -> tuple[Diffusio
             f"{where}: {name[:100]} with prediction_type {short(prediction)} is not supported; allowed are discrete "
             f"schedulers with one of {', '.join(predictions)}"
         )
-    _check_fixed(json, _SCHEDULER_FIXED, where)
+    check_fixed(json, _SCHEDULER_FIXED, where)
     if missing := [key for key in ("beta_schedule", "beta_start", "beta_end") if key not in json]:
         raise ValueError(f"{where} lacks {', '.join(missing)}")
     default = "leading" if name.startswith(_LEADING_BY_DEFAULT) else "linspace"
@@ -298,7 +298,8 @@ def _layers(depth: Depths) -> list[int | list[int]]:
     return [list(level) if isinstance(level, tuple) else level or 1 for level in depth]
 
 
-def _check_fixed(json: Json, fixed: dict[str, tuple[Any, ...]], where: str) -> None:
+def check_fixed(json: Json, fixed: dict[str, tuple[Any, ...]], where: str) -> None:
+    """Raise ValueError naming `where` for a key of `fixed` with a value that is not among its allowed ones."""
     for key, valid in fixed.items():
         if (value := json.get(key, valid[0])) not in valid:
             raise ValueError(f"{where}: {key} {short(value)} is not supported; allowed: {', '.join(map(repr, valid))}")

@@ -194,7 +194,8 @@ def convert(
     """Write the model at `path`, which may be a pickle, to `target`. Without `dtype` the values stay bit for bit.
 
     A pickle of something else, such as a VAE or a ControlNet, becomes a .safetensors file (layout "ldm") with the same
-    names. Returns the names of the tensors that are left out because no network uses them, such as noise schedules.
+    names. So does a pickle of a model with a ControlNet. Returns the names of the tensors that are left out because no
+    network uses them, such as noise schedules.
     Raises ValueError as `load` and `save` do, for a pickle that names code or holds nothing known, and for a file
     whose name does not end in .safetensors.
     """
@@ -203,7 +204,8 @@ def convert(
     _check_target(Path(target), layout, overwrite)
     if not replace and is_pickle(Path(path)):
         tensors = PickledTensors(Path(path))
-        if not all(find(tensors)):
+        with_controlnet = layout == "ldm" and (kind_of(tensors) or "").startswith("a ControlNet")
+        if not all(find(tensors)) or with_controlnet:
             _rewrite(tensors, Path(target).resolve(), layout, dtype)
             return ()
     model = identify(path, prediction=prediction, ema=ema, replace=replace, pickles=True)

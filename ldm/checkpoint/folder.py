@@ -25,7 +25,7 @@ from ldm.models.vae import VAE
 from ldm.presets import SD15, SD21, recognize
 from ldm.strict import from_dict
 
-_NETWORK, _TOWER = "diffusion_pytorch_model", "model"  # stems of the files with the weights
+NETWORK, _TOWER = "diffusion_pytorch_model", "model"  # stems of the files with the weights
 _REFUSED = ("controlnet", "adapter", "motion_adapter", "prior", "prior_prior", "transformer", "low_res_scheduler")
 _CLASSES = {  # the classes of diffusers and transformers that are implemented here
     "unet": ("UNet2DConditionModel",),
@@ -56,7 +56,7 @@ def open_folder(folder: Path, *, prediction: Prediction | None = None, pickles: 
     if not (folder / "model_index.json").is_file() and (folder / "config.json").is_file():
         return _open_part(folder, pickles)
     index, towers, notes = _read_index(folder)
-    unet_json, where = _config(folder, "unet")
+    unet_json, where = config_of(folder, "unet")
     check_inputs(unet_json.get("in_channels", 4), folder)
     unet = configs.unet_from_json(unet_json, where)
     sdxl = unet.is_sdxl
@@ -64,15 +64,15 @@ def open_folder(folder: Path, *, prediction: Prediction | None = None, pickles: 
     text = tuple(
         configs.text_from_json(json | {"architectures": [_class(index, name)]}, where, pad_id, sdxl=sdxl)
         for (json, where), name, (_, pad_id) in zip(
-            (_config(folder, name) for name in towers), towers, tokenizers, strict=True
+            (config_of(folder, name) for name in towers), towers, tokenizers, strict=True
         )
     )
     ours = (folder / "ldm.json").is_file()
     text, repadded = padded_as_official(text, ours=ours)
-    scheduler, where = _config(folder, "scheduler", "scheduler_config.json")
+    scheduler, where = config_of(folder, "scheduler", "scheduler_config.json")
     scheduler["_class_name"] = _class(index, "scheduler") or scheduler.get("_class_name")
     diffusion, unfollowed = configs.diffusion_from_json(scheduler, where, sdxl=sdxl)
-    vae = configs.vae_from_json(*_config(folder, "vae"), sdxl=sdxl)
+    vae = configs.vae_from_json(*config_of(folder, "vae"), sdxl=sdxl)
     why = f"the configs of its {index.get('_class_name') or 'pipeline'}; {where} says {diffusion.prediction}"
     if prediction is not None:
         diffusion = dataclasses.replace(diffusion, prediction=prediction)
@@ -91,11 +91,11 @@ def open_folder(folder: Path, *, prediction: Prediction | None = None, pickles: 
         config = dataclasses.replace(config, **dataclasses.asdict(extras))
 
     parts = {
-        "unet": Part(_tensors(folder / "unet", _NETWORK, pickles), tables.diffusers_unet(unet)),
-        "vae": vae_part(_tensors(folder / "vae", _NETWORK, pickles), Place("", "diffusers"), vae),
+        "unet": Part(tensors_of(folder / "unet", NETWORK, pickles), tables.diffusers_unet(unet)),
+        "vae": vae_part(tensors_of(folder / "vae", NETWORK, pickles), Place("", "diffusers"), vae),
     }
     for name, component, tower in zip(TOWERS, towers, text, strict=False):
-        parts[name] = _text_part(_tensors(folder / component, _TOWER, pickles), tower)
+        parts[name] = _text_part(tensors_of(folder / component, _TOWER, pickles), tower)
     notes += (*repadded, *unfollowed)
     kept = TensorFiles([folder / _KEPT]) if (folder / _KEPT).is_file() else None
     return Source(config, "diffusers", why, parts, tuple(tokenizer for tokenizer, _ in tokenizers), notes, kept)
@@ -118,13 +118,13 @@ def write_folder(folder: Path, model: ModelLike, dtype: torch.dtype | None) -> N
     _write_json(folder / "ldm.json", dataclasses.asdict(extras))
     _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     tensors = collect(model.unet, tables.diffusers_unet(config.unet), dtype=dtype)
-    _write_network(folder / "unet", _NETWORK, unet, tensors)
+    write_network(folder / "unet", NETWORK, unet, tensors)
     write_vae(folder / "vae", model.vae, config.image_size, dtype)
     encoder = model.text_encoder
     for name, tower, tokenizer, text in zip(names, encoder.towers, encoder.tokenizers, config.text, strict=True):
         json = configs.text_to_json(text, tokenizer.bos_id, tokenizer.eos_id, sdxl=sdxl)
         # under the names with `text_model.`, which every version of transformers reads
-        _write_network(folder / name, _TOWER, json, collect(tower, tables.hf_text(), dtype=dtype))
+        write_network(folder / name, _TOWER, json, collect(tower, tables.hf_text(), dtype=dtype))
         save_tokenizer(tokenizer, folder / name.replace("text_encoder", "tokenizer"), text.max_length, text.pad_id)
     if kept := model.unused if isinstance(model, Model) else {}:
         held = {name: value.to(dtype or value.dtype).contiguous() for name, value in kept.items()}
@@ -134,10 +134,11 @@ def write_folder(folder: Path, model: ModelLike, dtype: torch.dtype | None) -> N
 def write_vae(folder: Path, vae: VAE, image_size: int, dtype: torch.dtype | None = None) -> None:
     """Write only a VAE into `folder`, for `load_vae` and for diffusers' `from_pretrained`."""
     config = configs.vae_to_json(vae.config, image_size)
-    _write_network(folder, _NETWORK, config, collect(vae, tables.diffusers_vae(), dtype=dtype))
+    write_network(folder, NETWORK, config, collect(vae, tables.diffusers_vae(), dtype=dtype))
 
 
-def _write_network(folder: Path, stem: str, config: Json, tensors: dict[str, Tensor]) -> None:
+def write_network(folder: Path, stem: str, config: Json, tensors: dict[str, Tensor]) -> None:
+    """Write a network's config.json and its weights, in a file with this `stem`."""
     _write_json(folder / "config.json", config)
     write_tensors(tensors, folder / f"{stem}.safetensors", metadata={"format": "pt"})
 
@@ -149,17 +150,17 @@ def _write_json(path: Path, value: Json) -> None:
 
 def _open_part(folder: Path, pickles: bool) -> Source:
     """Identify a folder of one component: a UNet, a VAE or a text encoder."""
-    json, where = _config(folder)
+    json, where = config_of(folder)
     config, parts, tokenizer = SD15, {}, Tokenizer.official()
     classes = json.get("architectures") or json.get("_class_name")  # of text encoders, of the others
     if classes == "UNet2DConditionModel":
         unet = configs.unet_from_json(json, where)
-        parts["unet"] = Part(_tensors(folder, _NETWORK, pickles), tables.diffusers_unet(unet))
+        parts["unet"] = Part(tensors_of(folder, NETWORK, pickles), tables.diffusers_unet(unet))
         config = dataclasses.replace(config, unet=unet)
     elif classes == "AutoencoderKL":
         vae = configs.vae_from_json(json, where, sdxl=True)  # `merge` corrects this for the other families
         config = dataclasses.replace(config, vae=vae)
-        parts["vae"] = vae_part(_tensors(folder, _NETWORK, pickles), Place("", "diffusers"), vae)
+        parts["vae"] = vae_part(tensors_of(folder, NETWORK, pickles), Place("", "diffusers"), vae)
     elif classes in (["CLIPTextModel"], ["CLIPTextModelWithProjection"]):
         pad_id = (SD21 if json.get("hidden_act") == "gelu" else SD15).text[0].pad_id
         if (beside := folder.with_name(folder.name.replace("text_encoder", "tokenizer"))) != folder and beside.is_dir():
@@ -167,7 +168,7 @@ def _open_part(folder: Path, pickles: bool) -> Source:
         sdxl = classes == ["CLIPTextModelWithProjection"] or (folder.parent / TOWERS[1]).is_dir()
         text = configs.text_from_json(json, where, pad_id, sdxl=sdxl)
         config = dataclasses.replace(config, text=(text,))
-        parts[TOWERS[0]] = _text_part(_tensors(folder, _TOWER, pickles), text)
+        parts[TOWERS[0]] = _text_part(tensors_of(folder, _TOWER, pickles), text)
     else:
         raise ValueError(
             f"{where} describes {classes or 'nothing'}: allowed are UNet2DConditionModel, AutoencoderKL and "
@@ -176,7 +177,7 @@ def _open_part(folder: Path, pickles: bool) -> Source:
     return Source(config, "diffusers", f"{where} says so", parts, (tokenizer,))
 
 
-def _tensors(folder: Path, stem: str, pickles: bool) -> Tensors:
+def tensors_of(folder: Path, stem: str, pickles: bool) -> Tensors:
     """Return the tensors of a component. With `pickles`, a .bin file is used if there is no .safetensors file."""
     if pickles and not any(folder.glob("*.safetensors")) and (found := sorted(folder.glob("*.bin"))):
         return PickledTensors(found[0])
@@ -253,7 +254,8 @@ def _class(index: Json, name: str) -> str:
     return str(value[1]) if isinstance(value, list) and len(value) == 2 and value[1] else ""
 
 
-def _config(folder: Path, part: str = "", name: str = "config.json") -> tuple[Json, str]:
+def config_of(folder: Path, part: str = "", name: str = "config.json") -> tuple[Json, str]:
+    """Return the config of `folder` or of its component `part`, and the path of the config."""
     path = folder / part / name
     config = _read_json(path)
     kind = config.get("_class_name") if part in ("unet", "vae") else None

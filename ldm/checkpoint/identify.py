@@ -12,7 +12,7 @@ from ldm.checkpoint.parts import Part
 from ldm.checkpoint.tensors import Tensors
 from ldm.config import ModelConfig, TextConfig, UNetConfig, VAEConfig
 from ldm.diffusion.denoiser import Prediction
-from ldm.presets import FAMILIES, PRESETS, SD15, SD21, SD21_BASE, VARIANTS, family_key
+from ldm.presets import FAMILIES, PRESETS, SD15, SD21, SD21_BASE, SDXL_BASE, VARIANTS, family_key
 
 ENOUGH_EMA = 100  # the fewest tensors of a moving average of the UNet; pruned files keep two counters of it
 OTHER_INPUTS = {  # UNets with inputs that this package does not provide, by their input channels
@@ -143,7 +143,7 @@ def _unet_rules(tensors: Tensors, place: Place, config: UNetConfig) -> tuple[Rul
     return (other, *tables.ldm_unet(config)) if found else tables.ldm_unet(config)
 
 
-class _Shapes:
+class Shapes:
     """The shapes of a UNet's tensors by our own names, whatever the style of the names in the file."""
 
     def __init__(self, tensors: Tensors, place: Place) -> None:
@@ -179,10 +179,28 @@ class _Shapes:
 def unet_of(tensors: Tensors, place: Place) -> tuple[UNetConfig, ModelConfig, str]:
     """Identify a UNet by its names and shapes. Returns its architecture, its family's preset, and the reason.
 
+    Raises ValueError as `encoder_of` does.
+    """
+    shapes, config, family, why = encoder_of(tensors, place)
+    levels, per_level = len(config.channels), config.res_blocks + 1
+    up = [shapes.depth(f"up.{i}") for i in range(levels * per_level)]
+    config = dataclasses.replace(
+        config,
+        out_channels=shapes.size("conv_out.weight", 0),
+        up_depth=tuple(tuple(up[i : i + per_level]) for i in range(0, len(up), per_level)),
+        guidance_dim=shapes.size("guidance_embed.weight", 1) if "guidance_embed.weight" in shapes else None,
+    )
+    lcm = ", distilled into a latent consistency model (LCM)" if config.guidance_dim else ""
+    return config, family, f"{why}{lcm}"
+
+
+def encoder_of(tensors: Tensors, place: Place) -> tuple[Shapes, UNetConfig, ModelConfig, str]:
+    """Identify the encoder of a UNet or ControlNet. Returns its shapes, architecture, family's preset, and the reason.
+
     Everything is counted, except the numbers of heads, which are those of the family. Raises ValueError for a family
     that is not supported, naming it if it is known.
     """
-    shapes = _Shapes(tensors, place)
+    shapes = Shapes(tensors, place)
     counts = range(1, 9)
     res_blocks = next((i for i in counts if f"down.{i + 1}.res.norm1.weight" not in shapes), 8)
     shapes.number_by(res_blocks)
@@ -193,6 +211,8 @@ def unet_of(tensors: Tensors, place: Place) -> tuple[UNetConfig, ModelConfig, st
     vector = shapes.size("vector_embed.0.weight", 1) if "vector_embed.0.weight" in shapes else None
     text = next((tensors.shapes[n] for n in shapes.names if n.endswith("attn2.to_k.weight")), ())
     context = text[1] if len(text) == 2 else 0
+    if not text and vector == SDXL_BASE.unet.vector_dim:
+        context = SDXL_BASE.unet.context_dim  # the small ControlNet for SDXL has no attention
 
     seen = f"{channels[0]} model channels and text of width {context}"
     check_inputs(inputs, tensors)
@@ -203,25 +223,21 @@ def unet_of(tensors: Tensors, place: Place) -> tuple[UNetConfig, ModelConfig, st
             f"{tensors} is {name} ({seen}, {f'a vector of {vector}' if vector else 'no vector'}): supported are "
             + ", ".join(NAMES.values())
         )
-    down, up = ([shapes.depth(f"{half}.{i}") for i in range(levels * per_level)] for half in ("down", "up"))
+    down = [shapes.depth(f"down.{i}") for i in range(levels * per_level)]
     middle: Literal["full", "residual", "none"] = "full" if shapes.depth("mid") else "residual"
     if "mid.res_in.norm1.weight" not in shapes:
         middle = "none"
     config = dataclasses.replace(
         family[0].unet,
         in_channels=inputs,
-        out_channels=shapes.size("conv_out.weight", 0),
         channels=channels,
         res_blocks=res_blocks,
         depth=tuple(tuple(down[i + 1 : i + per_level]) for i in range(0, len(down), per_level)),
-        up_depth=tuple(tuple(up[i : i + per_level]) for i in range(0, len(up), per_level)),
         mid=middle,
         mid_depth=shapes.depth("mid"),
         heads=(8,) * levels if family[0] is SD15 else tuple(max(c // 64, 1) for c in channels),
-        guidance_dim=shapes.size("guidance_embed.weight", 1) if "guidance_embed.weight" in shapes else None,
     )
-    lcm = ", distilled into a latent consistency model (LCM)" if config.guidance_dim else ""
-    return config, family[0], f"{seen} are {NAMES[context]}{lcm}"
+    return shapes, config, family[0], f"{seen} are {NAMES[context]}"
 
 
 def check_inputs(channels: int, where: object) -> None:
@@ -305,7 +321,7 @@ def decide(
     if tensors.metadata.get("ss_zero_terminal_snr", "").lower() == "true":
         zero_snr = zero_snr or "its metadata ss_zero_terminal_snr says so"
     if family is SD21_BASE:
-        said += _probe(tensors, _Shapes(tensors, place))
+        said += _probe(tensors, Shapes(tensors, place))
     said.append(("eps", "its family does and nothing in it says otherwise"))
 
     prediction, why = said[0]
@@ -315,7 +331,7 @@ def decide(
     return Decision(prediction, bool(zero_snr), why, tuple(notes))
 
 
-def _probe(tensors: Tensors, shapes: _Shapes) -> Iterator[tuple[Prediction, str]]:
+def _probe(tensors: Tensors, shapes: Shapes) -> Iterator[tuple[Prediction, str]]:
     """Tell eps from v in SD 2 text-to-image models, which agree in all names and shapes."""
     shapes.number_by(SD21.unet.res_blocks)
     name = shapes.name(_PROBED)

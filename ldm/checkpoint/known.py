@@ -41,6 +41,7 @@ _KINDS = (  # (pattern of a tensor's name, kind of file); the first match decide
     (r"^lora_controlnet$", "a Control-LoRA"),
     (r"^lllite_unet_", "a ControlNet-LLLite"),
     (r"^(control_add_embedding|task_embedding)", "a ControlNet Union"),
+    (r"control_to_base_for_conv_in|\.ctrl_to_base\.|(enc|dec)_zero_convs_(in|out)\.", "a ControlNet-XS"),
     (r"^(control_model\.|(.*\.)?input_hint_block\.|controlnet_cond_embedding\.)", "a ControlNet"),
     (r"hada_|lokr_|oft_(blocks|diag)|\.on_input$", "a LyCORIS adapter, a kind of LoRA"),
     (r"lora_|\.lora\.|\.lora_linear_layer\.|:0:(down|up)$", "a LoRA"),

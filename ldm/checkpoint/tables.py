@@ -11,6 +11,7 @@ from ldm.config import TextConfig, UNetConfig, VAEConfig
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
+CONTROLNET_PREFIX = "control_model."
 
 
 def _same(*names: str) -> tuple[Rule, ...]:
@@ -96,6 +97,31 @@ def diffusers_unet(config: UNetConfig) -> tuple[Rule, ...]:
         Rule("up.{i}.transformer", up("attentions"), _TRANSFORMER),
         Rule("up.{i}.upsample", lambda i: f"up_blocks.{i // per_level}.upsamplers.0.conv"),
         *_renamed({"norm_out": "conv_norm_out", "conv_out": "conv_out"}),
+    )
+
+
+def ldm_controlnet(config: UNetConfig) -> tuple[Rule, ...]:
+    """Return the rules from our ControlNet to that of its authors, without CONTROLNET_PREFIX."""
+    return (
+        Rule("hint.{i}", lambda i: f"input_hint_block.{2 * i}"),  # an activation has the odd number between
+        Rule("zero_convs.{i}", "zero_convs.{i}.0"),
+        Rule("mid_out", "middle_block_out.0"),
+        *ldm_unet(config),
+    )
+
+
+def diffusers_controlnet(config: UNetConfig, hints: int) -> tuple[Rule, ...]:
+    """Return the rules from our ControlNet to diffusers' ControlNetModel. hints: the layers of the hint embedding."""
+    above = "controlnet_cond_embedding"
+
+    def hint(i: int) -> str:
+        return f"{above}.{'conv_in' if i == 0 else 'conv_out' if i == hints - 1 else f'blocks.{i - 1}'}"
+
+    return (
+        Rule("hint.{i}", hint),
+        Rule("zero_convs.{i}", "controlnet_down_blocks.{i}"),
+        Rule("mid_out", "controlnet_mid_block"),
+        *diffusers_unet(config),
     )
 
 

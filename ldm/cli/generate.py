@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 import ldm
 from ldm import jobs
+from ldm.cli.controls import add_controls, read_controls
 from ldm.cli.options import Commands, add_options, given
 from ldm.diffusion.samplers import Step
 from ldm.loading import BUNDLED
@@ -37,6 +38,7 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=_generate)
     for kind in (ModelChoice, Request, Sizes, ldm.Placement):
         add_options(command, kind)
+    add_controls(command)
     command.add_argument("--out", type=Path, help="the PNG to write; several pictures get numbers (default: out.png)")
     command.add_argument("--overwrite", action="store_true", help="replace files that exist")
     command.add_argument("--grid", action="store_true", help="one file with all the pictures")
@@ -58,6 +60,8 @@ def _generate(args: argparse.Namespace) -> None:
     outputs.check()
     if job.request.source is not None:
         _ = job.request.source.picture  # read the picture before the model, so that its errors come early
+    for control in job.request.controls:
+        _ = control.picture
     seconds: dict[str, float] = {}
     with jobs.timed("load", seconds):
         models = load_models(job.model, job.placement)
@@ -103,15 +107,17 @@ def _read_job(args: argparse.Namespace) -> jobs.Job:
         source["image"] = args.image
     if "strength" in source:
         source.setdefault("start_sigma", None)  # the strength replaces the recorded level
-    if args.repeated is None:
+    recorded = None if args.repeated is None else recall(args.repeated)
+    if (controls := read_controls(args, recorded.request.controls if recorded else ())) is not None:
+        asked["controls"] = controls
+    if recorded is None:
         if args.prompt is None:
             words = "a picture and a prompt" if hasattr(args, "image") else "a prompt in quotes"
             raise ValueError(f"give {words}, or --from a picture that ldm made")
         request = Request(**asked, sizes=Sizes(**sizes), source=Source(**source) if source else None)
         return jobs.Job(request, ModelChoice(**model), ldm.Placement.fast(**placed), args.grid)
 
-    record = recall(args.repeated)
-    request, picture = record.request, record.picture
+    record, request, picture = recorded, recorded.request, recorded.picture
     as_grid = args.grid or picture is None
     if asked.get("sampler", request.sampler) != request.sampler:
         asked.setdefault("sampler_options", {})  # another sampler has other options
@@ -131,8 +137,10 @@ def _read_job(args: argparse.Namespace) -> jobs.Job:
     _compare(record.environment, environment(find_device(placement.device)), args.repeated)
     choice, sha256 = record.model, dict(record.sha256)
     if "model" in model:  # another model, without the recorded model's replaced parts and digests
-        choice, sha256 = ModelChoice(), {name: sha256[name] for name in sha256 if name == "source"}
+        choice, sha256 = ModelChoice(), {n: sha256[n] for n in sha256 if n == "source" or n.startswith("control")}
     new = model | ({"source": True} if "image" in source else {})
+    if controls is not None:  # the recorded digests are of other files
+        sha256 = {name: expected for name, expected in sha256.items() if not name.startswith("control")}
     return jobs.Job(
         dataclasses.replace(request, **asked),
         dataclasses.replace(choice, **model),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ldm.checkpoint.controlnets import identify_controlnet
 from ldm.checkpoint.identify import IGNORED, count_ema
 from ldm.checkpoint.keymap import inverse
 from ldm.checkpoint.known import kind_of, known_files
@@ -113,6 +114,8 @@ def inspect(path: str | Path, *, prediction: Prediction | None = None, check_sha
     try:
         source = open_source(path, prediction=prediction, sha256=sha256)
     except ValueError as error:
+        if (controlnet := _controlnet(report, path)) is not None:
+            return controlnet
         if tensors is None:
             raise
         whole = _component("tensors", tensors, tensors.shapes, "")
@@ -148,6 +151,19 @@ def inspect(path: str | Path, *, prediction: Prediction | None = None, check_sha
         unknown=tuple(name for name in left if not IGNORED.fullmatch(name)),
         left_out=tuple(name for name in left if IGNORED.fullmatch(name)),
     )
+
+
+def _controlnet(report: Report, path: Path) -> Report | None:
+    """Report on a ControlNet; None for anything else."""
+    try:
+        network, part, kind, why = identify_controlnet(path)
+    except ValueError:
+        return None
+    stored = inverse(part.stored(list(network.state_dict())))
+    component = _component("controlnet", part.tensors, stored, part.prefix)
+    note = f"use it with --controlnet; {why}"
+    layout = "diffusers" if path.is_dir() else "ldm"
+    return dataclasses.replace(report, kind=kind, layout=layout, why=why, notes=(note,), components=(component,))
 
 
 def _component(name: str, tensors: Tensors, names: Iterable[str], prefix: str) -> Component:

@@ -18,7 +18,7 @@ import transformers
 
 import ldm
 from ldm.models.tokens import Tokenizer
-from tests.parity import compare, golden, reference, tenants
+from tests.parity import compare, controls, golden, reference, tenants
 from tests.parity.compare import TIMESTEPS
 from tests.parity.reference import FAMILIES, SCHEDULERS
 
@@ -64,6 +64,13 @@ libraries run the same number of steps. Image to image starts from a picture of 
 With Heun's method diffusers stops the base model in the middle of a step, and lets the refiner begin this step again.
 For this table its refiner was given the latents from the beginning of the step.
 """
+CONTROLS = """\
+## ControlNets
+
+The same models with small random ControlNets. Each cell is the largest difference of {images} pictures from diffusers,
+in levels of 255, with Euler's method and 20 steps. "Shares" are two ControlNets that act in a part of the steps each.
+"Shuffle" has averaged outputs.
+"""
 FULL_SIZE = """\
 ## At full size
 
@@ -95,7 +102,7 @@ golden lists are written with five decimals. A sampler takes any list of levels,
 def document(command: str, device: str, *, full: bool) -> str:
     """Measure everything and return it as Markdown."""
     dtypes = [torch.bfloat16, torch.float16] if device != "cpu" else [torch.bfloat16]
-    networks, pictures, files, tenancies = [], [], [], []
+    networks, pictures, files, tenancies, controlled = [], [], [], [], []
     for name, family in FAMILIES.items():
         print(name, file=sys.stderr)
         task = compare.small_size(name)
@@ -108,6 +115,8 @@ def document(command: str, device: str, *, full: bool) -> str:
             files.append((name, compare.saved(name, folder, *both)))
             if family.makes_pictures:
                 tenancies.append([name, *_image_to_image(*both)])
+            if name in controls.FAMILIES:
+                controlled.append([name, *_controlled(*both, folder)])
     parts = [
         HEAD.format(command=command, machine=_machine(device)),
         NETWORKS.format(inputs=len(task.given), timesteps=", ".join(map(str, TIMESTEPS))),
@@ -116,6 +125,8 @@ def document(command: str, device: str, *, full: bool) -> str:
         _differences(pictures),
         TENANTS.format(images=IMAGES),
         _table(["model", *SCHEDULERS], tenancies + _two_stages()),
+        CONTROLS.format(images=IMAGES),
+        _table(["model", *controls.CASES], controlled),
     ]
     if full:
         parts += [FULL_SIZE, _differences(_full_size(device, dtypes))]
@@ -130,6 +141,14 @@ def _image_to_image(ours: ldm.Pipeline, theirs: Any) -> Iterator[str]:
     for sampler in SCHEDULERS:
         request = tenants.from_picture(sampler, images=IMAGES)
         yield _compared(tenants.ours(ours, request), tenants.theirs(theirs, request))
+
+
+def _controlled(ours: ldm.Pipeline, theirs: Any, folder: Path) -> Iterator[str]:
+    """Yield the largest difference for each case of `controls.CASES`."""
+    networks = controls.three(folder, theirs)
+    for case in controls.CASES.values():
+        request = tenants.request(images=IMAGES, controls=case(networks, controls.hints(2)))
+        yield str(compare.levels(tenants.ours(ours, request)[0], controls.theirs(theirs, request)))
 
 
 def _two_stages() -> list[list[str]]:

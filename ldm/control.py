@@ -1,0 +1,160 @@
+"""ControlNets for a request: reading the hints, loading the networks, and the steps at which each one acts.
+
+The hint of a `Control` is its picture as RGB in [0, 1], with the size of the pictures to make. A picture of another
+size is scaled by Lanczos resampling until it covers this size, and its middle is kept. With the detector "canny" the
+hint is the edges of the resized picture, white on black.
+
+`start` and `end` are shares of the steps that run, as `control_guidance_start` and `control_guidance_end` in diffusers:
+step i of n has the ControlNet if start <= i / n and (i + 1) / n <= end. In noise levels, the ControlNet acts where a
+step of this range begins; Heun's second prediction of a step counts for the level where the next step begins.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ldm.conditioning import Condition
+from ldm.config import check_fields
+from ldm.diffusion.denoiser import Denoiser
+from ldm.geometry import fit
+from ldm.images import to_tensor
+from ldm.models.controlnet import Applied, Controlled, ControlNet
+from ldm.pictures import read_picture, to_rgb
+
+if TYPE_CHECKING:
+    from ldm.pipeline import Pipeline
+    from ldm.request import Control, Plan
+
+
+def check(control: "Control") -> None:
+    """Raise ValueError for a field of another type, and for a share of the steps that is empty."""
+    check_fields(control)
+    if not isinstance(control.model, str | Path):
+        raise ValueError(f"a ControlNet is named by its path, a str or a Path, got {control.model!r}")
+    if not isinstance(control.image, str | Path | Image.Image):
+        raise ValueError(f"the control must be the path of a picture or a PIL picture, got {control.image!r}")
+    if not control.start < control.end:
+        raise ValueError(
+            f"a ControlNet must end after it begins, got the shares {control.start} and {control.end} of the steps"
+        )
+
+
+def hint(control: "Control", width: int, height: int) -> Tensor:
+    """Return the hint: 1 3 h w in [0, 1].
+
+    Raises ValueError as `Control.picture` does.
+    """
+    picture = fit(control.picture, width, height)
+    if control.detector == "canny":
+        picture = canny(picture)
+    return (to_tensor(picture) + 1) / 2
+
+
+def read(control: "Control") -> Image.Image:
+    """Return the picture as 8-bit RGB. Raises ValueError if it cannot be read, and for "canny" without OpenCV."""
+    if control.detector == "canny" and find_spec("cv2") is None:
+        raise ValueError(
+            "canny needs OpenCV, which is not installed: install the extra with pip install 'ldm[control]', or give a "
+            "picture of the edges"
+        )
+    return to_rgb(control.image) if isinstance(control.image, Image.Image) else read_picture(control.image)
+
+
+def canny(picture: Image.Image, low: int = 100, high: int = 200) -> Image.Image:
+    """Draw the edges of an RGB picture, white on black (Canny 1986).
+
+    low, high: the thresholds of the gradient; the defaults are usual with the published ControlNets.
+    """
+    import cv2  # the extra `control` installs it
+
+    edges = cv2.Canny(np.asarray(picture), low, high)
+    return Image.fromarray(edges).convert("RGB")
+
+
+def networks(pipe: "Pipeline", controls: Sequence["Control"]) -> list[ControlNet]:
+    """Return the ControlNets, and load those that `pipe.controlnets` does not hold, with the placement of `pipe`.
+
+    Raises ValueError for a path that holds no ControlNet, and for a ControlNet of another family than the model.
+    """
+    from ldm.checkpoint.controlnets import load_controlnet
+
+    weight = next(pipe.unet.parameters())
+    for name in (str(control.model) for control in controls):
+        if name not in pipe.controlnets:
+            device = torch.device("cpu") if pipe.placement.offload else weight.device
+            network = load_controlnet(name, unet=pipe.unet, dtype=weight.dtype, device=device)
+            pipe.placement.apply({"controlnet": network})
+            pipe.controlnets[name] = network
+    return [pipe.controlnets[str(control.model)] for control in controls]
+
+
+@contextmanager
+def all_at_work(pipe: "Pipeline", name: str, controls: Sequence["Control"]) -> Iterator[None]:
+    """Keep the network `name` of `pipe` and the ControlNets on the device."""
+    with ExitStack() as stack:
+        stack.enter_context(pipe.at_work(name))
+        for control, network in zip(controls, networks(pipe, controls), strict=True):
+            key = f"controlnet {control.model}"
+            if key not in pipe._at_work or pipe._at_work[key][0] is not network:
+                pipe._at_work[key] = network, pipe.placement.at_work(network)
+            stack.enter_context(pipe._at_work[key][1])
+        yield
+
+
+def controlled(pipe: "Pipeline", plan: "Plan", conditions: Sequence[Condition]) -> Denoiser:
+    """Make the denoiser of `Pipeline.denoiser` with the ControlNets of the request.
+
+    conditions: the prompt's first.
+    Raises ValueError as `networks`, `hint` and `levels` do.
+    """
+    controls = plan.request.controls
+    bounds = [levels(control, plan.sigmas) for control in controls]
+    hints = [hint(control, plan.width, plan.height) for control in controls]
+    rows = [torch.full((len(each.context),), i == 0, device=each.context.device) for i, each in enumerate(conditions)]
+    marked = [dataclasses.replace(c, is_prompt=is_prompt) for c, is_prompt in zip(conditions, rows, strict=True)]
+
+    def acting(sigma: float) -> tuple[int, ...]:
+        return tuple(i for i, (low, high) in enumerate(bounds) if low < sigma <= high)
+
+    made: dict[tuple[int, ...], Denoiser] = {}  # one denoiser for each set of ControlNets that act together
+    with all_at_work(pipe, "unet", controls):
+        weight, nets = next(pipe.unet.parameters()), networks(pipe, controls)
+        applied = [
+            Applied(net, picture.to(weight), control.weight, control.guess)
+            for control, net, picture in zip(controls, nets, hints, strict=True)
+        ]
+        for chosen in dict.fromkeys(map(acting, plan.sigmas[:-1].tolist())):
+            unet = Controlled(pipe.unet, [applied[i] for i in chosen]) if chosen else None
+            made[chosen] = pipe.denoiser(plan, marked, pipe.binding(unet))
+    if len(made) == 1:
+        return next(iter(made.values()))
+    return lambda x, sigma: made[acting(float(sigma))](x, sigma)
+
+
+def levels(control: "Control", sigmas: Tensor) -> tuple[float, float]:
+    """Return the noise levels, low < sigma <= high, at which the ControlNet acts.
+
+    The limits lie in the middle between the levels of two steps. Before the first step and after the last step there
+    is no limit.
+    sigmas: the levels of the steps that run, n + 1. Raises ValueError if the share of the steps holds none.
+    """
+    n = len(sigmas) - 1
+    on = [i for i in range(n) if control.start <= i / n and (i + 1) / n <= control.end]
+    if not on:
+        raise ValueError(
+            f"the ControlNet acts in none of the {n} steps: none lies between the shares {control.start} and "
+            f"{control.end}; widen them, or take more steps"
+        )
+    first, last = on[0], on[-1]
+    high = float(sigmas[first - 1] + sigmas[first]) / 2 if first else math.inf
+    low = float(sigmas[last] + sigmas[last + 1]) / 2 if last + 1 < n else -math.inf
+    return low, high
