@@ -6,7 +6,7 @@ from ldm.pipeline import Pipeline
 from ldm.placement.memory import Placement
 from ldm.presets import PRESETS, SD15, SD21, SD21_BASE, SD_TURBO, SDXL_BASE, SDXL_REFINER, SDXL_TURBO, TINY
 from ldm.refiner import refine
-from ldm.request import Request, Sizes, Source
+from ldm.request import Mask, Request, Sizes, Source
 
 __version__ = "0.1.0"  # pyproject.toml reads it from here
 
@@ -20,6 +20,7 @@ __all__ = [
     "SDXL_TURBO",
     "SD_TURBO",
     "TINY",
+    "Mask",
     "ModelConfig",
     "Pipeline",
     "Placement",
