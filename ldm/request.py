@@ -240,8 +240,8 @@ class Request:
         if self.source is not None:
             from ldm.geometry import target_size
 
-            size = (self.region or self.source.picture).size
-            found = target_size(*size, config.image_size, factor, width=self.width, height=self.height)
+            across, down = (self.region or self.source.picture).size
+            found = target_size(across, down, config.image_size, factor, width=self.width, height=self.height)
         for name, size in zip(("width", "height"), found, strict=True):
             if size % factor:
                 near = [n for n in (size // factor * factor, -(-size // factor) * factor) if n]

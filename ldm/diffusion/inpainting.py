@@ -16,7 +16,11 @@ def keep(denoise: Denoiser, known: Tensor, mask: Tensor, *, noise: Tensor, sigma
     At sigmas[0] the network sees x itself, as in diffusers: pure noise if all steps run.
 
     A mask between 0 and 1 is differential inpainting (Levin & Fried 2023, algorithm 1): the latents are kept for the
-    first 1 - mask of the steps, and repainted in the others. A mask of 0.6 is image to image with strength 0.6.
+    first 1 - mask of the steps, and repainted in the others. A mask of 0.6 is image to image with strength 0.6. In the
+    authors' code such latents join one step earlier.
+
+    The last x of the kept latents is known + sigma noise too. So with DDIM, which ends at sigma 0.03, they have noise of
+    this level, as the repainted ones do. diffusers returns the known latents without noise.
 
     known: clean latents, b c h w. mask: b 1 h w or 1 1 h w, in [0, 1]. noise: b c h w, from which x started.
     sigmas: the levels of all steps, see `NoiseSchedule.steps`. sigma: one level for all images.

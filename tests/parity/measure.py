@@ -64,6 +64,14 @@ libraries run the same number of steps. Image to image starts from a picture of 
 With Heun's method diffusers stops the base model in the middle of a step, and lets the refiner begin this step again.
 For this table its refiner was given the latents from the beginning of the step.
 """
+INPAINTING = """\
+## Inpainting
+
+The same models and pictures, with a mask of half of each side, all steps, and 10 of them. "4 channels" keeps the known
+latents of a text-to-image model. "9 channels" is the same UNet with 5 more input channels of random weights, for the
+mask and the masked picture. The pictures are compared before the kept pixels are pasted. DDIM ends at level 0 in both:
+at its own last level, 0.03, diffusers removes the noise of the kept latents, and this package does not.
+"""
 FULL_SIZE = """\
 ## At full size
 
@@ -95,7 +103,7 @@ golden lists are written with five decimals. A sampler takes any list of levels,
 def document(command: str, device: str, *, full: bool) -> str:
     """Measure everything and return it as Markdown."""
     dtypes = [torch.bfloat16, torch.float16] if device != "cpu" else [torch.bfloat16]
-    networks, pictures, files, tenancies = [], [], [], []
+    networks, pictures, files, tenancies, inpainted = [], [], [], [], []
     for name, family in FAMILIES.items():
         print(name, file=sys.stderr)
         task = compare.small_size(name)
@@ -108,6 +116,11 @@ def document(command: str, device: str, *, full: bool) -> str:
             files.append((name, compare.saved(name, folder, *both)))
             if family.makes_pictures:
                 tenancies.append([name, *_image_to_image(*both)])
+                inpainted.append([f"{name}, 4 channels", *_inpainting(*both)])
+                wide = tenants.nine_channels(both[1], folder / "9")
+                inpainted.append(
+                    [f"{name}, 9 channels", *_inpainting(ldm.load(folder / "9", ldm.Placement("cpu")), wide)]
+                )
     parts = [
         HEAD.format(command=command, machine=_machine(device)),
         NETWORKS.format(inputs=len(task.given), timesteps=", ".join(map(str, TIMESTEPS))),
@@ -116,6 +129,8 @@ def document(command: str, device: str, *, full: bool) -> str:
         _differences(pictures),
         TENANTS.format(images=IMAGES),
         _table(["model", *SCHEDULERS], tenancies + _two_stages()),
+        INPAINTING,
+        _table(["model", *SCHEDULERS], inpainted),
     ]
     if full:
         parts += [FULL_SIZE, _differences(_full_size(device, dtypes))]
@@ -130,6 +145,13 @@ def _image_to_image(ours: ldm.Pipeline, theirs: Any) -> Iterator[str]:
     for sampler in SCHEDULERS:
         request = tenants.from_picture(sampler, images=IMAGES)
         yield _compared(tenants.ours(ours, request), tenants.theirs(theirs, request))
+
+
+def _inpainting(ours: ldm.Pipeline, theirs: Any) -> Iterator[str]:
+    """Yield the largest difference for each sampler."""
+    for sampler in SCHEDULERS:
+        request = tenants.with_mask(sampler, steps=10, images=IMAGES)
+        yield _compared(tenants.ours_inpainted(ours, request), tenants.theirs_inpainted(theirs, request))
 
 
 def _two_stages() -> list[list[str]]:
