@@ -6,7 +6,7 @@ from ldm.pipeline import Pipeline
 from ldm.placement.memory import Placement
 from ldm.presets import PRESETS, SD15, SD21, SD21_BASE, SD_TURBO, SDXL_BASE, SDXL_REFINER, SDXL_TURBO, TINY
 from ldm.refiner import refine
-from ldm.request import Control, Request, Sizes, Source
+from ldm.request import Control, Mask, Request, Sizes, Source
 
 __version__ = "0.1.0"  # pyproject.toml reads it from here
 
@@ -21,6 +21,7 @@ __all__ = [
     "SD_TURBO",
     "TINY",
     "Control",
+    "Mask",
     "ModelConfig",
     "Pipeline",
     "Placement",

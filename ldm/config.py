@@ -229,6 +229,11 @@ class ModelConfig:
     zero_negative: bool = False  # without a negative prompt, condition on zeros (SDXL base), not on the encoded ""
 
     @property
+    def inpaints(self) -> bool:
+        """Whether the UNet takes a mask and the latents of a masked picture, in addition to the noisy latents."""
+        return self.unet.in_channels == 2 * self.vae.latent_channels + 1
+
+    @property
     def micro_conditioning(self) -> tuple[str, ...]:
         """The names of the scalars that follow the pooled text in the UNet's vector, in order; () without a vector.
 

@@ -29,7 +29,7 @@ Watch = Callable[[Iterator[Step], int], Iterable[Step]]  # (steps, their number)
 class Job:
     """A request for pictures, with the model and the placement to use.
 
-    A request with a source picture is image to image, any other text to image.
+    A request with a source picture is image to image, or with a mask inpainting; any other is text to image.
     """
 
     request: Request
@@ -46,12 +46,12 @@ class Job:
 
     @property
     def paths(self) -> dict[str, Path]:
-        """The files and folders that the job reads, by name: of the models, the source picture and the ControlNets."""
+        """The files and folders that the job reads, by name: models, source picture, mask, ControlNets and hints."""
         source = self.request.source
-        own = {"source": Path(source.image)} if source and isinstance(source.image, str | Path) else {}
+        files = {"source": source and source.image, "mask": source and source.mask and source.mask.image}
         for i, control in enumerate(self.request.controls, 1):
-            named = {f"controlnet_{i}": control.model, f"control_{i}": control.image}
-            own |= {name: Path(path) for name, path in named.items() if isinstance(path, str | Path)}
+            files |= {f"controlnet_{i}": control.model, f"control_{i}": control.image}
+        own = {name: Path(path) for name, path in files.items() if isinstance(path, str | Path)}
         return self.model.paths | own
 
 
@@ -105,7 +105,9 @@ def run(job: Job, models: Models, outputs: Outputs, watch: Watch = lambda steps,
                 if name.startswith("control"):
                     what, how = f"{what}{' picture' * (option == 'control')}", "with --controlnet and --control"
                 if name == "source":
-                    what, how = "source picture", "as the PICTURE of ldm img2img"
+                    what, how = "source picture", f"as the PICTURE of ldm {'inpaint' if request.region else 'img2img'}"
+                elif name == "mask":
+                    how = "as the MASK of ldm inpaint"
                 raise ValueError(
                     f"{job.paths[name]} is not the {what} that made the picture; to use it all the same, name it {how}"
                 )
@@ -121,6 +123,7 @@ def run(job: Job, models: Models, outputs: Outputs, watch: Watch = lambda steps,
         chosen = list(range(request.images)) if job.picture is None else [job.picture]
         with timed("decode", seconds):
             pictures = (refiner or base).decode(latents[chosen])
+            pictures = request.region.paste(pictures) if request.region else pictures
         record = remember(plan, job.model, base, {name: found.result() for name, found in digests.items()})
     with timed("save", seconds):
         files = _save(job, pictures, chosen, record, outputs)

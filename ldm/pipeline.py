@@ -5,7 +5,7 @@
     denoise = pipe.denoiser(plan, conditions)       # a function (x, sigma) -> x0
     x = pipe.start(plan)                            # noise, or an encoded picture plus noise
     for step in pipe.walk(plan, denoise, x): ...    # the sampler, one step at a time
-    pictures = pipe.decode(step.latents)
+    pictures = pipe.decode(step.latents)            # for inpainting, then plan.request.region.paste(pictures)
 
 `Pipeline.stream` runs all lines but the last, and `Pipeline.generate` runs all lines. Each stage can be used alone or
 replaced.
@@ -105,7 +105,8 @@ class Pipeline:
     def generate(self, request: Request) -> list[Image.Image]:
         """Make the pictures of `request`. Raises ValueError and FloatingPointError as `stream` and `decode` do."""
         *_, last = self.stream(request)
-        return self.decode(last.latents)
+        pictures = self.decode(last.latents)
+        return request.region.paste(pictures) if request.region else pictures
 
     def plan(self, request: Request) -> Plan:
         """Fill in the model's default for each setting that `request` leaves open.
@@ -115,10 +116,11 @@ class Pipeline:
         if not isinstance(request, Request):
             raise ValueError(f"the request must be an ldm.Request, such as ldm.Request('a frog'), got {request!r}")
         channels, latent_channels = self.config.unet.in_channels, self.config.vae.latent_channels
-        if channels != latent_channels:
+        if channels != latent_channels and not (self.config.inpaints and request.region):
+            use = "give a source with a mask, as ldm inpaint does, or" if self.config.inpaints else "it is for editing;"
             raise ValueError(
                 f"the UNet of {self.config.name} takes {channels} channels, and text to image has {latent_channels}: "
-                "this model is for inpainting or editing; use a text-to-image model"
+                f"{use} use a text-to-image model"
             )
         return request.resolved(self.config, self.schedule)
 
@@ -153,6 +155,10 @@ class Pipeline:
         noise, source = plan.initial_noise(), plan.request.source
         if source is None:
             return start(noise(), plan.sigmas[0], sampler=plan.sampler, spacing=plan.spacing)
+        if source.mask is not None:
+            from ldm import inpainting
+
+            return inpainting.start(self, plan)
         from ldm.geometry import fit  # only image to image needs it
 
         picture = fit(source.picture, plan.width, plan.height, source.resize)
@@ -171,6 +177,10 @@ class Pipeline:
         weight, kind = next(self.unet.parameters()), self.config.diffusion.prediction
         conditions = [dataclasses.replace(c, context=c.context.to(weight.dtype)) for c in conditions]
         bind, batched = bind or self.binding(), self.placement.guidance == "batched"
+        if plan.request.region:
+            from ldm.inpainting import bound, keep
+
+            bind = bound(self, plan, bind)
         rule = classifier_free(plan.guidance_scale, plan.request.guidance_rescale)
         with self.at_work("unet"):  # `guided` calls `bind`, which projects the context
             network = guided(bind, conditions, rule, batched=batched)
@@ -178,7 +188,8 @@ class Pipeline:
             if plan.guidance_interval != (0.0, math.inf):
                 unguided = parametrize(bind(conditions[0]), self.schedule, kind, dtype=weight.dtype)
                 denoise = within(plan.guidance_interval, denoise, unguided)
-        return consistency(denoise, self.schedule) if conventions(plan.sampler).consistency else denoise
+        denoise = consistency(denoise, self.schedule) if conventions(plan.sampler).consistency else denoise
+        return keep(self, plan, denoise) if plan.request.region else denoise
 
     def walk(
         self, plan: Plan, denoise: Denoiser, x: Tensor, *, noise: Noise | None = None, sampler: Sampler | None = None

@@ -73,12 +73,12 @@ class Record:
     """How a picture was made: the request, the model, and the defaults that the model filled in.
 
     resolved: the main fields of the `Plan`. name, why: the name of the identified model, and how it was identified.
-    sha256: the digest of each path in `model.paths`, of the source picture, and of each ControlNet and its picture:
-      "controlnet_1", "control_1" and so on.
+    sha256: the digest of each path in `model.paths`, of the source picture and its mask, and of each ControlNet and its
+      picture: "controlnet_1", "control_1" and so on.
     placement: its fields, with device and dtypes as text. picture: the index of the picture; None: a grid of all.
     """
 
-    task: Literal["txt2img", "img2img"]
+    task: Literal["txt2img", "img2img", "inpaint"]
     request: Request
     model: ModelChoice
     sha256: Mapping[str, str]
@@ -99,8 +99,10 @@ class Record:
         )
         for control, held in zip(self.request.controls, table["request"].get("controls", ()), strict=True):
             held |= {"model": str(control.model), "image": str(control.image)}
-        if self.request.source is not None:
-            table["request"]["source"]["image"] = str(self.request.source.image)
+        source = table["request"].get("source", {})
+        for picture in (source, source.get("mask", {})):
+            if "image" in picture:
+                picture["image"] = str(picture["image"])
         return table
 
     def texts(self, picture: int | None) -> dict[str, str]:
@@ -140,7 +142,7 @@ def remember(plan: Plan, choice: ModelChoice, pipe: ldm.Pipeline, sha256: Mappin
     device = torch.device(pipe.placement.device or "cpu")
     words = {n: v if isinstance(v, bool | None) else str(v).removeprefix("torch.") for n, v in chosen.items()}
     return Record(
-        task="txt2img" if plan.request.source is None else "img2img",
+        task="txt2img" if plan.request.source is None else "inpaint" if plan.request.source.mask else "img2img",
         request=plan.request,
         model=choice,
         sha256=sha256,

@@ -45,6 +45,8 @@ def plan_both(base: Pipeline, refiner: Pipeline, request: Request, *, handover: 
             f"{base.config.name} and {refiner.config.name} were trained with different noise schedules: use a refiner "
             "that was made for this model"
         )
+    if request.region:
+        raise ValueError("inpainting runs on one model: leave out the refiner, or the mask")
     plan = base.plan(_with_own_sizes(request, base.config, refiner.config))
     shared = dataclasses.replace(
         _with_own_sizes(request, refiner.config, base.config),

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from PIL import Image
 from torch import Tensor
@@ -43,24 +43,49 @@ class Sizes:
 
 
 @dataclass(frozen=True)
+class Mask:
+    """The part of a source picture to repaint: inpainting. `ldm.masks` says how masks are read."""
+
+    # A file or a picture; None: the source picture itself if its transparent part is repainted, else no mask.
+    image: str | Path | Image.Image | None = dataclasses.field(default=None, hash=False)
+    repaint: Literal["white", "transparent"] = option("white", "the part of the mask to repaint; gray joins later")
+    extend: str | None = option(None, "pixels to add at the sides and to paint, such as left=64,right=32")
+    crop: int | None = option(
+        None, "let the model work on the masked part and this many pixels around it", "--inpaint-crop", low=0
+    )
+    feather: int = option(0, "pixels around the repainted part to blend; with 0 they stay as they are", low=0)
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        check_fields(self, largest=LARGEST)
+        if not isinstance(self.image, str | Path | Image.Image | None):
+            raise ValueError(f"the mask must be the path of a picture or a PIL picture, got {self.image!r}")
+
+
+@dataclass(frozen=True)
 class Source:
-    """A picture to start from: image to image.
+    """A picture to start from: image to image, or with a mask inpainting.
 
     Sampling starts below the highest noise level, from the picture's latents plus noise of that level.
     """
 
     # A file, or a picture; EXIF rotation is applied, transparency becomes white. A picture has no hash.
     image: str | Path | Image.Image = dataclasses.field(hash=False)
-    strength: float = option(0.6, "share of the steps that run, above 0 to 1; 1 keeps almost nothing of the picture")
+    strength: float = option(None, "share of the steps that run, above 0 to 1 (default: 0.6, and 1 for inpainting)")
     exact_steps: bool = option(False, "run all steps, starting at the noise level that the strength gives")
     start_sigma: float | None = option(None, "noise level to start at, instead of the strength; all steps run")
     resize: Literal["crop", "stretch"] = option("crop", "how to resize the picture: crop keeps its aspect ratio")
+    mask: Mask | None = None  # None: image to image. With a mask, the picture is stretched to the size of the request
 
     def __post_init__(self) -> None:
         """Check the numbers."""
+        if self.strength is None:
+            object.__setattr__(self, "strength", 1.0 if self.mask else 0.6)
         check_fields(self)
         if not isinstance(self.image, str | Path | Image.Image):
             raise ValueError(f"the source must be the path of a picture or a PIL picture, got {self.image!r}")
+        if not isinstance(self.mask, Mask | None):
+            raise ValueError(f"mask must be an ldm.Mask, such as ldm.Mask('mask.png'), got {self.mask!r}")
         if not 0 < self.strength <= 1:
             raise ValueError(f"strength must be above 0 and at most 1, got {self.strength}")
 
@@ -70,6 +95,11 @@ class Source:
         from ldm.pictures import read_picture, to_rgb  # only image to image needs it
 
         return to_rgb(self.image) if isinstance(self.image, Image.Image) else read_picture(self.image)
+
+    @property
+    def from_noise(self) -> bool:
+        """Whether sampling starts from noise alone: inpainting does at strength 1."""
+        return self.mask is not None and self.strength == 1 and self.start_sigma is None
 
 
 @dataclass(frozen=True)
@@ -172,6 +202,15 @@ class Request:
         """The seed of each picture."""
         return [self.seed + i for i in range(self.images)]
 
+    @cached_property
+    def region(self) -> Any:
+        """The `ldm.masks.Region` that inpainting works on; None without a mask. Raises ValueError for a wrong mask."""
+        if self.source is None or self.source.mask is None:
+            return None
+        from ldm.masks import region  # only inpainting needs it
+
+        return region(self.source, self.width, self.height)
+
     def resolved(self, config: ModelConfig, schedule: NoiseSchedule | None = None) -> "Plan":
         """Make the plan of this request for one model, with the model's defaults in place of None.
 
@@ -221,6 +260,7 @@ class Request:
             width=width,
             height=height,
             latent_shape=(config.vae.latent_channels, height // factor, width // factor),
+            draws=1 if not self.source else 2 + bool(self.source.mask) - (config.inpaints and self.source.from_noise),
         )
 
     def _size(self, config: ModelConfig) -> tuple[int, int]:
@@ -230,8 +270,8 @@ class Request:
         if self.source is not None:
             from ldm.geometry import target_size
 
-            picture = self.source.picture
-            found = target_size(*picture.size, config.image_size, factor, width=self.width, height=self.height)
+            across, down = (self.region or self.source.picture).size
+            found = target_size(across, down, config.image_size, factor, width=self.width, height=self.height)
         for name, size in zip(("width", "height"), found, strict=True):
             if size % factor:
                 near = [n for n in (size // factor * factor, -(-size // factor) * factor) if n]
@@ -274,15 +314,16 @@ class Plan:
     width: int  # pixels
     height: int
     latent_shape: tuple[int, int, int]  # c h w
+    draws: int  # of noise, before those of the sampler
 
     def initial_noise(self) -> Noise:
-        """Return a function that draws noise from the seeds. `Pipeline.start` uses the first one or two draws."""
+        """Return a function that draws noise from the seeds. The first `draws` are for `Pipeline.start` and masks."""
         return seeded_noise(self.request.seeds, self.latent_shape)
 
     def noise(self) -> Noise:
-        """Return a function that draws the sampler's noise: the draws that follow those of `Pipeline.start`."""
+        """Return a function that draws the sampler's noise: the draws that follow the first `draws`."""
         noise = self.initial_noise()
-        for _ in range(1 if self.request.source is None else 2):
+        for _ in range(self.draws):
             noise()
         return noise
 

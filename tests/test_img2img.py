@@ -208,7 +208,7 @@ def test_a_source_picture_that_is_gone_is_named(run, here):
         (("in.png",), "give a picture and a prompt, or --from a picture that ldm made"),
         (
             ("in.png", "a", "frog"),
-            "unrecognized arguments: frog; the prompt stands in quotes, and only img2img takes a picture",
+            "unrecognized arguments: frog; the prompt stands in quotes, and only img2img and inpaint take a picture",
         ),
         (("nothing.png", "a frog"), "the picture nothing.png cannot be read: No such file or directory"),
         ((".", "a frog"), "the picture . cannot be read: it is a folder"),
@@ -243,8 +243,14 @@ def test_a_source_that_is_no_picture_is_refused(image):
     ("words", "message"),
     [
         (("in.png",), 'the prompt is the name of a picture, in.png: use ldm img2img PICTURE "PROMPT"'),
-        (("in.png", "a frog"), "unrecognized arguments: a frog; the prompt stands in quotes, and only img2img takes"),
-        (("a", "red", "frog"), "unrecognized arguments: red frog; the prompt stands in quotes, and only img2img takes"),
+        (
+            ("in.png", "a frog"),
+            "unrecognized arguments: a frog; the prompt stands in quotes, and only img2img and inpaint take",
+        ),
+        (
+            ("a", "red", "frog"),
+            "unrecognized arguments: red frog; the prompt stands in quotes, and only img2img and inpaint take",
+        ),
         (("a frog", "--strength", "0.5"), "unrecognized arguments: --strength 0.5; "),
     ],
 )

@@ -27,9 +27,12 @@ PACKAGES = {  # what each part of ldm may import of ldm, beside itself; "ldm" is
     "checkpoint": "atomic config diffusion models presets strict",
     "placement": "conditioning config models",
     "diagnosis": "request",
-    "request": "config control diffusion geometry pictures",
+    "masks": "geometry pictures",
+    "request": "config control diffusion geometry masks pictures",
+    "inpainting": "diffusion images masks request",
     "control": "checkpoint conditioning config diffusion geometry images models pictures pipeline request",
-    "pipeline": "checkpoint conditioning config control diagnosis diffusion geometry images models placement request",
+    "pipeline": "checkpoint conditioning config control diagnosis diffusion geometry images inpainting models "
+    "placement request",
     "loading": "checkpoint diffusion pipeline placement",
     "refiner": "config diffusion pipeline request",
     "outputs": "pictures",
@@ -99,7 +102,7 @@ def test_diffusion_imports_torch_only():
         roots = {module.split(".")[0] for module in imports(path)} - set(sys.stdlib_module_names)
         assert roots <= {"torch", "ldm"}, path
         assert {m for m in imports(path) if m.startswith("ldm")} <= {
-            *(f"ldm.diffusion.{name}" for name in ("schedule", "denoiser", "samplers")),
+            *(f"ldm.diffusion.{name}" for name in ("schedule", "denoiser", "samplers", "inpainting")),
             "ldm.conditioning",
         }
 

@@ -25,7 +25,7 @@ def run(path: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
 
 
 def test_a_sampling_script_has_at_most_80_lines():
-    for name in ("txt2img", "img2img", "sdxl_refiner", "controlnet"):
+    for name in ("txt2img", "img2img", "inpaint", "sdxl_refiner", "controlnet"):
         assert len((FOLDER / f"{name}.py").read_text().splitlines()) <= 80
 
 
@@ -88,6 +88,22 @@ def test_controlnet_equals_the_pipeline_bit_for_bit(tmp_path, monkeypatch, confi
     pipe = ldm.Pipeline(config, *networks)
     assert np.array_equal(Image.open(out), pipe.generate(request)[0])
     assert not np.array_equal(Image.open(out), pipe.generate(dataclasses.replace(request, controls=()))[0])
+
+
+@pytest.mark.parametrize("config", [TINY_RANDOM, TINY_SDXL], ids=lambda c: c.name)
+@pytest.mark.parametrize("strength", [0.4, 1.0])
+def test_inpaint_equals_the_pipeline_bit_for_bit(tmp_path, monkeypatch, config, strength):
+    networks = random_networks(config)
+    monkeypatch.setattr(files, "load", lambda *_, **__: Model(config, *networks))
+    picture, mask, out = (tmp_path / name for name in ("picture.png", "mask.png", "frog.png"))
+    Image.linear_gradient("L").resize((50, 30)).convert("RGB").save(picture)
+    Image.radial_gradient("L").resize((50, 30)).point(lambda level: max(0, level - 90)).save(mask)
+    words = ["a frog", "--steps", "5", "--seed", "3", "--strength", str(strength), "--feather", "2", "--device", "cpu"]
+    run(FOLDER / "inpaint.py", monkeypatch, str(picture), str(mask), *words, "--out", str(out))
+    source = ldm.Source(picture, strength, mask=ldm.Mask(mask, feather=2))
+    (expected,) = ldm.Pipeline(config, *networks).generate(ldm.Request("a frog", steps=5, seed=3, source=source))
+    assert np.array_equal(Image.open(out), expected)
+    assert not np.array_equal(Image.open(out), Image.open(picture))
 
 
 @pytest.mark.parametrize("negative", [None, "bad"])

@@ -59,11 +59,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the arguments. Raises ValueError for arguments that are left over."""
     args, rest = _parser().parse_known_args(argv)
-    if len(rest) == 1 and not rest[0].startswith("-") and getattr(args, "prompt", "") is None:
-        args.prompt = rest.pop()  # argparse does not find a prompt after an option that follows the picture
+    # argparse does not find the prompt, or a mask and the prompt, after an option that follows the picture.
+    for name in ("mask", "prompt")[-len(rest) :]:
+        if rest and not rest[0].startswith("-") and getattr(args, name, "") is None:
+            setattr(args, name, rest.pop(0))
     if rest:
-        hint = "" if not hasattr(args, "prompt") else "; the prompt stands in quotes, and only img2img takes a picture"
-        raise ValueError(f"unrecognized arguments: {' '.join(rest)}{hint}")
+        hint = "; the prompt stands in quotes, and only img2img and inpaint take a picture"
+        raise ValueError(f"unrecognized arguments: {' '.join(rest)}{hint if hasattr(args, 'prompt') else ''}")
     return args
 
 

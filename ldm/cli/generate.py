@@ -1,4 +1,4 @@
-"""`ldm txt2img` and `ldm img2img`: make pictures from a prompt, from a picture, or from the record in a picture."""
+"""`ldm txt2img`, `img2img` and `inpaint`: make pictures from a prompt, a picture, or the record in a picture."""
 
 import argparse
 import dataclasses
@@ -19,11 +19,11 @@ from ldm.loading import BUNDLED
 from ldm.outputs import Outputs
 from ldm.placement.choice import find_device
 from ldm.record import Environment, ModelChoice, environment, recall
-from ldm.request import Request, Sizes, Source
+from ldm.request import Mask, Request, Sizes, Source
 
 
 def add(commands: Commands) -> None:
-    """Add both commands."""
+    """Add the commands."""
     command = commands.add_parser("txt2img", help="make pictures from a prompt")
     command.add_argument("prompt", nargs="?", help="what the picture shows")
     _add_common(command)
@@ -31,6 +31,13 @@ def add(commands: Commands) -> None:
     command.add_argument("image", nargs="?", metavar="PICTURE", help="the picture to start from")
     command.add_argument("prompt", nargs="?", help="what the new picture shows")
     add_options(command, Source)
+    _add_common(command)
+    command = commands.add_parser("inpaint", help="repaint a part of a picture, or paint around a picture")
+    command.add_argument("image", nargs="?", metavar="PICTURE", help="the picture")
+    command.add_argument("mask", nargs="?", metavar="MASK", help="a picture of the same size: white is repainted")
+    command.add_argument("prompt", nargs="?", help="what the picture shows afterwards")
+    add_options(command, Source, ("strength", "exact_steps", "start_sigma"))
+    add_options(command, Mask)
     _add_common(command)
 
 
@@ -58,8 +65,8 @@ def _generate(args: argparse.Namespace) -> None:
     job = _read_job(args)
     outputs = Outputs(args.out, job.count, args.overwrite, records=not args.no_metadata)
     outputs.check()
-    if job.request.source is not None:
-        _ = job.request.source.picture  # read the picture before the model, so that its errors come early
+    if job.request.source is not None:  # read the pictures before the model, so that their errors come early
+        _ = job.request.source.picture, job.request.region
     for control in job.request.controls:
         _ = control.picture
     seconds: dict[str, float] = {}
@@ -98,9 +105,14 @@ def _watch(steps: Iterator[Step], total: int) -> Iterable[Step]:
 def _read_job(args: argparse.Namespace) -> jobs.Job:
     """Make the job from the arguments. With --from, the picture's record holds the values that are not given."""
     asked, placed, model = given(args, Request), given(args, ldm.Placement), given(args, ModelChoice)
-    sizes, source = given(args, Sizes), given(args, Source)
+    sizes, source, mask = given(args, Sizes), given(args, Source), given(args, Mask)
+    if getattr(args, "mask", None) is not None:
+        if args.prompt is None and not _names_a_picture(args.mask):
+            args.prompt = args.mask  # PICTURE "prompt", without a MASK
+        else:
+            mask["image"] = args.mask
     if args.prompt is not None:
-        if args.prompt.lower().endswith((".png", ".jpg", ".jpeg", ".webp")) and " " not in args.prompt:
+        if _names_a_picture(args.prompt):
             raise ValueError(f'the prompt is the name of a picture, {args.prompt}: use ldm img2img PICTURE "PROMPT"')
         asked["prompt"] = args.prompt
     if getattr(args, "image", None) is not None:
@@ -113,7 +125,10 @@ def _read_job(args: argparse.Namespace) -> jobs.Job:
     if recorded is None:
         if args.prompt is None:
             words = "a picture and a prompt" if hasattr(args, "image") else "a prompt in quotes"
+            words = "a picture, a mask and a prompt" if hasattr(args, "mask") else words
             raise ValueError(f"give {words}, or --from a picture that ldm made")
+        if hasattr(args, "mask"):
+            source["mask"] = Mask(**mask)
         request = Request(**asked, sizes=Sizes(**sizes), source=Source(**source) if source else None)
         return jobs.Job(request, ModelChoice(**model), ldm.Placement.fast(**placed), args.grid)
 
@@ -123,6 +138,9 @@ def _read_job(args: argparse.Namespace) -> jobs.Job:
         asked.setdefault("sampler_options", {})  # another sampler has other options
     if sizes:
         asked["sizes"] = dataclasses.replace(request.sizes, **sizes)
+    old = request.source.mask if request.source else None
+    if mask or (hasattr(args, "mask") and old is None):
+        source["mask"] = dataclasses.replace(old or Mask(), **mask)
     if source:
         if request.source is None and "image" not in source:
             raise ValueError(f"{args.repeated} was made from a prompt alone: name a picture to start from")
@@ -137,8 +155,9 @@ def _read_job(args: argparse.Namespace) -> jobs.Job:
     _compare(record.environment, environment(find_device(placement.device)), args.repeated)
     choice, sha256 = record.model, dict(record.sha256)
     if "model" in model:  # another model, without the recorded model's replaced parts and digests
-        choice, sha256 = ModelChoice(), {n: sha256[n] for n in sha256 if n == "source" or n.startswith("control")}
-    new = model | ({"source": True} if "image" in source else {})
+        kept = {name for name in sha256 if name in ("source", "mask") or name.startswith("control")}
+        choice, sha256 = ModelChoice(), {name: sha256[name] for name in kept}
+    new = {*model, *(name for name, table in (("source", source), ("mask", mask)) if "image" in table)}
     if controls is not None:  # the recorded digests are of other files
         sha256 = {name: expected for name, expected in sha256.items() if not name.startswith("control")}
     return jobs.Job(
@@ -149,6 +168,10 @@ def _read_job(args: argparse.Namespace) -> jobs.Job:
         None if as_grid else picture,
         {name: expected for name, expected in sha256.items() if name not in new},
     )
+
+
+def _names_a_picture(word: str) -> bool:
+    return word.lower().endswith((".png", ".jpg", ".jpeg", ".webp")) and " " not in word
 
 
 def _compare(then: Environment, now: Environment, source: Path) -> None:

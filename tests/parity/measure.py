@@ -71,6 +71,14 @@ The same models with small random ControlNets. Each cell is the largest differen
 in levels of 255, with Euler's method and 20 steps. "Shares" are two ControlNets that act in a part of the steps each.
 "Shuffle" has averaged outputs.
 """
+INPAINTING = """\
+## Inpainting
+
+The same models and pictures, with a mask of half of each side, all steps, and 10 of them. "4 channels" keeps the known
+latents of a text-to-image model. "9 channels" is the same UNet with 5 more input channels of random weights, for the
+mask and the masked picture. The pictures are compared before the kept pixels are pasted. DDIM ends at level 0 in both:
+at its own last level, 0.03, diffusers removes the noise of the kept latents, and this package does not.
+"""
 FULL_SIZE = """\
 ## At full size
 
@@ -102,7 +110,7 @@ golden lists are written with five decimals. A sampler takes any list of levels,
 def document(command: str, device: str, *, full: bool) -> str:
     """Measure everything and return it as Markdown."""
     dtypes = [torch.bfloat16, torch.float16] if device != "cpu" else [torch.bfloat16]
-    networks, pictures, files, tenancies, controlled = [], [], [], [], []
+    networks, pictures, files, tenancies, controlled, inpainted = [], [], [], [], [], []
     for name, family in FAMILIES.items():
         print(name, file=sys.stderr)
         task = compare.small_size(name)
@@ -117,6 +125,11 @@ def document(command: str, device: str, *, full: bool) -> str:
                 tenancies.append([name, *_image_to_image(*both)])
             if name in controls.FAMILIES:
                 controlled.append([name, *_controlled(*both, folder)])
+                inpainted.append([f"{name}, 4 channels", *_inpainting(*both)])
+                wide = tenants.nine_channels(both[1], folder / "9")
+                inpainted.append(
+                    [f"{name}, 9 channels", *_inpainting(ldm.load(folder / "9", ldm.Placement("cpu")), wide)]
+                )
     parts = [
         HEAD.format(command=command, machine=_machine(device)),
         NETWORKS.format(inputs=len(task.given), timesteps=", ".join(map(str, TIMESTEPS))),
@@ -127,6 +140,8 @@ def document(command: str, device: str, *, full: bool) -> str:
         _table(["model", *SCHEDULERS], tenancies + _two_stages()),
         CONTROLS.format(images=IMAGES),
         _table(["model", *controls.CASES], controlled),
+        INPAINTING,
+        _table(["model", *SCHEDULERS], inpainted),
     ]
     if full:
         parts += [FULL_SIZE, _differences(_full_size(device, dtypes))]
@@ -149,6 +164,13 @@ def _controlled(ours: ldm.Pipeline, theirs: Any, folder: Path) -> Iterator[str]:
     for case in controls.CASES.values():
         request = tenants.request(images=IMAGES, controls=case(networks, controls.hints(2)))
         yield str(compare.levels(tenants.ours(ours, request)[0], controls.theirs(theirs, request)))
+
+
+def _inpainting(ours: ldm.Pipeline, theirs: Any) -> Iterator[str]:
+    """Yield the largest difference for each sampler."""
+    for sampler in SCHEDULERS:
+        request = tenants.with_mask(sampler, steps=10, images=IMAGES)
+        yield _compared(tenants.ours_inpainted(ours, request), tenants.theirs_inpainted(theirs, request))
 
 
 def _two_stages() -> list[list[str]]:

@@ -1,9 +1,11 @@
-"""Image to image, and SDXL with its refiner: the same requests through diffusers and through this package."""
+"""Image to image, inpainting and SDXL with its refiner: the same requests through diffusers and this package."""
 
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -30,7 +32,62 @@ def from_picture(sampler: str = "euler", strength: float = 0.6, **more: Any) -> 
     return request(sampler, source=ldm.Source(picture(), strength), **more)
 
 
+def with_mask(sampler: str = "euler", strength: float = 1.0, **more: Any) -> ldm.Request:
+    """Ask for `picture` with a new part. The mask has blocks of 8 pixels, so that both take the same latents for it."""
+    mask = Image.new("L", (64, 64), 0)
+    mask.paste(255, (16, 8, 48, 40))
+    return request(sampler, source=ldm.Source(picture(), strength, mask=ldm.Mask(mask)), **more)
+
+
+def nine_channels(pipe: Any, folder: Path) -> Any:
+    """Give a pipeline of diffusers a UNet for inpainting, and save it to `folder`.
+
+    The new weights of the first layer are random, and small enough that the UNet still removes noise.
+    """
+    unet = pipe.unet
+    wide, weights = type(unet).from_config(unet.config, in_channels=9), dict(unet.state_dict())
+    first = weights["conv_in.weight"]
+    new = torch.randn(len(first), 5, 3, 3, generator=torch.Generator().manual_seed(1))
+    weights["conv_in.weight"] = torch.cat([first, 0.5 * first.std() * new], dim=1)
+    wide.load_state_dict(weights)
+    own = diffusers.AutoPipelineForInpainting.from_pipe(pipe)
+    own.register_modules(unet=wide.eval())
+    own.save_pretrained(folder)
+    return own
+
+
 # ------------------------------------------------------------------ pictures, b h w 3 bytes, and the number of steps
+
+
+def theirs_inpainted(pipe: Any, request: ldm.Request) -> tuple[np.ndarray, int]:
+    """Make with diffusers what `request` asks for, from its source picture and mask.
+
+    DDIM is told to end at level 0 here. At its own last level, 0.03, diffusers removes the noise of the kept latents.
+    """
+    own = diffusers.AutoPipelineForInpainting.from_pipe(pipe)
+    own.set_progress_bar_config(disable=True)
+    kept: list[Tensor] = []
+    told = schedule(own, request)
+    if request.sampler == "ddim":
+        own.scheduler = type(own.scheduler).from_config(own.scheduler.config, set_alpha_to_one=True)
+    out = own(
+        **told,
+        **asked(request),
+        image=[request.source.picture] * request.images,
+        mask_image=request.source.mask.image,
+        strength=request.source.strength,
+        width=request.width,
+        height=request.height,
+        callback_on_step_end=_keep_in(kept),
+    )
+    return _array(out.images), _steps(request, kept)
+
+
+def ours_inpainted(pipe: ldm.Pipeline, request: ldm.Request) -> tuple[np.ndarray, int]:
+    """Make with us what `request` asks for, with the pixels that the VAE gives for the kept part."""
+    sigmas = pipe.plan(request).sigmas
+    *_, last = pipe.stream(request, sigmas=torch.cat([sigmas[:-1], torch.zeros(1)]))
+    return _array(pipe.decode(last.latents)), last.total
 
 
 def theirs(pipe: Any, request: ldm.Request) -> tuple[np.ndarray, int]:

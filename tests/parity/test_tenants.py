@@ -1,6 +1,7 @@
-"""Image to image, and SDXL with its refiner, give the same pictures as diffusers, in the same number of steps."""
+"""Image to image, inpainting, and SDXL with its refiner give diffusers' pictures, in the same number of steps."""
 
 import dataclasses
+import functools
 import itertools
 
 import pytest
@@ -82,6 +83,36 @@ def test_from_a_picture_they_stay_equal_whatever_is_asked(sampler, change, both)
 @pytest.mark.parametrize("sampler", ["euler", "heun"])
 def test_from_a_picture_other_lists_of_steps_are_cut_alike(sampler, spacing, both):
     assert_equal_from_a_picture(both, "sdxl-base", from_picture(sampler, spacing=spacing))
+
+
+QUICK_WITH_MASK = {("sd15", "dpmpp_2m", 4), ("sd15", "euler_ancestral", 9)}
+
+
+@pytest.mark.parametrize(
+    ("name", "sampler", "channels"),
+    [
+        pytest.param(*case, marks=() if case in QUICK_WITH_MASK else pytest.mark.slow)
+        for case in itertools.product(("sd15", "sd21-base", "sdxl-base"), SCHEDULERS, (4, 9))
+    ],
+)
+@pytest.mark.parametrize("strength", [1.0, pytest.param(0.6, marks=pytest.mark.slow)])
+def test_a_picture_with_a_new_part_equals_that_of_diffusers(name, sampler, channels, strength, both, wide):
+    ours, theirs = wide(name) if channels == 9 else both(name)
+    asked = tenants.with_mask(sampler, strength, steps=5)
+    assert_equal(tenants.ours_inpainted(ours, asked), tenants.theirs_inpainted(theirs, asked), f"{name}, {channels}")
+
+
+@pytest.fixture(scope="module")
+def wide(both, tmp_path_factory):
+    """The model of that name with a UNet for inpainting, loaded by us and as diffusers has it."""
+
+    @functools.cache
+    def build(name):
+        folder = tmp_path_factory.mktemp(f"{name}-inpainting")
+        theirs = tenants.nine_channels(both(name)[1], folder)
+        return ldm.load(folder, ldm.Placement("cpu")), theirs
+
+    return build
 
 
 def assert_equal_in_two_stages(both, request, handover):
