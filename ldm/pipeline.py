@@ -126,8 +126,13 @@ class Pipeline:
         Each condition has one row per picture.
         Raises FloatingPointError if an encoded text is not finite.
         """
+        encoder: Any = self.text_encoder
+        if plan.request.emphasis is not None:
+            from ldm.prompts import Emphasized  # only prompts with syntax need it
+
+            encoder = Emphasized(encoder, plan.request.emphasis)
         with self.at_work("text_encoder"):
-            encoded = condition(self.text_encoder, plan.texts, plan.scalars, clip_skip=plan.request.clip_skip)
+            encoded = condition(encoder, plan.texts, plan.scalars, clip_skip=plan.request.clip_skip)
         if not encoded.context.isfinite().all():
             raise self._not_finite("text_encoder")
         if self.config.unet.guidance_dim is not None:

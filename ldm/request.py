@@ -103,6 +103,10 @@ class Request:
     clip_skip: int | None = option(
         None, "layer of the text encoder, from the end: 1 is the last (default: the model's; SDXL: 2)", low=1
     )
+    emphasis: Literal["a1111", "interpolate"] | None = option(
+        None,
+        "read (word:1.2), [word], BREAK, [from:to:when] and long prompts, see docs/prompts.md (default: plain text)",
+    )
     sampler_options: Mapping[str, float] = dataclasses.field(
         default_factory=dict,
         hash=False,
