@@ -7,8 +7,7 @@
     for step in pipe.walk(plan, denoise, x): ...    # the sampler, one step at a time
     pictures = pipe.decode(step.latents)
 
-`Pipeline.stream` runs all lines but the last, and `Pipeline.generate` runs all lines. Each stage can be used alone or
-replaced.
+`Pipeline.stream` runs all lines but the last, `Pipeline.generate` all lines. Each stage can be used alone or replaced.
 """
 
 import dataclasses
@@ -123,7 +122,7 @@ class Pipeline:
     def conditions(self, plan: Plan) -> list[Condition]:
         """Encode the texts and sizes: a condition for the prompt and, with guidance, one for the negative prompt.
 
-        Each condition has one row per picture.
+        Each condition has one row per picture. If the texts change, the conditions of the phases follow one another.
         Raises FloatingPointError if an encoded text is not finite.
         """
         encoder: Any = self.text_encoder
@@ -138,7 +137,7 @@ class Pipeline:
         if self.config.unet.guidance_dim is not None:
             scales = encoded.context.new_full((len(plan.texts),), plan.guidance_scale - 1, dtype=torch.float32)
             encoded = dataclasses.replace(encoded, guidance=scales)
-        return [row.repeat(plan.request.images) for row in encoded.rows()]
+        return [encoded.map(lambda part, which=which: part[list(which)]) for which in plan.which]  # type: ignore[misc]
 
     def encode_image(self, image: Image.Image | Tensor, noise: Tensor | None = None) -> Tensor:
         """Encode a PIL picture, or images: b 3 h w in [-1, 1], as fp32 latents: b c h/f w/f.
@@ -164,6 +163,10 @@ class Pipeline:
 
     def denoiser(self, plan: Plan, conditions: Sequence[Condition]) -> Denoiser:
         """Make the denoiser (x, sigma) -> x0 from the UNet, the conditions and the guidance of `plan`."""
+        if plan.changes:
+            from ldm.phases import in_turn
+
+            return in_turn(self.denoiser, plan, conditions)
         weight, kind = next(self.unet.parameters()), self.config.diffusion.prediction
         conditions = [dataclasses.replace(c, context=c.context.to(weight.dtype)) for c in conditions]
         bind, batched = self.binding(), self.placement.guidance == "batched"

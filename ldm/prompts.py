@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from operator import itemgetter
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -22,6 +23,7 @@ from torch import Tensor
 from ldm.conditioning import Condition
 from ldm.models.text import TextEncoder, TextTower
 from ldm.models.tokens import Tokenizer
+from ldm.phases import at_step
 
 BACKTRACK = 20  # a chunk that is full ends after the last comma among this many tokens, if there is one
 Weighted = tuple[str, float]  # a text and its weight
@@ -29,7 +31,6 @@ Token = tuple[int, float]  # an id and its weight
 
 _MARKS = re.compile(r"\\[()\[\]\\]|\\|\(|\[|:\s*(?P<weight>[+-]?[.\d]+)\s*\)|\)|\]|[^\\()\[\]:]+|:")
 _BREAK = re.compile(r"\s*\bBREAK\b\s*")
-_WHEN = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)\s*")
 _ROUND, _SQUARE = 1.1, 1 / 1.1
 
 
@@ -191,3 +192,21 @@ def _with_ends(tower: TextTower, row: Sequence[Token]) -> list[int]:
     """Return the ids of a chunk with the begin token, the end token and padding."""
     ids = [tower.tokenizer.bos_id, *(i for i, _ in row), tower.tokenizer.eos_id]
     return ids + [tower.config.pad_id] * (tower.config.max_length - len(ids))
+
+
+def checked(prompt: Any, negative: str | None, images: int, emphasis: str | None) -> str | tuple[str, ...]:
+    """Return the prompt, or the prompts of the pictures as a tuple.
+
+    Raises ValueError for prompts that are not as many as the pictures, and for wrong syntax if `emphasis` asks for it.
+    """
+    if not isinstance(prompt, str):
+        prompt = tuple(prompt)
+        if len(prompt) != images:
+            raise ValueError(
+                f"a prompt per picture needs as many pictures as prompts, got {len(prompt)} prompts and images={images}"
+            )
+    for text in (*([prompt] if isinstance(prompt, str) else prompt), negative or ""):
+        if emphasis is not None:
+            parse(text)
+            at_step(text, 0, 1)
+    return prompt
