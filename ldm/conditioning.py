@@ -29,10 +29,6 @@ class Condition:
         tensors = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return dataclasses.replace(self, **{name: change(t) for name, t in tensors.items() if t is not None})
 
-    def repeat(self, images: int) -> "Condition":
-        """Repeat each row for several images: b ... to (b images) ..."""
-        return self.map(lambda tensor: tensor.repeat_interleave(images, dim=0))
-
     def rows(self) -> list["Condition"]:
         """Split into conditions with one row each."""
         return [self.map(lambda tensor, i=i: tensor[i : i + 1]) for i in range(len(self.context))]  # type: ignore[misc]

@@ -40,8 +40,9 @@ def check_fields(value: Any, *, largest: float = math.inf) -> None:
                 raise ValueError(f"{f.name} must be one of {', '.join(words)}, got {got!r}")
         elif kind is bool and not isinstance(got, bool):
             raise ValueError(f"{f.name} must be True or False, got {got!r}")
-        elif kind is str and set(others) <= {type(None)}:
-            _check_text(f.name, got)
+        elif kind is str and set(others) <= {type(None), tuple[str, ...]}:
+            for text in got if tuple[str, ...] in others and isinstance(got, tuple | list) else [got]:
+                _check_text(f.name, text)
         elif kind in (int, float):
             check_number(f.name, got, low, min(high, largest), whole=kind is int)
         elif typing.get_origin(kind) is tuple and ... not in typing.get_args(kind):

@@ -7,8 +7,7 @@
     for step in pipe.walk(plan, denoise, x): ...    # the sampler, one step at a time
     pictures = pipe.decode(step.latents)            # for inpainting, then plan.request.region.paste(pictures)
 
-`Pipeline.stream` runs all lines but the last, and `Pipeline.generate` runs all lines. Each stage can be used alone or
-replaced.
+`Pipeline.stream` runs all lines but the last, `Pipeline.generate` all lines. Each stage can be used alone or replaced.
 """
 
 import dataclasses
@@ -127,17 +126,22 @@ class Pipeline:
     def conditions(self, plan: Plan) -> list[Condition]:
         """Encode the texts and sizes: a condition for the prompt and, with guidance, one for the negative prompt.
 
-        Each condition has one row per picture.
+        Each condition has one row per picture. If the texts change, the conditions of the phases follow one another.
         Raises FloatingPointError if an encoded text is not finite.
         """
+        encoder: Any = self.text_encoder
+        if plan.request.emphasis is not None:
+            from ldm.prompts import Emphasized  # only prompts with syntax need it
+
+            encoder = Emphasized(encoder, plan.request.emphasis)
         with self.at_work("text_encoder"):
-            encoded = condition(self.text_encoder, plan.texts, plan.scalars, clip_skip=plan.request.clip_skip)
+            encoded = condition(encoder, plan.texts, plan.scalars, clip_skip=plan.request.clip_skip)
         if not encoded.context.isfinite().all():
             raise self._not_finite("text_encoder")
         if self.config.unet.guidance_dim is not None:
             scales = encoded.context.new_full((len(plan.texts),), plan.guidance_scale - 1, dtype=torch.float32)
             encoded = dataclasses.replace(encoded, guidance=scales)
-        return [row.repeat(plan.request.images) for row in encoded.rows()]
+        return [encoded.map(lambda part, which=which: part[list(which)]) for which in plan.which]  # type: ignore[misc]
 
     def encode_image(self, image: Image.Image | Tensor, noise: Tensor | None = None) -> Tensor:
         """Encode a PIL picture, or images: b 3 h w in [-1, 1], as fp32 latents: b c h/f w/f.
@@ -170,6 +174,10 @@ class Pipeline:
 
         bind: makes the network of a condition (default: `binding()`, with the ControlNets of the request).
         """
+        if plan.changes:
+            from ldm.phases import in_turn
+
+            return in_turn(self.denoiser, plan, conditions)
         if plan.request.controls and bind is None:
             from ldm.control import controlled  # only ControlNets need it
 

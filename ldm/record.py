@@ -110,7 +110,7 @@ class Record:
         request, resolved, vae, refiner = self.request, self.resolved, self.model.vae, self.model.refiner
         strength = request.source.strength if request.source and request.source.start_sigma is None else None
         parameters = a1111_parameters(
-            request.prompt,
+            request.prompts[(picture or 0) % len(request.prompts)],
             request.negative_prompt or "",
             {
                 "Steps": resolved["steps"],

@@ -132,13 +132,13 @@ class Control:
 class Request:
     """A request for pictures. None means the model's default, see `resolved`.
 
-    Image i has the seed `seed + i`, and equals the single image of a request with this seed. A random seed replaces a
-    negative seed at once, so that `request.seed` is always the seed of the first image.
+    prompt: one for all images, or one for each. Image i has the seed `seed + i` and equals the single image of its seed
+    and prompt. A random seed replaces a negative seed at once: `request.seed` is always the seed of the first image.
 
     Raises ValueError for a value that no model supports.
     """
 
-    prompt: str
+    prompt: str | tuple[str, ...]
     negative_prompt: str | None = option(None, "what the picture should not show", "--negative")
     steps: int | None = option(None, "denoising steps, 1 to 1000 (default: the model's)", low=1, high=1000)
     guidance_scale: float | None = option(
@@ -159,6 +159,10 @@ class Request:
     clip_skip: int | None = option(
         None, "layer of the text encoder, from the end: 1 is the last (default: the model's; SDXL: 2)", low=1
     )
+    emphasis: Literal["a1111", "interpolate"] | None = option(
+        None,
+        "read (word:1.2), [word], BREAK, [from:to:when] and long prompts, see docs/prompts.md (default: plain text)",
+    )
     sampler_options: Mapping[str, float] = dataclasses.field(
         default_factory=dict,
         hash=False,
@@ -171,6 +175,10 @@ class Request:
     def __post_init__(self) -> None:
         """Check what can be checked without a model, and draw a random seed for a negative one."""
         check_fields(self)
+        if self.emphasis or not isinstance(self.prompt, str):
+            from ldm.prompts import checked  # only prompts with syntax, and a prompt per picture, need it
+
+            object.__setattr__(self, "prompt", checked(self.prompt, self.negative_prompt, self.images, self.emphasis))
         if self.sampler is not None and self.sampler not in SAMPLERS:
             raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {self.sampler!r}")
         if self.guidance_interval is not None:
@@ -202,6 +210,11 @@ class Request:
         """The seed of each picture."""
         return [self.seed + i for i in range(self.images)]
 
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """One prompt for all pictures, or one for each picture."""
+        return (self.prompt,) if isinstance(self.prompt, str) else self.prompt
+
     @cached_property
     def region(self) -> Any:
         """The `ldm.masks.Region` that inpainting works on; None without a mask. Raises ValueError for a wrong mask."""
@@ -215,8 +228,7 @@ class Request:
         """Make the plan of this request for one model, with the model's defaults in place of None.
 
         schedule: the model's noise schedule (default: the one that `config.diffusion` describes).
-        Raises ValueError for a size, conditioning, guidance or text encoder layer that the model does not support, and
-        for a picture that cannot be read.
+        Raises ValueError for a setting that the model does not support, and for a picture that cannot be read.
         """
         for text in config.text:
             text.context_layer(self.clip_skip)
@@ -238,19 +250,26 @@ class Request:
         guidance_scale = float(config.guidance_scale if self.guidance_scale is None else self.guidance_scale)
         width, height = self._size(config)
 
-        texts: list[str | None] = [self.prompt]
+        texts: list[str | None] = [*self.prompts]
+        which = [tuple(i % len(texts) for i in range(self.images))]
         if guidance_scale > 1 and not config.unet.guidance_dim:
             # Without a negative prompt, SDXL base takes zeros (None), and other models the encoded empty text.
+            which.append((len(texts),) * self.images)
             texts.append(self.negative_prompt if config.zero_negative else self.negative_prompt or "")
-        sizes = _resolved_sizes(self.sizes, config, width, height)
+        sizes: dict[str, float] = {}
+        if config.micro_conditioning or self.sizes != Sizes():
+            from ldm.sizes import resolved_sizes  # only SDXL has sizes
+
+            sizes = resolved_sizes(self.sizes, config, width, height)
         negative = sizes | {"aesthetic_score": sizes.get("negative_aesthetic_score", 0)}
-        rows = [[row[name] for name in config.micro_conditioning] for row in (sizes, negative)][: len(texts)]
+        rows = [*[sizes] * len(self.prompts), negative][: len(texts) if config.micro_conditioning else 0]
         factor = config.vae.factor
-        return Plan(
+        plan = Plan(
             request=self,
             texts=tuple(texts),
+            which=tuple(which),
             sizes=sizes,
-            scalars=tuple(tuple(row) for row in rows) if config.micro_conditioning else (),
+            scalars=tuple(tuple(row[name] for name in config.micro_conditioning) for row in rows),
             steps=steps,
             guidance_scale=guidance_scale,
             guidance_interval=self.guidance_interval or (0.0, math.inf),
@@ -262,6 +281,11 @@ class Request:
             latent_shape=(config.vae.latent_channels, height // factor, width // factor),
             draws=1 if not self.source else 2 + bool(self.source.mask) - (config.inpaints and self.source.from_noise),
         )
+        if self.emphasis is None:
+            return plan
+        from ldm.phases import phases
+
+        return dataclasses.replace(plan, **phases(plan.texts, plan.which, plan.scalars, plan.sigmas))
 
     def _size(self, config: ModelConfig) -> tuple[int, int]:
         """Return the width and height of the pictures."""
@@ -302,7 +326,8 @@ class Plan:
     """A request with the defaults of one model filled in. `Pipeline.plan` makes it."""
 
     request: Request  # the original request
-    texts: tuple[str | None, ...]  # the prompt and, for guidance, the negative prompt; None is encoded as zeros
+    texts: tuple[str | None, ...]  # the prompts and, for guidance, the negative prompt; None is encoded as zeros
+    which: tuple[tuple[int, ...], ...]  # a row per condition: the index of the text of each picture
     sizes: Mapping[str, float]  # the micro-conditioning by name; empty if the model has none
     scalars: tuple[tuple[float, ...], ...]  # one row per text: the micro-conditioning in the model's order
     steps: int  # as requested; image to image may run fewer: len(sigmas) - 1
@@ -315,6 +340,7 @@ class Plan:
     height: int
     latent_shape: tuple[int, int, int]  # c h w
     draws: int  # of noise, before those of the sampler
+    changes: tuple[float, ...] = ()  # falling noise levels where the texts change; `which` has the rows of each phase
 
     def initial_noise(self) -> Noise:
         """Return a function that draws noise from the seeds. The first `draws` are for `Pipeline.start` and masks."""
@@ -326,21 +352,3 @@ class Plan:
         for _ in range(self.draws):
             noise()
         return noise
-
-
-def _resolved_sizes(sizes: Sizes, config: ModelConfig, width: int, height: int) -> dict[str, float]:
-    """Return the micro-conditioning of the model by name.
-
-    The defaults are the sizes of an uncropped picture, and the aesthetic scores that diffusers uses.
-    Raises ValueError for a size or score that the model does not take.
-    """
-    defaults = Sizes(width, height, 0, 0, width, height, aesthetic_score=6.0, negative_aesthetic_score=2.5)
-    resolved = {}
-    for field in dataclasses.fields(Sizes):
-        name, value = field.name, getattr(sizes, field.name)
-        if name.removeprefix("negative_") in config.micro_conditioning:
-            resolved[name] = getattr(defaults, name) if value is None else value
-        elif value is not None:
-            known = ", ".join(config.micro_conditioning) or "no size or score"
-            raise ValueError(f"{name} is {value}, and the model {config.name} is conditioned on {known}; leave it out")
-    return resolved

@@ -56,19 +56,13 @@ def test_the_layer_of_clip_skip_is_the_encoders():
     assert not torch.equal(made.context, condition(text_encoder, ["a frog"]).context)
 
 
-def test_rows_repeated_and_joined_are_the_rows():
+def test_rows_that_are_joined_are_the_rows():
     whole = Condition(torch.randn(3, 5, 4), torch.randn(3, 6), torch.randn(3))
     rows = whole.rows()
     assert [row.context.shape for row in rows] == [(1, 5, 4)] * 3
     for again in (join(rows), join([join(rows[:1]), join(rows[1:])])):
         for field in dataclasses.fields(Condition):
             assert torch.equal(getattr(again, field.name), getattr(whole, field.name))
-    twice = whole.repeat(2)
-    for field in dataclasses.fields(Condition):
-        repeated, once = getattr(twice, field.name), getattr(whole, field.name)
-        assert all(torch.equal(repeated[i], once[i // 2]) for i in range(6))
-    plain = Condition(torch.randn(2, 5, 4)).repeat(2)
-    assert plain.vector is plain.guidance is None
 
 
 @pytest.mark.parametrize(

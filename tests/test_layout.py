@@ -28,11 +28,14 @@ PACKAGES = {  # what each part of ldm may import of ldm, beside itself; "ldm" is
     "placement": "conditioning config models",
     "diagnosis": "request",
     "masks": "geometry pictures",
-    "request": "config control diffusion geometry masks pictures",
+    "request": "config control diffusion geometry masks pictures prompts phases sizes",
+    "sizes": "config request",
+    "phases": "conditioning diffusion",
+    "prompts": "conditioning models phases",
     "inpainting": "diffusion images masks request",
     "control": "checkpoint conditioning config diffusion geometry images models pictures pipeline request",
-    "pipeline": "checkpoint conditioning config control diagnosis diffusion geometry images inpainting models "
-    "placement request",
+    "pipeline": "checkpoint conditioning config control diagnosis diffusion geometry images inpainting models phases "
+    "placement prompts request",
     "loading": "checkpoint diffusion pipeline placement",
     "refiner": "config diffusion pipeline request",
     "outputs": "pictures",

@@ -43,6 +43,7 @@ def add(commands: Commands) -> None:
 
 def _add_common(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=_generate)
+    command.add_argument("--prompts", nargs="+", metavar="PROMPT", help="a prompt for each picture, not one for all")
     for kind in (ModelChoice, Request, Sizes, ldm.Placement):
         add_options(command, kind)
     add_controls(command)
@@ -115,6 +116,10 @@ def _read_job(args: argparse.Namespace) -> jobs.Job:
         if _names_a_picture(args.prompt):
             raise ValueError(f'the prompt is the name of a picture, {args.prompt}: use ldm img2img PICTURE "PROMPT"')
         asked["prompt"] = args.prompt
+    if args.prompts is not None:
+        if args.prompt is not None:
+            raise ValueError(f"give one prompt, or --prompts with one for each picture, not both: {args.prompt!r}")
+        asked = {"images": len(args.prompts)} | asked | {"prompt": tuple(args.prompts)}
     if getattr(args, "image", None) is not None:
         source["image"] = args.image
     if "strength" in source:
@@ -123,7 +128,7 @@ def _read_job(args: argparse.Namespace) -> jobs.Job:
     if (controls := read_controls(args, recorded.request.controls if recorded else ())) is not None:
         asked["controls"] = controls
     if recorded is None:
-        if args.prompt is None:
+        if "prompt" not in asked:
             words = "a picture and a prompt" if hasattr(args, "image") else "a prompt in quotes"
             words = "a picture, a mask and a prompt" if hasattr(args, "mask") else words
             raise ValueError(f"give {words}, or --from a picture that ldm made")
@@ -146,7 +151,8 @@ def _read_job(args: argparse.Namespace) -> jobs.Job:
             raise ValueError(f"{args.repeated} was made from a prompt alone: name a picture to start from")
         asked["source"] = dataclasses.replace(request.source or Source(**source), **source)
     if asked and picture is not None:  # a changed request: one picture, from the noise of the recorded one
-        request = dataclasses.replace(request, seed=request.seed + picture, images=1)
+        prompt = request.prompts[picture % len(request.prompts)]
+        request = dataclasses.replace(request, prompt=prompt, seed=request.seed + picture, images=1)
         picture = None
     remembered = dict(record.placement)
     if placed.get("compile") or ("device" in placed and not placed["device"].startswith("cpu")):
