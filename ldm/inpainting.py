@@ -21,12 +21,21 @@ from ldm.request import Plan
 
 
 def start(pipe: Any, plan: Plan) -> Tensor:
-    """Return x at the level plan.sigmas[0], b c h w. At strength 1 it is pure noise, unlike in image to image."""
+    """Return x at the level plan.sigmas[0], b c h w: the latents of the picture plus noise.
+
+    At strength 1 it is noise alone, unlike in image to image. Gray parts of the mask are no exception in an inpainting
+    model; in a text-to-image model they start from the picture, because they are kept at first.
+    """
     _, noise, _ = _draws(plan)
-    if plan.request.source is not None and plan.request.source.from_noise:
-        return samplers.start(noise, plan.sigmas[0], sampler=plan.sampler, spacing=plan.spacing)
+    pure = samplers.start(noise, plan.sigmas[0], sampler=plan.sampler, spacing=plan.spacing)
+    mask = fit_mask(plan.request.region, *plan.latent_shape[1:])
+    gray = (mask > 0) & (mask < 1)
+    from_noise = plan.request.source is not None and plan.request.source.from_noise
+    if from_noise and (pipe.config.inpaints or not gray.any()):
+        return pure
     known = _known(pipe, plan)
-    return known + float(plan.sigmas[0]) * noise.to(known)
+    x = known + float(plan.sigmas[0]) * noise.to(known)
+    return torch.where(gray.to(x.device), x, pure.to(x)) if from_noise else x
 
 
 def bound(pipe: Any, plan: Plan, bind: Bind) -> Bind:

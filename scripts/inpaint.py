@@ -57,10 +57,12 @@ def main() -> None:
     known = vae.encode(image).sample(draw().to(args.device))
     mask = fit_mask(region, *plan.latent_shape[1:]).to(args.device)
 
-    # The start: pure noise at strength 1, else the picture and noise of the first level.
+    # The start: the picture and noise of the first level. At strength 1 it is noise alone, except for gray parts.
     noise, _ = draw().to(args.device), draw()  # inpainting models use the second draw
     schedule, sigmas = NoiseSchedule.from_config(config.diffusion), plan.sigmas
-    x = to_ve(noise, sigmas[0]) if args.strength == 1 else known + float(sigmas[0]) * noise
+    x = known + float(sigmas[0]) * noise
+    if args.strength == 1:
+        x = torch.where((mask > 0) & (mask < 1), x, to_ve(noise, sigmas[0]))
 
     # The UNet with its conditions, guided, as a denoiser (x, sigma) -> x0, which keeps the known latents.
     network = guided(unet.bind, conditions, classifier_free(plan.guidance_scale))
@@ -70,7 +72,7 @@ def main() -> None:
         x = step.x
 
     # The new pixels, where the mask repaints, on the old picture.
-    save_png(region.paste(to_pil(vae.decode(x)))[0], args.out)
+    save_png(region.paste(to_pil(vae.decode(x.contiguous())))[0], args.out)
 
 
 main()
