@@ -224,6 +224,8 @@ def encoder_of(tensors: Tensors, place: Place) -> tuple[Shapes, UNetConfig, Mode
             + ", ".join(NAMES.values())
         )
     down = [shapes.depth(f"down.{i}") for i in range(levels * per_level)]
+    per_block = [tuple(down[i + 1 : i + per_level]) for i in range(0, len(down), per_level)]
+    depth = tuple(blocks[0] if len(set(blocks)) == 1 else blocks for blocks in per_block)
     middle: Literal["full", "residual", "none"] = "full" if shapes.depth("mid") else "residual"
     if "mid.res_in.norm1.weight" not in shapes:
         middle = "none"
@@ -232,7 +234,8 @@ def encoder_of(tensors: Tensors, place: Place) -> tuple[Shapes, UNetConfig, Mode
         in_channels=inputs,
         channels=channels,
         res_blocks=res_blocks,
-        depth=tuple(tuple(down[i + 1 : i + per_level]) for i in range(0, len(down), per_level)),
+        depth=depth,
+        up_depth=None if all(isinstance(d, int) for d in depth) else (0,) * levels,  # an encoder has none
         mid=middle,
         mid_depth=shapes.depth("mid"),
         heads=(8,) * levels if family[0] is SD15 else tuple(max(c // 64, 1) for c in channels),

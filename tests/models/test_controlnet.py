@@ -102,7 +102,9 @@ def test_a_pooled_controlnet_averages_its_outputs_and_acts_on_the_prompt_only(in
 def test_each_picture_may_have_its_own_hint(inputs, config):
     unet, (condition, _), z, timesteps = inputs
     network, two = random_controlnet(config), torch.cat([hint(), hint(6)])
-    both = Controlled(unet, [Applied(network, two)]).bind(condition.repeat(2))(torch.cat([z, z]), timesteps.repeat(2))
+    both = Controlled(unet, [Applied(network, two)]).bind(join([condition, condition]))(
+        torch.cat([z, z]), timesteps.repeat(2)
+    )
     for i in range(2):
         alone = Controlled(unet, [Applied(network, two[i : i + 1])]).bind(condition)(z, timesteps)
         assert close(both[i : i + 1], alone)
