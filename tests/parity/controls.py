@@ -68,7 +68,7 @@ def theirs(pipe: Any, request: ldm.Request, **options: Any) -> np.ndarray:
     own = kind.from_pipe(pipe, controlnet=networks if len(networks) > 1 else networks[0])
     own.set_progress_bar_config(disable=True)
     options |= {
-        image: _one_or_all([[control.image] * request.images for control in controls]),
+        image: _one_or_all([control.image for control in controls]),
         "controlnet_conditioning_scale": _one_or_all([control.weight for control in controls]),
         "control_guidance_start": _one_or_all([control.start for control in controls]),
         "control_guidance_end": _one_or_all([control.end for control in controls]),
