@@ -32,8 +32,9 @@ def slow_but(names, quick):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [0, 2], ids=["plain", "shuffle"])
-@pytest.mark.parametrize("name", slow_but(FAMILIES, ("sd15", "sdxl-base")))
+@pytest.mark.parametrize("name", FAMILIES)
 def test_the_residuals_equal_those_of_diffusers(name, kind, nets):
     ours, theirs = load_controlnet(nets(name)[kind]), diffusers.ControlNetModel.from_pretrained(nets(name)[kind])
     torch.manual_seed(0)

@@ -186,7 +186,7 @@ def made(pipe, request):
 
 @pytest.mark.parametrize(
     "change",
-    sparse([{}, {"guidance_scale": 1.0}, {"guidance_scale": 12.3, "steps": 7}, {"seed": 5, "images": 1}], 2),
+    sparse([{}, {"guidance_scale": 1.0}, {"guidance_scale": 12.3, "steps": 7}, {"seed": 5, "images": 1}], 4),
     ids=str,
 )
 def test_a_latent_consistency_model_makes_the_pictures_of_diffusers(lcm, change):
