@@ -175,6 +175,7 @@ def pixels(path):
 ONE = ("--controlnet", "one", "--control", "in.png")
 
 
+@pytest.mark.slow
 def test_each_option_reaches_its_controlnet_and_the_record_repeats_the_picture(run, model_folder):
     more = ("--control-weight", "0.5", "--controlnet", "two", "--control", "in.png")
     more += ("--control-from", "0.25", "--control-to", "0.75", "--control-guess")
@@ -193,6 +194,7 @@ def test_each_option_reaches_its_controlnet_and_the_record_repeats_the_picture(r
     assert np.array_equal(pixels("out.png"), pixels("b.png"))
 
 
+@pytest.mark.slow
 def test_options_beside_from_change_or_replace_the_controlnet(run):
     run("txt2img", "a frog", *ONE, "--out", "a.png")
     run("txt2img", "--from", "a.png", "--control-weight", "0.5", "--out", "b.png")
@@ -212,6 +214,7 @@ def test_options_beside_from_change_or_replace_the_controlnet(run):
         ("one/config.json", "one is not the controlnet that made the picture; to use it all the same, name it with "),
     ],
 )
+@pytest.mark.slow
 def test_a_changed_file_of_a_record_is_refused_unless_it_is_named(run, changed, message, tmp_path):
     run("txt2img", "a frog", *ONE, "--out", "a.png")
     if changed == "in.png":

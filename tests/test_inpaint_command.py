@@ -54,6 +54,7 @@ FROG = ("in.png", "mask.png", "a frog", "--steps", "3")
     ],
     ids=["mask", "late words", "strength", "feather and crop", "extend", "late prompt"],
 )
+@pytest.mark.slow
 def test_the_command_makes_the_picture_of_the_pipeline_and_reports_the_mask(words, mask, strength, run, pipe):
     code, out, err = run("inpaint", *words, "--json")
     settings = json.loads(out)["settings"]
@@ -81,6 +82,7 @@ def test_a_picture_is_repeated_from_its_record_bit_for_bit(run):
     assert {"model", "source", "mask"} == record["sha256"].keys()
 
 
+@pytest.mark.slow
 def test_options_beside_from_change_the_mask_and_the_picture(run):
     run("inpaint", *FROG, "--out", "a.png")
     painted(box=(0, 0, 8, 8)).save("other.png")

@@ -265,6 +265,7 @@ def pixels(path):
         return np.asarray(picture)
 
 
+@pytest.mark.slow
 def test_the_command_refines_and_repeats_the_picture_bit_for_bit(run, folders):
     models = ("--model", str(folders / "base"), "--refiner", str(folders / "refiner"))
     words = ("a frog", "--steps", "10", "--device", "cpu", "--no-packed", "--seed", "3", "--images", "2")

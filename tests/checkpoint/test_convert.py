@@ -105,6 +105,7 @@ def test_a_target_whose_name_does_not_suit_the_layout_is_refused(layout, name, m
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_nothing_is_overwritten_unasked_and_what_is_overwritten_is_replaced_whole(model, tmp_path):
     file = tmp_path / "file.safetensors"
     write(file, model, official_tensors(model))

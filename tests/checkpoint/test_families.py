@@ -99,6 +99,7 @@ def test_what_a_saved_pipeline_cannot_know_is_neutral(tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_the_averaged_copy_is_read_when_asked_for_and_left_out_otherwise(tmp_path):
     model = small_model("sd15")
     tensors = official_tensors(model)

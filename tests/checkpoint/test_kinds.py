@@ -198,6 +198,7 @@ def test_what_version_0_1_padded_wrongly_is_read_with_a_note_and_converted_right
     assert load(new).text_encoder.towers[0].tokenize(["a"])[0, -1] == 0
 
 
+@pytest.mark.slow
 def test_metadata_of_300_000_values_loads(tmp_path):
     tags = json.dumps({f"tag {i}": i for i in range(300_000)})
     path = write_hollow(tmp_path / "m", official_shapes("sd15"), {"ss_tag_frequency": tags})

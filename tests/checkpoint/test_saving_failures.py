@@ -160,6 +160,7 @@ def test_a_full_disk_leaves_the_old_model_and_no_litter(layout, last, saved, sma
     assert same(load(saved), small)
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one(small, other, tmp_path, monkeypatch):
     save(small, tmp_path / "model")
     (tmp_path / "model/README.md").write_text("a model card")

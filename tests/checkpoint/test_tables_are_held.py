@@ -106,6 +106,7 @@ def test_every_map_is_what_it_was_where_the_networks_were_compared(name, keys):
     assert digest(keys[network], rules) == wanted
 
 
+@pytest.mark.slow
 def test_no_rule_can_be_dropped_doubled_or_swapped_without_being_told(keys):
     found = {id(rules): rules for _, all_rules, _ in MAPS.values() for rules in lists(all_rules)}
     untold, count = [], 0

@@ -261,6 +261,7 @@ def test_a_model_that_a_user_holds_is_wrapped_and_computes_the_same(kind, tokeni
     assert encoder.towers[0].norm.weight is getattr(model, "text_model", model).final_layer_norm.weight  # shared
 
 
+@pytest.mark.slow
 def test_sdxls_two_models_are_wrapped_together_and_its_refiners_alone(tokenizer):
     configs = [small(KINDS["sdxl, first"]), small(KINDS["sdxl, second"])]
     models = [transformers_model(config) for config in configs]

@@ -82,6 +82,7 @@ def test_pictures_equal_those_of_diffusers(name, label, both):
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_they_stay_equal_whatever_is_asked(sampler, change, both):
     request = compare.requests("sd15", images=1)[f"10 {sampler} leading"]
     assert_equal_pictures(*both("sd15"), dataclasses.replace(request, **({"steps": 4} | change)))
@@ -104,6 +105,7 @@ def test_clip_skip_is_two_more_than_that_of_diffusers_for_sdxl(skip, both):
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl-base"])
+@pytest.mark.slow
 def test_a_picture_follows_clip_skip(name, both):
     ours = both(name)[0]
     request = compare.requests("sd15", images=1)["10 euler leading"]

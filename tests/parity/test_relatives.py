@@ -68,6 +68,7 @@ def test_diffusers_and_we_build_the_same_network_from_the_published_config(name)
 
 @pytest.mark.parametrize("style", ["ldm", "diffusers"])
 @pytest.mark.parametrize("name", OURS)
+@pytest.mark.slow
 def test_a_single_file_tells_the_same_network_by_its_names_and_shapes(name, style):
     with torch.device("meta"):
         state = UNet(OURS[name]).state_dict()
@@ -78,6 +79,7 @@ def test_a_single_file_tells_the_same_network_by_its_names_and_shapes(name, styl
 
 
 @pytest.mark.parametrize("name", sparse(PUBLISHED, 2))
+@pytest.mark.slow
 def test_a_folder_of_diffusers_gives_a_unet_that_computes_the_same(name, tmp_path):
     torch.manual_seed(0)
     theirs = UNet2DConditionModel(**narrow(PUBLISHED[name])).eval()

@@ -73,6 +73,7 @@ def test_a_latent_consistency_model_makes_the_same_picture_from_a_picture(both):
     ),
     ids=["strength 1", "two pictures", "another size", "7 steps", "trailing"],
 )
+@pytest.mark.slow
 def test_from_a_picture_they_stay_equal_whatever_is_asked(sampler, change, both):
     request = dataclasses.replace(from_picture(sampler, steps=10), **change)
     assert_equal_from_a_picture(both, "sd15", request)
@@ -96,6 +97,7 @@ QUICK_WITH_MASK = {("sd15", "dpmpp_2m", 4), ("sd15", "euler_ancestral", 9)}
     ],
 )
 @pytest.mark.parametrize("strength", [1.0, pytest.param(0.6, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_picture_with_a_new_part_equals_that_of_diffusers(name, sampler, channels, strength, both, wide):
     ours, theirs = wide(name) if channels == 9 else both(name)
     asked = tenants.with_mask(sampler, strength, steps=5)

@@ -372,6 +372,7 @@ def test_sd15_at_512_fits_two_gib_moved_and_a_third_of_that_streamed():
     assert activations + parts < 600
 
 
+@pytest.mark.slow
 def test_sdxl_at_1024_fits_half_of_four_gib_streamed():
     activations, whole, parts = peaks(SDXL_BASE, 1024)
     assert whole == pytest.approx(4897.0, abs=0.1)

@@ -207,6 +207,7 @@ def test_the_official_autoencoder_in_fp16_within_a_budget(direction, size, budge
 
 
 @pytest.mark.parametrize("part", sparse([0.2, 0.4, 0.9], 3))
+@pytest.mark.slow
 def test_memory_stays_within_any_budget_that_the_attention_does_not_exceed(part):
     vae = random_vae(NARROW)
     latents, images = pictures(NARROW, 32, 24)

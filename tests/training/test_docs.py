@@ -94,6 +94,7 @@ def test_both_folders_of_the_example_are_read(tmp_path):
     assert sorted(caption for _, caption in by_list.items) == sorted(row[2] for row in rows)
 
 
+@pytest.mark.slow
 def test_the_code_trains_a_small_sdxl(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save(Model(TINY_SDXL, *random_networks(TINY_SDXL)), "my_sdxl")

@@ -142,6 +142,7 @@ def test_a_changed_recipe_does_not_touch_the_run_in_its_folder(pictures):
     assert {path: path.read_bytes() for path in (pictures / "vae").rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_a_run_may_be_moved_made_longer_and_sampled_with_other_prompts(pictures):
     run(recipe(pictures, VAE_TOML), CPU)
     run(recipe(pictures, LDM_TOML), CPU)
