@@ -8,7 +8,7 @@
 3. Every sprite is compared with the picture in every size and place, at 32 x 32 pixels. Its score is the part of the
    picture's squared difference from the ground that the sprite explains.
 4. The best sprites are drawn on the ground at 64 x 64 pixels. The best product of score and likeness decides.
-5. For the next object, the pixels of the objects that are already found have no weight.
+5. Before the next object is looked for, the found one is replaced with the ground.
 """
 
 import itertools
@@ -32,12 +32,13 @@ GRID, COARSE, FINE = 16, 32, 64  # pixels: sides of the pictures for the ground,
 EXAMPLES = 32  # of each ground
 CONTRASTS = (0.75, 1.0, 1.25)
 CUTOFF = 0.4  # colors are in [-1, 1]; a pixel that differs more from an example is not part of that ground
+BORDER = 3.0  # weight of the pixels at the border when grounds are compared, because few objects reach it
 NOISE = 0.1  # a smaller difference from the ground is noise
 GAIN = (0.7, 1.4)  # the least and the largest contrast of an object, if its sprite's contrast is 1
 BEST = 20  # sprites to draw at FINE pixels
 LARGEST = 0.65  # side of one of several objects / side of the picture; a larger sprite would explain two objects
 MARGIN = 3  # pixels around a sprite in which the picture must show the ground
-LEAST = 0.5  # an object with less likeness is not recognized; on most empty grounds the likeness is smaller
+LEAST = 0.55  # an object with less likeness is not recognized; on most empty grounds the likeness is smaller
 
 
 class Found(NamedTuple):
@@ -93,6 +94,7 @@ class Checker:
         self.weights = 1 / (1 + grounds.var(1).mean(1) / NOISE**2)  # g h w
         examples = [(_shrink(grounds.flatten(0, 1), GRID) * contrast).clamp(-1, 1) for contrast in CONTRASTS]
         self.examples = torch.stack(examples)  # contrast (g e) c h w
+        self.importance = F.pad(torch.ones(GRID - 2, GRID - 2), (1, 1, 1, 1), value=BORDER)
 
         self.painter = Painter(sprites, FINE)
         sides = [round(COARSE * size * f) for size in (*SIZES.values(), GROUP_SIZE) for f in (0.96, 1.04)]
@@ -103,7 +105,7 @@ class Checker:
             template[:, :side, :side] = self._sprite(style, name, side)
         color, alpha = drawn[:, :3], drawn[:, 3:]
         squares = torch.cat([alpha.square(), -2 * alpha * color, color.square().sum(1, keepdim=True)], dim=1)
-        self.spectra, self.square_spectra = torch.fft.rfft2(drawn).conj(), torch.fft.rfft2(squares).conj()
+        self.spectra, self.square_spectra = (torch.fft.rfft2(x).conj().resolve_conj() for x in (drawn, squares))
 
     def _sprite(self, style: str, name: str, side: int) -> Tensor:
         """Return color times alpha, and alpha: 4 h w."""
@@ -115,25 +117,25 @@ class Checker:
         """Return the ground of `picture` and as many objects as are expected."""
         pixels = to_tensor(picture.convert("RGB").resize((FINE, FINE), Image.Resampling.LANCZOS))[0]
         difference = (_shrink(pixels, GRID) - self.examples).square().sum(2)  # contrast (g e) h w
-        nearness = (1 - difference / CUTOFF**2).clamp(min=0).mean((2, 3))
+        nearness = ((1 - difference / CUTOFF**2).clamp(min=0) * self.importance).sum((2, 3))
         contrast, example = divmod(int(nearness.argmax()), nearness.shape[1])
         ground = example // EXAMPLES
         mean, weight = self.means[ground], self.weights[ground]
         view = _View(pixels / CONTRASTS[contrast] - mean, mean, weight)
 
-        free, found = weight.clone(), list[Found]()
+        found = []
         for _ in range(objects):
-            candidates = self._candidates(view._replace(weight=free), found, LARGEST if objects > 1 else 1)
+            candidates = self._candidates(view, LARGEST if objects > 1 else 1)
             best = max(candidates, key=lambda place: candidates[place] * self._likeness(view, place))
             place = max(_neighbors(best), key=lambda place: self._likeness(view, place))
             likeness = self._likeness(view, place)
             x, y, size = place.left + place.side / 2, place.top + place.side / 2, place.side
             name = place.name if likeness > LEAST else "nothing"
             found.append(Found(name, place.style, x / FINE, y / FINE, size / FINE, likeness))
-            free[place.spot()] *= (1 - self._sprite(*place[:3])[3]).square()
+            view.rest[:, *place.spot()] *= 1 - self._sprite(*place[:3])[3]
         return Seen(list(GROUNDS)[ground], tuple(found))
 
-    def _candidates(self, view: _View, found: Sequence[Found], largest: float) -> dict[_Place, float]:
+    def _candidates(self, view: _View, largest: float) -> dict[_Place, float]:
         """Return the sprites with the best scores, each in its best place, and their scores.
 
         On a ground g, a sprite makes the difference e = alpha color - alpha g. With the contrast k, it explains the
@@ -150,9 +152,6 @@ class Checker:
         starts = torch.arange(COARSE)
         leaves = starts > COARSE - self.sides  # t x: the sprite would leave the picture
         scores.masked_fill_(leaves[:, :, None] | leaves[:, None, :], -math.inf)
-        for other in found:  # another object cannot have its center there
-            y, x = ((starts + self.sides / 2 - COARSE * center).square() for center in (other.y, other.x))
-            scores.masked_fill_(y[:, :, None] + x[:, None, :] < (COARSE * other.size / 2) ** 2, -math.inf)
         score, index = scores.flatten(1).max(1)
         score.masked_fill_(self.sides[:, 0] > largest * COARSE, -math.inf)
         result, f = {}, FINE // COARSE

@@ -1,5 +1,8 @@
 """The kernel distance between two sets of pictures (KID, Binkowski et al. 2018), in the features of a VAE's encoder.
 
+The paper takes the pooled features of the Inception network, which is trained on photographs. Here, they come from the
+encoder of the model's own VAE, which knows emoji and needs no download. Compare only models with the same VAE.
+
 KID is independent of the checker of `ldm.training.checker`: it looks at the pictures alone, not at their prompts, and
 becomes large for blur, noise and missing variety, too. It is an estimate of a squared distance: about 0, also slightly
 below 0, for two sets of pictures of the same kind.
@@ -18,15 +21,16 @@ from ldm.models.vae import VAE
 
 BLOCK = 100  # pictures; the distance is measured in blocks of this size, as the paper does
 BATCH = 32  # pictures that the encoder sees at a time
-CELLS = 4  # the picture is divided into CELLS x CELLS parts, so that the layout counts
 
 
 @torch.no_grad()
 def features(vae: VAE, pictures: Sequence[Image.Image]) -> Tensor:
-    """Return n d: the mean and the standard deviation of the encoder's last level in each part of the picture.
+    """Return n d: the mean and the standard deviation of each channel that the encoder's last convolution reads.
 
-    The last level is the deepest one with many channels; the layers behind it shrink them to the latents. The mean
-    tells what is where, and the standard deviation, which blur lowers, how detailed it is.
+    These channels are the deepest ones before the latents, and normalized. Over the whole picture, their mean tells
+    which colors and textures there are, and their standard deviation, which blur lowers, how detailed they are. Like
+    the features of the paper, they do not tell where something is. Features of each part of the picture found blur
+    less surely, because they vary more between pictures.
     """
     weight, found = next(vae.parameters()), []
     for start in range(0, len(pictures), BATCH):
@@ -34,24 +38,27 @@ def features(vae: VAE, pictures: Sequence[Image.Image]) -> Tensor:
         h = vae.encoder.conv_in(batch.to(weight))
         for level in vae.encoder.levels:
             h = level(h)
-        mean, square = (F.adaptive_avg_pool2d(x.float(), CELLS) for x in (h, h.square()))
-        deviation = (square - mean.square()).clamp(min=0).sqrt()
-        found.append(torch.cat([mean, deviation], dim=1).flatten(1).cpu())
+        h = F.silu(vae.encoder.norm_out(vae.encoder.mid(h))).float()
+        found.append(torch.cat([h.mean((2, 3)), h.std((2, 3))], dim=1).cpu())
     return torch.cat(found)
 
 
-def kid(first: Tensor, second: Tensor) -> tuple[float, float]:
+def kid(made: Tensor, true: Tensor) -> tuple[float, float]:
     """Return the distance of two sets of features, n d, and its standard error over the blocks.
 
-    The distance of a block is the unbiased estimate of MMD^2 with the kernel (x.y / d + 1)^3 (section 4 of the paper).
+    All features are first standardized with the mean and the standard deviation of `true`: without a common scale, the
+    kernel would see only the features with the largest values. The distance of a block is the unbiased estimate of
+    MMD^2 with the kernel (x.y / d + 1)^3 (section 4 of the paper).
     Raises ValueError for sets of different sizes, and for less than two blocks of pictures.
     """
-    if len(first) != len(second) or len(first) < 2 * BLOCK:
+    if len(made) != len(true) or len(made) < 2 * BLOCK:
         raise ValueError(
-            f"KID compares two equal sets of at least {2 * BLOCK} pictures, got {len(first)} and {len(second)}"
+            f"KID compares two equal sets of at least {2 * BLOCK} pictures, got {len(made)} and {len(true)}"
         )
-    starts = range(0, len(first) - BLOCK + 1, BLOCK)
-    found = torch.stack([_mmd2(*(side[i : i + BLOCK].double() for side in (first, second))) for i in starts])
+    mean, deviation = true.double().mean(0), true.double().std(0).clamp(min=1e-6)
+    x, y = ((side.double() - mean) / deviation for side in (made, true))
+    starts = range(0, len(x) - BLOCK + 1, BLOCK)
+    found = torch.stack([_mmd2(x[i : i + BLOCK], y[i : i + BLOCK]) for i in starts])
     return found.mean().item(), found.std().item() / math.sqrt(len(found))
 
 

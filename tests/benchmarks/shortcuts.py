@@ -40,7 +40,7 @@ SHORTCUTS = {  # fields of the Request; arguments of DeepCache, or None
     "10 steps, guidance in (0.5, 20]": ({"steps": 10, "guidance_interval": (0.5, 20)}, None),
 }
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-NTH = 4  # take every fourth prompt of `ldm evaluate`
+NTH = 7  # take every seventh prompt of `ldm evaluate`; styles and properties repeat after 2, 4 and 8 prompts
 
 
 @contextmanager

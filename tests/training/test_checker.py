@@ -9,7 +9,7 @@ from PIL import Image, ImageFilter
 from ldm.training.checker import Checker
 from ldm.training.grounds import GROUNDS
 from ldm.training.objects import FLUENT, FONT, emoji_sprites
-from ldm.training.scenes import PLACES, SIZES, Painter, Scene
+from ldm.training.scenes import COUNTS, PLACES, SIZES, Painter, Scene
 from tests.training.drawn import drawn_sprites
 
 SPRITES = drawn_sprites()
@@ -79,6 +79,24 @@ def test_two_objects_are_seen_apart(checker):
     found = {f.name: f for f in checker.look(picture, 2).objects}
     assert set(found) == {"apple", "box"}
     assert found["apple"].y < found["box"].y - 0.3
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("name", ["apple", "bar"])  # the gap between two bars could be taken for a bar
+def test_equal_objects_are_each_found_once(checker, name, count):
+    number = len(COUNTS[count])
+    *found, extra = checker.look(draw(Scene((name,), "white", "3D", count=count), 128), number + 1).objects
+    assert [one.name for one in found] == [name] * number
+    assert extra.name != name
+    for center in COUNTS[count]:
+        assert min(math.dist(center, (one.x, one.y)) for one in found) < 0.1  # a quarter of the distance
+
+
+def test_many_red_objects_are_no_red_ground(checker):
+    picture = draw(Scene(("apple",), "grass", "flat", count="four"), 128, seed=1)
+    for contrast in (0.7, 1):
+        faded = picture.point(lambda level, contrast=contrast: 128 + (level - 128) * contrast)
+        assert checker.look(faded).ground == "grass"
 
 
 @pytest.mark.slow

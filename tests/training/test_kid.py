@@ -16,9 +16,10 @@ from ldm.training.vae import init
 from tests.training.drawn import drawn_sprites
 
 
-def test_the_distance_is_the_unbiased_estimate_of_the_paper_in_each_block(monkeypatch):
+def test_the_distance_is_the_unbiased_estimate_of_the_paper_in_each_block_of_standardized_features(monkeypatch):
     monkeypatch.setattr(module, "BLOCK", 3)
-    a, b = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0)).double()
+    made, true = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0)).double() * 100 + 7
+    a, b = ((side - true.mean(0)) / true.std(0) for side in (made, true))
 
     def kernel(x, y):
         return ((x * y).sum().item() / 5 + 1) ** 3
@@ -28,9 +29,13 @@ def test_the_distance_is_the_unbiased_estimate_of_the_paper_in_each_block(monkey
         x, y = a[start : start + 3], b[start : start + 3]
         own = sum(kernel(s[i], s[j]) for s in (x, y) for i, j in itertools.permutations(range(3), 2)) / 6
         blocks.append(own - 2 * sum(kernel(p, q) for p in x for q in y) / 9)
-    mean, error = kid(a, b)
+    mean, error = kid(made, true)
     assert mean == pytest.approx(sum(blocks) / 2)
     assert error == pytest.approx(abs(blocks[0] - blocks[1]) / 2)
+
+
+def test_a_feature_that_never_varies_is_no_obstacle():
+    assert kid(torch.ones(200, 2), torch.ones(200, 2)) == (0, 0)
 
 
 def test_sets_of_other_sizes_are_refused():
@@ -52,7 +57,7 @@ def test_true_pictures_are_nearer_than_blurred_ones_and_these_nearer_than_noise(
         "noise": [Image.fromarray(noise.integers(256, size=(32, 32, 3), dtype=np.uint8)) for _ in range(40)],
     }
     known = features(vae, pictures[:40])
-    assert known.shape == (40, 2 * 16 * 16)
-    found = {name: kid(known, features(vae, shown)) for name, shown in changed.items()}
+    assert known.shape == (40, 2 * 16)
+    found = {name: kid(features(vae, shown), known) for name, shown in changed.items()}
     assert found["true"][0] < found["blurred"][0] < found["noise"][0]
     assert abs(found["true"][0]) < 4 * found["true"][1] + 1e-6
