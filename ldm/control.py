@@ -28,7 +28,7 @@ from ldm.diffusion.denoiser import Denoiser
 from ldm.geometry import fit
 from ldm.images import to_tensor
 from ldm.models.controlnet import Applied, Controlled, ControlNet
-from ldm.pictures import read_picture, to_rgb
+from ldm.pictures import read_picture
 
 if TYPE_CHECKING:
     from ldm.pipeline import Pipeline
@@ -66,7 +66,7 @@ def read(control: "Control") -> Image.Image:
             "canny needs OpenCV, which is not installed: install the extra with pip install 'ldm[control]', or give a "
             "picture of the edges"
         )
-    return to_rgb(control.image) if isinstance(control.image, Image.Image) else read_picture(control.image)
+    return read_picture(control.image)
 
 
 def canny(picture: Image.Image, low: int = 100, high: int = 200) -> Image.Image:

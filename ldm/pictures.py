@@ -87,9 +87,11 @@ def open_picture(path: str | Path) -> Iterator[Image.Image]:
         raise ValueError(f"the picture {path} cannot be read: {reason}") from error
 
 
-def read_picture(path: str | Path) -> Image.Image:
-    """Read the picture file at `path` as 8-bit RGB, as `to_rgb` does. Raises ValueError as `open_picture` does."""
-    with open_picture(path) as picture:
+def read_picture(image: str | Path | Image.Image) -> Image.Image:
+    """Read a file or a PIL picture as 8-bit RGB, as `to_rgb` does. Raises ValueError as `open_picture` does."""
+    if isinstance(image, Image.Image):
+        return to_rgb(image)
+    with open_picture(image) as picture:
         return to_rgb(picture)
 
 

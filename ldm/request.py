@@ -92,9 +92,9 @@ class Source:
     @cached_property
     def picture(self) -> Image.Image:
         """The picture as 8-bit RGB. Raises ValueError if it cannot be read."""
-        from ldm.pictures import read_picture, to_rgb  # only image to image needs it
+        from ldm.pictures import read_picture  # only image to image needs it
 
-        return to_rgb(self.image) if isinstance(self.image, Image.Image) else read_picture(self.image)
+        return read_picture(self.image)
 
     @property
     def from_noise(self) -> bool:

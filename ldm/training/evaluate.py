@@ -57,7 +57,7 @@ def fixed_scenes(concepts: Sequence[str], styles: Sequence[str], each: int = 64)
         found["object"].append(scene(i + i // n, (name,), unseen=i % 4 >= 2))
     countable = [name for name in concepts if name not in MANY | MASS]
     for i in range(each):
-        found["size"].append(scene(i, (concepts[3 * i % n],), size=turn({"small": 0, "big": 0}, i)))
+        found["size"].append(scene(i, (concepts[3 * i % n],), size=turn(SIZES, i)))
         found["place"].append(scene(i, (concepts[(3 * i + 1) % n],), place=turn(PLACES, i)))
         first, unseen = concepts[(3 * i + 2) % n], i % 4 == i // 4 % 4
         others = [concepts[(3 * i + 3 + (i + step) % (n - 1)) % n] for step in range(n - 1)]
