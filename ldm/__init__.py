@@ -1,12 +1,15 @@
 """Latent diffusion from scratch in pure PyTorch."""
 
 from ldm.config import ModelConfig
+from ldm.control import Control
 from ldm.loading import load
 from ldm.pipeline import Pipeline
 from ldm.placement.memory import Placement
 from ldm.presets import PRESETS, SD15, SD21, SD21_BASE, SD_TURBO, SDXL_BASE, SDXL_REFINER, SDXL_TURBO, TINY
 from ldm.refiner import refine
-from ldm.request import Control, Mask, Request, Sizes, Source
+from ldm.request import Request
+from ldm.sizes import Sizes
+from ldm.source import Mask, Source
 
 __version__ = "0.1.0"  # pyproject.toml reads it from here
 

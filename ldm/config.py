@@ -13,6 +13,7 @@ from ldm.diffusion.denoiser import Prediction
 from ldm.diffusion.schedule import BetaSchedule, Spacing
 
 Layout = Literal["ldm", "diffusers"]  # of a saved model: one official file, or a folder
+LARGEST_SIDE = 2**16  # the most pixels of a side of a picture
 
 
 def option(default: Any, help: str, flag: str | None = None, *, low: float = -math.inf, high: float = math.inf) -> Any:

@@ -13,9 +13,11 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -23,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.conditioning import Condition
-from ldm.config import check_fields
+from ldm.config import check_fields, option
 from ldm.diffusion.denoiser import Denoiser
 from ldm.geometry import fit
 from ldm.images import to_tensor
@@ -32,23 +34,45 @@ from ldm.pictures import read_picture
 
 if TYPE_CHECKING:
     from ldm.pipeline import Pipeline
-    from ldm.request import Control, Plan
+    from ldm.request import Plan
 
 
-def check(control: "Control") -> None:
-    """Raise ValueError for a field of another type, and for a share of the steps that is empty."""
-    check_fields(control)
-    if not isinstance(control.model, str | Path):
-        raise ValueError(f"a ControlNet is named by its path, a str or a Path, got {control.model!r}")
-    if not isinstance(control.image, str | Path | Image.Image):
-        raise ValueError(f"the control must be the path of a picture or a PIL picture, got {control.image!r}")
-    if not control.start < control.end:
-        raise ValueError(
-            f"a ControlNet must end after it begins, got the shares {control.start} and {control.end} of the steps"
-        )
+@dataclass(frozen=True)
+class Control:
+    """A ControlNet, and the picture that it follows."""
+
+    model: str | Path  # a file or folder, or a name in `Pipeline.controlnets`
+    image: str | Path | Image.Image = dataclasses.field(hash=False)  # a file, or a picture, as `Source.image`
+    weight: float = option(1.0, "factor of what the ControlNet adds to the UNet")
+    start: float = option(0.0, "share of the steps at which the ControlNet begins", "--control-from", low=0, high=1)
+    end: float = option(1.0, "share of the steps at which it ends", "--control-to", low=0, high=1)
+    guess: bool = option(False, "follow the picture also without a prompt: guess mode")
+    detector: Literal["canny"] | None = None  # draws the hint from the picture; None: the picture is the hint
+
+    def __post_init__(self) -> None:
+        """Check the fields. Raises ValueError also if `start` and `end` leave no share of the steps."""
+        check_fields(self)
+        if not isinstance(self.model, str | Path):
+            raise ValueError(f"a ControlNet is named by its path, a str or a Path, got {self.model!r}")
+        if not isinstance(self.image, str | Path | Image.Image):
+            raise ValueError(f"the control must be the path of a picture or a PIL picture, got {self.image!r}")
+        if not self.start < self.end:
+            raise ValueError(
+                f"a ControlNet must end after it begins, got the shares {self.start} and {self.end} of the steps"
+            )
+
+    @cached_property
+    def picture(self) -> Image.Image:
+        """The picture as 8-bit RGB. Raises ValueError if it cannot be read, and for "canny" without OpenCV."""
+        if self.detector == "canny" and find_spec("cv2") is None:
+            raise ValueError(
+                "canny needs OpenCV, which is not installed: install the extra with pip install 'ldm[control]', or "
+                "give a picture of the edges"
+            )
+        return read_picture(self.image)
 
 
-def hint(control: "Control", width: int, height: int) -> Tensor:
+def hint(control: Control, width: int, height: int) -> Tensor:
     """Return the hint: 1 3 h w in [0, 1].
 
     Raises ValueError as `Control.picture` does.
@@ -57,16 +81,6 @@ def hint(control: "Control", width: int, height: int) -> Tensor:
     if control.detector == "canny":
         picture = canny(picture)
     return (to_tensor(picture) + 1) / 2
-
-
-def read(control: "Control") -> Image.Image:
-    """Return the picture as 8-bit RGB. Raises ValueError if it cannot be read, and for "canny" without OpenCV."""
-    if control.detector == "canny" and find_spec("cv2") is None:
-        raise ValueError(
-            "canny needs OpenCV, which is not installed: install the extra with pip install 'ldm[control]', or give a "
-            "picture of the edges"
-        )
-    return read_picture(control.image)
 
 
 def canny(picture: Image.Image, low: int = 100, high: int = 200) -> Image.Image:
@@ -80,7 +94,7 @@ def canny(picture: Image.Image, low: int = 100, high: int = 200) -> Image.Image:
     return Image.fromarray(edges).convert("RGB")
 
 
-def networks(pipe: "Pipeline", controls: Sequence["Control"]) -> list[ControlNet]:
+def networks(pipe: "Pipeline", controls: Sequence[Control]) -> list[ControlNet]:
     """Return the ControlNets, and load those that `pipe.controlnets` does not hold, with the placement of `pipe`.
 
     Raises ValueError for a path that holds no ControlNet, and for a ControlNet of another family than the model.
@@ -98,7 +112,7 @@ def networks(pipe: "Pipeline", controls: Sequence["Control"]) -> list[ControlNet
 
 
 @contextmanager
-def all_at_work(pipe: "Pipeline", name: str, controls: Sequence["Control"]) -> Iterator[None]:
+def all_at_work(pipe: "Pipeline", name: str, controls: Sequence[Control]) -> Iterator[None]:
     """Keep the network `name` of `pipe` and the ControlNets on the device."""
     with ExitStack() as stack:
         stack.enter_context(pipe.at_work(name))
@@ -140,7 +154,7 @@ def controlled(pipe: "Pipeline", plan: "Plan", conditions: Sequence[Condition]) 
     return lambda x, sigma: made[acting(float(sigma))](x, sigma)
 
 
-def levels(control: "Control", sigmas: Tensor) -> tuple[float, float]:
+def levels(control: Control, sigmas: Tensor) -> tuple[float, float]:
     """Return the noise levels, low < sigma <= high, at which the ControlNet acts.
 
     The limits lie in the middle between the levels of two steps. Before the first step and after the last step there

@@ -32,7 +32,7 @@ from ldm.models.text import TextEncoder
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
 from ldm.placement.memory import Placement
-from ldm.request import Control, Plan, Request
+from ldm.request import Plan, Request
 
 
 class Pipeline:
@@ -249,10 +249,10 @@ class Pipeline:
 
         save(self, path, layout=layout, dtype=dtype, overwrite=overwrite)
 
-    def at_work(self, name: str, controls: Sequence[Control] = ()) -> AbstractContextManager[object]:
+    def at_work(self, name: str, controls: Sequence[Any] = ()) -> AbstractContextManager[object]:
         """Return the context manager that keeps the network `name` on the device. It can be nested.
 
-        controls: ControlNets to keep there, too.
+        controls: the `ldm.Control`s whose ControlNets to keep there, too.
         """
         if controls:
             from ldm.control import all_at_work

@@ -12,13 +12,16 @@ import torch
 
 import ldm
 from ldm.config import option
+from ldm.control import Control
 from ldm.diffusion.denoiser import Prediction
 from ldm.diffusion.samplers import conventions
 from ldm.loading import BUNDLED, locate
 from ldm.pictures import a1111_parameters, read_texts
 from ldm.placement.memory import Placement
 from ldm.refiner import HANDOVER, check_handover
-from ldm.request import Plan, Request, Sizes
+from ldm.request import Plan, Request
+from ldm.sizes import Sizes
+from ldm.source import Source
 from ldm.strict import from_dict
 
 KEY = "ldm"  # the key of our text chunk
@@ -29,6 +32,7 @@ OTHERS = {  # the keys of other programs' text chunks
     "sd-metadata": "InvokeAI",
 }
 MODEL_AND_PARTS = ("model", "prediction", "ema", "vae", "unet", "text_encoder")  # all but the refiner
+PARTS = {kind.__name__: kind for kind in (Sizes, Source, Control)}  # of a request
 UNRECORDED = ("offload", "cuda_graph")  # fields of a Placement that do not change the results
 
 
@@ -195,7 +199,7 @@ def recall(path: str | Path) -> Record:
         raise ValueError(f"{path}: its {KEY!r} chunk is not a JSON object")
     try:
         table = _upgraded(table) if "command" in table else table
-        record = from_dict(table, Record, where=f"the record in {path}")
+        record = from_dict(table, Record, where=f"the record in {path}", names=PARTS)
         Placement(**record.placement)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(

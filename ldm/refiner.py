@@ -9,7 +9,8 @@ from PIL import Image
 from ldm.config import ModelConfig
 from ldm.diffusion.samplers import Step
 from ldm.pipeline import Pipeline
-from ldm.request import Plan, Request, Sizes
+from ldm.request import Plan, Request
+from ldm.sizes import Sizes
 
 HANDOVER = 0.8
 
@@ -89,6 +90,8 @@ def _steps(base: Pipeline, refiner: Pipeline, plan: Plan, refiner_plan: Plan) ->
 
 def _with_own_sizes(request: Request, config: ModelConfig, other: ModelConfig) -> Request:
     """Leave out the sizes and scores that only the other model has: the base model and the refiner differ in them."""
+    if request.sizes is None:
+        return request
     left_out = set(other.micro_conditioning) - set(config.micro_conditioning)
     names = [f.name for f in dataclasses.fields(Sizes) if f.name.removeprefix("negative_") not in left_out]
     return dataclasses.replace(request, sizes=Sizes(**{name: getattr(request.sizes, name) for name in names}))

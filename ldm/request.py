@@ -6,126 +6,20 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
-from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from PIL import Image
 from torch import Tensor
 
-from ldm.config import ModelConfig, check_fields, check_number, option
+from ldm.config import LARGEST_SIDE, ModelConfig, check_fields, check_number, option
 from ldm.diffusion.samplers import SAMPLERS, Noise, conventions, options, seeded_noise
 from ldm.diffusion.schedule import NoiseSchedule, Spacing
 
-LARGEST = 2**16  # the most pixels of a side
+if TYPE_CHECKING:
+    from ldm.control import Control
+    from ldm.sizes import Sizes
+    from ldm.source import Source
+
 MOST = 99_999  # the most pictures of a request
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The sizes and scores that condition SDXL (Podell et al. 2023, section 2.2). None: the model's default.
-
-    They describe a training image: the size of the original, the corner where the crop begins, and the size of the
-    crop. The defaults describe an uncropped picture of the request's size. The scores are for the SDXL refiner only.
-    """
-
-    original_width: int | None = option(None, "SDXL: width of the uncropped image (default: the width)", low=1)
-    original_height: int | None = option(None, "SDXL: height of the uncropped image (default: the height)", low=1)
-    crop_top: int | None = option(None, "SDXL: pixels cropped at the top of that image (default: 0)", low=0)
-    crop_left: int | None = option(None, "SDXL: pixels cropped at the left of that image (default: 0)", low=0)
-    target_width: int | None = option(None, "SDXL: width after cropping (default: the width)", low=1)
-    target_height: int | None = option(None, "SDXL: height after cropping (default: the height)", low=1)
-    aesthetic_score: float | None = option(None, "SDXL refiner: aesthetic score from 0 to 10 (default: 6)", low=0)
-    negative_aesthetic_score: float | None = option(None, "the same for the negative prompt (default: 2.5)", low=0)
-
-    def __post_init__(self) -> None:
-        """Check the numbers."""
-        check_fields(self, largest=LARGEST)
-
-
-@dataclass(frozen=True)
-class Mask:
-    """The part of a source picture to repaint: inpainting. `ldm.masks` says how masks are read."""
-
-    # A file or a picture; None: the source picture itself if its transparent part is repainted, else no mask.
-    image: str | Path | Image.Image | None = dataclasses.field(default=None, hash=False)
-    repaint: Literal["white", "transparent"] = option("white", "the part of the mask to repaint; gray joins later")
-    extend: str | None = option(None, "pixels to add at the sides and to paint, such as left=64,right=32")
-    crop: int | None = option(
-        None, "let the model work on the masked part and this many pixels around it", "--inpaint-crop", low=0
-    )
-    feather: int = option(0, "pixels around the repainted part to blend; with 0 they stay as they are", low=0)
-
-    def __post_init__(self) -> None:
-        """Check the numbers."""
-        check_fields(self, largest=LARGEST)
-        if not isinstance(self.image, str | Path | Image.Image | None):
-            raise ValueError(f"the mask must be the path of a picture or a PIL picture, got {self.image!r}")
-
-
-@dataclass(frozen=True)
-class Source:
-    """A picture to start from: image to image, or with a mask inpainting.
-
-    Sampling starts below the highest noise level, from the picture's latents plus noise of that level.
-    """
-
-    # A file, or a picture; EXIF rotation is applied, transparency becomes white. A picture has no hash.
-    image: str | Path | Image.Image = dataclasses.field(hash=False)
-    strength: float = option(None, "share of the steps that run, above 0 to 1 (default: 0.6, and 1 for inpainting)")
-    exact_steps: bool = option(False, "run all steps, starting at the noise level that the strength gives")
-    start_sigma: float | None = option(None, "noise level to start at, instead of the strength; all steps run")
-    resize: Literal["crop", "stretch"] = option("crop", "how to resize the picture: crop keeps its aspect ratio")
-    mask: Mask | None = None  # None: image to image. With a mask, the picture is stretched to the size of the request
-
-    def __post_init__(self) -> None:
-        """Check the numbers."""
-        if self.strength is None:
-            object.__setattr__(self, "strength", 1.0 if self.mask else 0.6)
-        check_fields(self)
-        if not isinstance(self.image, str | Path | Image.Image):
-            raise ValueError(f"the source must be the path of a picture or a PIL picture, got {self.image!r}")
-        if not isinstance(self.mask, Mask | None):
-            raise ValueError(f"mask must be an ldm.Mask, such as ldm.Mask('mask.png'), got {self.mask!r}")
-        if not 0 < self.strength <= 1:
-            raise ValueError(f"strength must be above 0 and at most 1, got {self.strength}")
-
-    @cached_property
-    def picture(self) -> Image.Image:
-        """The picture as 8-bit RGB. Raises ValueError if it cannot be read."""
-        from ldm.pictures import read_picture  # only image to image needs it
-
-        return read_picture(self.image)
-
-    @property
-    def from_noise(self) -> bool:
-        """Whether sampling starts from noise alone: inpainting does at strength 1."""
-        return self.mask is not None and self.strength == 1 and self.start_sigma is None
-
-
-@dataclass(frozen=True)
-class Control:
-    """A ControlNet, and the picture that it follows, see `ldm.control`."""
-
-    model: str | Path  # a file or folder, or a name in `Pipeline.controlnets`
-    image: str | Path | Image.Image = dataclasses.field(hash=False)  # as `Source.image`, with `resize` "crop"
-    weight: float = option(1.0, "factor of what the ControlNet adds to the UNet")
-    start: float = option(0.0, "share of the steps at which the ControlNet begins", "--control-from", low=0, high=1)
-    end: float = option(1.0, "share of the steps at which it ends", "--control-to", low=0, high=1)
-    guess: bool = option(False, "follow the picture also without a prompt: guess mode")
-    detector: Literal["canny"] | None = None  # draws the hint from the picture; None: the picture is the hint
-
-    def __post_init__(self) -> None:
-        """Check the fields."""
-        from ldm.control import check  # only ControlNets need it
-
-        check(self)
-
-    @cached_property
-    def picture(self) -> Image.Image:
-        """The picture as 8-bit RGB. Raises ValueError if it cannot be read, or if its detector is not installed."""
-        from ldm.control import read
-
-        return read(self)
 
 
 @dataclass(frozen=True)
@@ -152,8 +46,8 @@ class Request:
     )
     sampler: str | None = option(None, f"one of {', '.join(SAMPLERS)} (default: the model's)")
     spacing: Spacing | None = option(None, "how the noise levels are spaced (default: the model's)", "--schedule")
-    width: int | None = option(None, "pixels (default: the model's, in the source's ratio)", low=1, high=LARGEST)
-    height: int | None = option(None, "pixels (default: the model's, in the source's ratio)", low=1, high=LARGEST)
+    width: int | None = option(None, "pixels (default: the model's, in the source's ratio)", low=1, high=LARGEST_SIDE)
+    height: int | None = option(None, "pixels (default: the model's, in the source's ratio)", low=1, high=LARGEST_SIDE)
     seed: int = option(0, "seed of the first picture, one more for each further picture; negative: random")
     images: int = option(1, "number of pictures", low=1, high=MOST)
     clip_skip: int | None = option(
@@ -168,9 +62,9 @@ class Request:
         hash=False,
         metadata={"help": "the sampler's own options, such as eta=0.5 for ddim", "flag": None},
     )
-    sizes: Sizes = Sizes()
-    source: Source | None = None  # None: start from noise
-    controls: tuple[Control, ...] = ()
+    sizes: "Sizes | None" = None  # None: the model's defaults
+    source: "Source | None" = None  # None: start from noise
+    controls: "tuple[Control, ...]" = ()
 
     def __post_init__(self) -> None:
         """Check what can be checked without a model, and draw a random seed for a negative one."""
@@ -191,19 +85,26 @@ class Request:
         for name, number in self.sampler_options.items():
             check_number(f"the sampler's {name}", number)
         object.__setattr__(self, "sampler_options", dict(self.sampler_options))  # the caller may change theirs
-        for name, kind in (("sizes", Sizes), ("source", Source)):
-            value = getattr(self, name)
-            if not isinstance(value, kind) and not (name == "source" and value is None):
-                raise ValueError(f"{name} must be an ldm.{kind.__name__}, got {value!r}")
-        if not isinstance(self.controls, tuple | list) or not all(isinstance(c, Control) for c in self.controls):
-            raise ValueError(f"controls must be a tuple of ldm.Control, got {self.controls!r}")
-        object.__setattr__(self, "controls", tuple(self.controls))
+        if (self.sizes, self.source, self.controls) != (None, None, ()):
+            self._check_parts()
         if self.seed < 0:
             object.__setattr__(self, "seed", secrets.randbelow(2**32))
         if self.seed + self.images > 2**64:
             raise ValueError(
                 f"seeds must lie below 2^64 = {2**64}, got {self.seed} for the first of {self.images} pictures"
             )
+
+    def _check_parts(self) -> None:
+        from ldm.control import Control  # imported here, because most requests have no parts
+        from ldm.sizes import Sizes
+        from ldm.source import Source
+
+        for name, kind in (("sizes", Sizes), ("source", Source)):
+            if not isinstance(value := getattr(self, name), kind | None):
+                raise ValueError(f"{name} must be an ldm.{kind.__name__}, got {value!r}")
+        if not isinstance(self.controls, tuple | list) or not all(isinstance(c, Control) for c in self.controls):
+            raise ValueError(f"controls must be a tuple of ldm.Control, got {self.controls!r}")
+        object.__setattr__(self, "controls", tuple(self.controls))
 
     @property
     def seeds(self) -> list[int]:
@@ -257,7 +158,7 @@ class Request:
             which.append((len(texts),) * self.images)
             texts.append(self.negative_prompt if config.zero_negative else self.negative_prompt or "")
         sizes: dict[str, float] = {}
-        if config.micro_conditioning or self.sizes != Sizes():
+        if config.micro_conditioning or self.sizes:
             from ldm.sizes import resolved_sizes  # only SDXL has sizes
 
             sizes = resolved_sizes(self.sizes, config, width, height)
@@ -308,17 +209,7 @@ class Request:
     def _sigmas(self, schedule: NoiseSchedule, sampler: str, spacing: Spacing, steps: int, offset: int) -> Tensor:
         """Return the noise levels of the steps that run: all, or for image to image often only the last ones."""
         levels = partial(schedule.steps, steps, spacing, offset=offset, final=conventions(sampler).final)
-        if self.source is None:
-            return levels()
-        if self.source.start_sigma is not None:
-            return levels(start=self.source.start_sigma)
-        run = int(steps * self.source.strength)  # rounded down, as in diffusers
-        if run == 0:
-            raise ValueError(
-                f"strength {self.source.strength} of {steps} steps runs no step: raise one of them, or give start_sigma"
-            )
-        sigmas = levels()[steps - run :]
-        return levels(start=float(sigmas[0])) if self.source.exact_steps else sigmas
+        return self.source.sigmas(levels, steps) if self.source else levels()
 
 
 @dataclass(frozen=True, eq=False)

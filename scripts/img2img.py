@@ -19,7 +19,8 @@ from ldm.diffusion.schedule import NoiseSchedule
 from ldm.geometry import fit
 from ldm.images import to_pil, to_tensor
 from ldm.pictures import read_picture, save_png
-from ldm.request import Request, Source
+from ldm.request import Request
+from ldm.source import Source
 
 parser = argparse.ArgumentParser(description="Make a picture from a picture and a prompt.")
 parser.add_argument("picture", type=Path)

@@ -21,7 +21,8 @@ from ldm.diffusion.schedule import NoiseSchedule, to_ve
 from ldm.images import to_pil, to_tensor
 from ldm.inpainting import fit_mask
 from ldm.pictures import save_png
-from ldm.request import Mask, Request, Source
+from ldm.request import Request
+from ldm.source import Mask, Source
 
 parser = argparse.ArgumentParser(description="Repaint a part of a picture.")
 parser.add_argument("picture", type=Path)

@@ -17,7 +17,8 @@ from ldm.models.unet import UNet
 from ldm.pipeline import Pipeline
 from ldm.placement.memory import Placement
 from ldm.record import ModelChoice, remember
-from ldm.request import Request, Source
+from ldm.request import Request
+from ldm.source import Source
 from tests.tiny import TINY_RANDOM, TINY_SDXL, random_networks
 
 FROG = Request("a frog on the grass", steps=3, seed=4)

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from ldm.images import to_pil, to_tensor
-from ldm.request import Request, Source
+from ldm.request import Request
+from ldm.source import Source
 
 _GRADIENT = Image.linear_gradient("L").resize((32, 32))
 PICTURE = Image.merge("RGB", (_GRADIENT, _GRADIENT.rotate(90), _GRADIENT.rotate(180)))

@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from ldm.request import Control
+from ldm.control import Control
 
 CANNY = "canny:"
 

@@ -19,7 +19,9 @@ from ldm.loading import BUNDLED
 from ldm.outputs import Outputs
 from ldm.placement.choice import find_device
 from ldm.record import Environment, ModelChoice, environment, recall
-from ldm.request import Mask, Request, Sizes, Source
+from ldm.request import Request
+from ldm.sizes import Sizes
+from ldm.source import Mask, Source
 
 
 def add(commands: Commands) -> None:
@@ -134,7 +136,7 @@ def _read_job(args: argparse.Namespace) -> jobs.Job:
             raise ValueError(f"give {words}, or --from a picture that ldm made")
         if hasattr(args, "mask"):
             source["mask"] = Mask(**mask)
-        request = Request(**asked, sizes=Sizes(**sizes), source=Source(**source) if source else None)
+        request = Request(**asked, sizes=Sizes(**sizes) if sizes else None, source=Source(**source) if source else None)
         return jobs.Job(request, ModelChoice(**model), ldm.Placement.fast(**placed), args.grid)
 
     record, request, picture = recorded, recorded.request, recorded.picture
@@ -142,7 +144,7 @@ def _read_job(args: argparse.Namespace) -> jobs.Job:
     if asked.get("sampler", request.sampler) != request.sampler:
         asked.setdefault("sampler_options", {})  # another sampler has other options
     if sizes:
-        asked["sizes"] = dataclasses.replace(request.sizes, **sizes)
+        asked["sizes"] = dataclasses.replace(request.sizes or Sizes(), **sizes)
     old = request.source.mask if request.source else None
     if mask or (hasattr(args, "mask") and old is None):
         source["mask"] = dataclasses.replace(old or Mask(), **mask)

@@ -16,10 +16,9 @@ def add_options(parser: argparse.ArgumentParser, kind: type, only: Collection[st
     only: the names of the fields to use (default: all). A flag that is not given has the value None; `given` leaves it
     out, so that the field keeps its default.
     """
-    hints = typing.get_type_hints(kind)
     for field in _options(kind, only):
         flag = field.metadata["flag"] or f"--{field.name.replace('_', '-')}"
-        hint, text = _without_none(hints[field.name]), field.metadata["help"]
+        hint, text = _without_none(field.type), field.metadata["help"]
         if field.default is not None and field.default is not dataclasses.MISSING and hint is not bool:
             text += f" (default: {field.default})"
         if get_origin(hint) is Literal:
