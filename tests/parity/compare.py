@@ -116,10 +116,11 @@ def requests(name: str, side: int = 64, images: int = 2) -> dict[str, ldm.Reques
     steered = ldm.Request(*PROMPTS, guidance_scale=7.5, seed=42, images=images, width=side, height=side)
 
     def ask(
-        sampler: str, spacing: str, steps: int, sizes: ldm.Sizes = steered.sizes, **more: Any
+        sampler: str, spacing: str, steps: int, sizes: ldm.Sizes | None = None, **more: Any
     ) -> tuple[str, ldm.Request]:
         request = dataclasses.replace(steered, sampler=sampler, spacing=spacing, steps=steps, sizes=sizes, **more)
-        named = more | {key: value for key, value in dataclasses.asdict(sizes).items() if value is not None}
+        given = dataclasses.asdict(sizes or ldm.Sizes())
+        named = more | {key: value for key, value in given.items() if value is not None}
         return f"{steps} {sampler} {spacing}" + "".join(f", {key} {value!r}" for key, value in named.items()), request
 
     distilled = {"negative_prompt": None, "guidance_scale": 0.0}

@@ -354,7 +354,7 @@ def pictures(pipe: Any, request: ldm.Request) -> tuple[np.ndarray, Tensor]:
 
 def asked(request: ldm.Request) -> Json:
     """Name the texts, the guidance scale, the sizes and a generator for each picture as diffusers does."""
-    negative = request.negative_prompt
+    negative, sizes = request.negative_prompt, request.sizes or ldm.Sizes()
     options: Json = {
         "prompt": [request.prompt] * request.images,
         "negative_prompt": None if negative is None else [negative] * request.images,
@@ -362,13 +362,13 @@ def asked(request: ldm.Request) -> Json:
         "generator": [torch.Generator("cpu").manual_seed(seed) for seed in request.seeds],
     }
     for name, parts in _SIZES.items():
-        if getattr(request.sizes, parts[0]) is not None:
-            options[name] = tuple(getattr(request.sizes, part) for part in parts)
+        if getattr(sizes, parts[0]) is not None:
+            options[name] = tuple(getattr(sizes, part) for part in parts)
     if "crops_coords_top_left" in options:  # we crop the negative prompt alike, as diffusers does for SDXL base alone
         options["negative_crops_coords_top_left"] = options["crops_coords_top_left"]
     for name in SCORES:
-        if getattr(request.sizes, name) is not None:
-            options[name] = getattr(request.sizes, name)
+        if getattr(sizes, name) is not None:
+            options[name] = getattr(sizes, name)
     return options
 
 
