@@ -198,7 +198,7 @@ def test_ci_runs_the_readmes_test_command_in_an_environment_of_its_own():
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert "python3 -m venv" in script
     tests = next(line for line in "\n".join(blocks("bash")).splitlines() if "pytest" in line)
-    for part in ('pip install -c constraints.txt -e ".[test,int8]"', "python -m pytest"):
+    for part in ('pip install -c constraints.txt -e ".[test,int8]"', "python -m pytest -n 2"):
         assert part in tests
         assert part in script.replace("--quiet ", "")
 

@@ -65,7 +65,7 @@ def assert_equal(both, name, request):
     assert difference <= LEVELS
 
 
-QUICK = {("sd15", "two"), ("sdxl-base", "guess")}
+QUICK = {("sd15", "two")}
 
 
 @pytest.mark.parametrize(
