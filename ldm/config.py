@@ -72,6 +72,7 @@ def _check_text(name: str, got: object) -> None:
         raise ValueError(f"{name} must be valid Unicode text, got {got!r}") from error
 
 
+Mid = Literal["full", "residual", "none"]
 Depths = tuple[int | tuple[int, ...], ...]  # per level, as one number or as one per residual block
 
 
@@ -85,7 +86,7 @@ class UNetConfig:
     res_blocks: int = 2  # per level going down; one more per level going up
     depth: Depths = (1, 1, 1, 0)  # transformer blocks after a residual block; 0: no attention
     up_depth: Depths | None = None  # the same for the decoder, deepest level first; None: `depth` reversed
-    mid: Literal["full", "residual", "none"] = "full"  # residual: only the first residual block
+    mid: Mid = "full"  # residual: only the first residual block
     mid_depth: int = 1  # transformer blocks of a full middle; 0 for the others
     heads: tuple[int, ...] = (8, 8, 8, 8)  # the number of heads, not their width
     context_dim: int = 768

@@ -64,11 +64,8 @@ class Control:
     @cached_property
     def picture(self) -> Image.Image:
         """The picture as 8-bit RGB. Raises ValueError if it cannot be read, and for "canny" without OpenCV."""
-        if self.detector == "canny" and find_spec("cv2") is None:
-            raise ValueError(
-                "canny needs OpenCV, which is not installed: install the extra with pip install 'ldm[control]', or "
-                "give a picture of the edges"
-            )
+        if self.detector == "canny":
+            check_opencv()
         return read_picture(self.image)
 
 
@@ -83,12 +80,23 @@ def hint(control: Control, width: int, height: int) -> Tensor:
     return (to_tensor(picture) + 1) / 2
 
 
+def check_opencv() -> None:
+    """Raise ValueError if OpenCV, which the extra `control` installs, is not there."""
+    if find_spec("cv2") is None:
+        raise ValueError(
+            "canny needs OpenCV, which is not installed: install the extra with pip install 'ldm[control]', or give a "
+            "picture of the edges"
+        )
+
+
 def canny(picture: Image.Image, low: int = 100, high: int = 200) -> Image.Image:
     """Draw the edges of an RGB picture, white on black (Canny 1986).
 
     low, high: the thresholds of the gradient; the defaults are usual with the published ControlNets.
+    Raises ValueError without OpenCV.
     """
-    import cv2  # the extra `control` installs it
+    check_opencv()
+    import cv2
 
     edges = cv2.Canny(np.asarray(picture), low, high)
     return Image.fromarray(edges).convert("RGB")

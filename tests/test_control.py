@@ -109,7 +109,6 @@ def test_canny_gets_the_resized_picture_and_the_usual_thresholds(monkeypatch):
 
 
 def test_canny_finds_the_outline_of_a_square():
-    pytest.importorskip("cv2")
     square = Image.new("RGB", (32, 32), "black")
     square.paste("white", (8, 8, 24, 24))
     edges = module.hint(ldm.Control("net", square, detector="canny"), 32, 32)[0, 0]

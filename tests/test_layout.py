@@ -43,7 +43,8 @@ PACKAGES = {  # what each part of ldm may import of ldm, beside itself; "ldm" is
     "pictures": "atomic",
     "record": "config control diffusion ldm loading pictures placement refiner request sizes source strict",
     "jobs": "diffusion geometry loading outputs pipeline placement record refiner request",
-    "training": "atomic checkpoint conditioning config diffusion geometry images models pictures presets strict",
+    "training": "atomic checkpoint conditioning config control diffusion geometry images models pictures presets "
+    "strict",
     "cli": "checkpoint config control diffusion jobs ldm loading outputs placement record request sizes source "
     "training",
     "ldm": "config control loading pipeline placement presets refiner request sizes source",

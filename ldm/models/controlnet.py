@@ -4,16 +4,17 @@
 method `bind(condition)`, so it takes the UNet's place everywhere.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.conditioning import Condition
-from ldm.config import UNetConfig
+from ldm.config import Mid, UNetConfig
 from ldm.models.unet import Context, Encoder, UNet
 
 HINT_CHANNELS = (16, 32, 96, 256)  # of all published ControlNets
@@ -43,6 +44,18 @@ class ControlNet(Encoder):
         for layer in (self.hint[-1], *self.zero_convs, self.mid_out):
             for parameter in layer.parameters():
                 nn.init.zeros_(parameter)
+
+    @classmethod
+    def copy_of(cls, unet: UNet, *, hint_channels: Sequence[int] = HINT_CHANNELS, mid: Mid | None = None) -> Self:
+        """Return a new ControlNet for `unet`, with a copy of its encoder.
+
+        mid: "residual" and "none" leave out parts of the middle, for a smaller file (default: as in the UNet).
+        """
+        config = unet.config if mid is None else dataclasses.replace(unet.config, mid=mid)
+        network = cls(config, hint_channels=hint_channels)
+        own = network.state_dict()
+        network.load_state_dict({name: t for name, t in unet.state_dict().items() if name in own}, strict=False)
+        return network
 
     def embed_hint(self, hint: Tensor) -> Tensor:
         """Embed pictures: b 3 h*f w*f in [0, 1] as features: b c h w, at the size of the latents."""

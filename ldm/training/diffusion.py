@@ -1,6 +1,6 @@
 """The latent diffusion objective: predict noise, velocity or clean latents in the latents of a fixed VAE."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ldm.conditioning import Condition, condition
 from ldm.config import ModelConfig
-from ldm.diffusion.denoiser import classifier_free, guided, parametrize
+from ldm.diffusion.denoiser import Bind, classifier_free, guided, parametrize
 from ldm.diffusion.samplers import ddim
 from ldm.diffusion.schedule import NoiseSchedule, to_ve
 from ldm.models.text import TextEncoder
@@ -34,7 +34,7 @@ class DiffusionLoss:
 
 
 class Networks(nn.Module):
-    """The networks that are trained."""
+    """A UNet and a text encoder."""
 
     def __init__(self, unet: UNet, text_encoder: TextEncoder) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Networks(nn.Module):
 
 
 class DiffusionObjective(Objective):
-    """Train a new UNet and a text encoder in the latents of a fixed VAE (Rombach et al. 2022, eq. 3).
+    """Train a UNet and a text encoder in the latents of a fixed VAE (Rombach et al. 2022, eq. 3).
 
     The batches have images, or the moments of their latents (see `ldm.training.latents`).
     """
@@ -50,13 +50,13 @@ class DiffusionObjective(Objective):
     def __init__(
         self,
         config: ModelConfig,
-        text_encoder: TextEncoder,
+        networks: Networks,
         vae: VAE,
         weights: DiffusionLoss,
         *,
         sample_prompts: Sequence[str] = (),
     ) -> None:
-        """Build the UNet of `config`, and the noise schedule.
+        """Build the noise schedule of `config`.
 
         sample_prompts: for the sample pictures; none: the captions of the last batch, at most 16.
         Raises ValueError for a UNet that takes an aesthetic score, as SDXL's refiner does.
@@ -68,7 +68,7 @@ class DiffusionObjective(Objective):
                 "cannot be trained"
             )
         self.config, self.weights = config, weights
-        self.networks = Networks(zero_init(UNet(config.unet)), text_encoder)
+        self.networks = networks
         self.vae = vae.eval().requires_grad_(False)
         diffusion = config.diffusion
         self.prediction = diffusion.prediction
@@ -82,12 +82,17 @@ class DiffusionObjective(Objective):
         self.sample_prompts = list(sample_prompts)
 
     @property
-    def trained(self) -> Networks:
+    def trained(self) -> nn.Module:
         """The UNet and the text encoder."""
         return self.networks
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the mean weighted squared error of one batch at random timesteps. The log has it without weights."""
+        return self._errors(batch, lambda z, t, c: self.networks.unet(z, t, c.context, c.vector))
+
+    def _errors(
+        self, batch: Batch, predict: Callable[[Tensor, Tensor, Condition], Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         images, captions = batch
         with torch.no_grad():
             x0 = (Gaussian(*images.chunk(2, dim=1)) if _are_moments(images) else self.vae.encode(images)).sample()
@@ -98,7 +103,7 @@ class DiffusionObjective(Objective):
         t = torch.randint(len(self.schedule), (len(images),), device=images.device)
         noise = torch.randn_like(x0)
         noisy = self.schedule.add_noise(x0, noise, t)
-        predicted = self.networks.unet(noisy, t, given.context, given.vector)
+        predicted = predict(noisy, t, given)
 
         targets = {"eps": noise, "v": self.schedule.velocity(x0, noise, t), "x0": x0}
         errors = F.mse_loss(predicted, targets[self.prediction], reduction="none").mean(dim=(1, 2, 3))
@@ -134,14 +139,17 @@ class DiffusionObjective(Objective):
         """Return one guided picture for each sample prompt. The noise is the same at each call."""
         assert isinstance(trained, Networks)
         prompts = self.sample_prompts or batch[1][:16]
+        return self._sampled(trained.unet.bind, trained.text_encoder, prompts, batch)
+
+    def _sampled(self, bind: Bind, text_encoder: TextEncoder, prompts: Sequence[str], batch: Batch) -> Tensor:
         size = self._size(batch[0])
         height, width = (side // self.vae.config.factor for side in size)
         noise = torch.randn(
             len(prompts), self.vae.config.latent_channels, height, width, generator=torch.Generator().manual_seed(0)
         ).to(batch[0].device)
         sigmas = self.schedule.steps(25, "trailing")
-        conditions = [self._condition(trained.text_encoder, t, size) for t in (prompts, [None] * len(prompts))]
-        network = guided(trained.unet.bind, conditions, classifier_free(self.config.guidance_scale))
+        conditions = [self._condition(text_encoder, t, size) for t in (prompts, [None] * len(prompts))]
+        network = guided(bind, conditions, classifier_free(self.config.guidance_scale))
         denoise = parametrize(network, self.schedule, self.prediction)
         *_, last = ddim(denoise, to_ve(noise, sigmas[0]), sigmas)
         return self.vae.decode(last.latents)

@@ -1,4 +1,4 @@
-"""The recipes of `ldm train`: one TOML file per experiment, which trains a VAE or a latent diffusion model."""
+"""The recipes of `ldm train`: one TOML file per experiment. It trains a VAE, a diffusion model or a ControlNet."""
 
 import dataclasses
 import json
@@ -10,16 +10,21 @@ from typing import Any
 import torch
 
 from ldm.atomic import beside, replace_folder
+from ldm.checkpoint.controlnets import save_controlnet
 from ldm.checkpoint.files import load, load_vae, save, save_vae
 from ldm.checkpoint.parts import Model
-from ldm.config import DiffusionConfig, ModelConfig, TextConfig, UNetConfig, VAEConfig
+from ldm.config import DiffusionConfig, Mid, ModelConfig, TextConfig, UNetConfig, VAEConfig
+from ldm.control import check_opencv
 from ldm.models.attention import math_attention, set_attention
+from ldm.models.controlnet import HINT_CHANNELS, ControlNet
 from ldm.models.text import TextEncoder
 from ldm.models.token_files import read_tokenizer, save_tokenizer
 from ldm.models.tokens import Tokenizer
+from ldm.models.unet import UNet
 from ldm.strict import from_dict, read_toml
+from ldm.training.controlnet import ControlNetObjective
 from ldm.training.data import DataConfig
-from ldm.training.diffusion import DiffusionLoss, DiffusionObjective, Networks
+from ldm.training.diffusion import DiffusionLoss, DiffusionObjective, Networks, zero_init
 from ldm.training.latents import Latents
 from ldm.training.loop import Dataset, LoopConfig, collate, train
 from ldm.training.vae import VAELoss, VAEObjective, latent_std
@@ -60,8 +65,22 @@ class LDMRecipe:
     sample_prompts: tuple[str, ...] = ()  # of the sample pictures; none: the captions of the last batch
 
 
-Recipe = VAERecipe | LDMRecipe
-RECIPES: dict[str, type[Recipe]] = {"vae": VAERecipe, "ldm": LDMRecipe}
+@dataclass(frozen=True)
+class ControlNetRecipe:
+    """Train a ControlNet of edges for a fixed model, and save it to `out`/controlnet. It needs the extra `control`."""
+
+    recipe: str
+    out: Path
+    model: Path  # what `ldm.load` takes
+    loop: LoopConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: DiffusionLoss = field(default_factory=DiffusionLoss)
+    hint_channels: tuple[int, ...] = HINT_CHANNELS
+    mid: Mid | None = None  # see `UNetConfig`; None: as in the UNet
+
+
+Recipe = VAERecipe | LDMRecipe | ControlNetRecipe
+RECIPES: dict[str, type[Recipe]] = {"vae": VAERecipe, "ldm": LDMRecipe, "controlnet": ControlNetRecipe}
 FREE = frozenset(  # may change in a run that goes on, because they change no number (steps: only of later steps)
     {
         "out",
@@ -102,7 +121,7 @@ def run(recipe: Recipe, device: torch.device) -> Path:
     """
     if isinstance(recipe, VAERecipe):
         return _run_vae(recipe, device)
-    return _run_ldm(recipe, device)
+    return _run_ldm(recipe, device) if isinstance(recipe, LDMRecipe) else _run_controlnet(recipe, device)
 
 
 def _run_vae(recipe: VAERecipe, device: torch.device) -> Path:
@@ -162,7 +181,8 @@ def _run_ldm(recipe: LDMRecipe, device: torch.device) -> Path:
     )
     torch.manual_seed(recipe.loop.seed)
     text_encoder = TextEncoder((text,), (tokenizer,))
-    objective = DiffusionObjective(config, text_encoder, vae, recipe.loss, sample_prompts=recipe.sample_prompts)
+    networks = Networks(zero_init(UNet(recipe.unet)), text_encoder)
+    objective = DiffusionObjective(config, networks, vae, recipe.loss, sample_prompts=recipe.sample_prompts)
     objective.to(device)
     if device.type == "cpu":  # the gradient of PyTorch's fused attention takes a fifth of a step there
         set_attention(objective.networks, math_attention)
@@ -182,6 +202,27 @@ def _run_ldm(recipe: LDMRecipe, device: torch.device) -> Path:
     model = Model(config, average.unet, vae, average.text_encoder)
     save(model, recipe.out / "model", layout="diffusers", dtype=torch.float16, overwrite=True)
     return recipe.out / "model"
+
+
+def _run_controlnet(recipe: ControlNetRecipe, device: torch.device) -> Path:
+    check_opencv()
+    model = load(recipe.model, device=device)
+    _check_side("size", recipe.data.size, model.config.vae)
+    if 2 ** (len(recipe.hint_channels) - 1) != model.config.vae.factor:
+        raise ValueError(
+            f"hint_channels must be {(model.config.vae.factor).bit_length()} numbers, because the latents are "
+            f"{model.config.vae.factor} times smaller than the pictures, got {recipe.hint_channels}"
+        )
+    dataset = recipe.data.open()
+    torch.manual_seed(recipe.loop.seed)
+    network = ControlNet.copy_of(model.unet, hint_channels=recipe.hint_channels, mid=recipe.mid).to(device)
+    objective = ControlNetObjective(model, network, recipe.loss)
+    if device.type == "cpu":
+        set_attention(objective, math_attention)
+    average = train(objective, dataset, recipe.loop, recipe.out, fixed_values(recipe))
+    assert isinstance(average, ControlNet)
+    save_controlnet(average, recipe.out / "controlnet", dtype=torch.float16)
+    return recipe.out / "controlnet"
 
 
 def _tokenizer(recipe: LDMRecipe, dataset: Dataset) -> Tokenizer:

@@ -10,8 +10,9 @@ from ldm.config import DiffusionConfig, ModelConfig, TextConfig, UNetConfig, VAE
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.models.text import TextEncoder
 from ldm.models.tokens import Tokenizer
+from ldm.models.unet import UNet
 from ldm.models.vae import VAE
-from ldm.training.diffusion import DiffusionLoss, DiffusionObjective, loss_weights, zero_init
+from ldm.training.diffusion import DiffusionLoss, DiffusionObjective, Networks, loss_weights, zero_init
 from ldm.training.vocabulary import build_vocabulary
 from tests.tiny import TINY_RANDOM, TINY_REFINER, TINY_SDXL, random_networks
 
@@ -34,7 +35,7 @@ def objective(tokenizer, prediction="v", **loss):
     encoder = TextEncoder((text,), (tokenizer,))
     diffusion = DiffusionConfig(prediction=prediction)
     config = ModelConfig(unet=UNET, vae=VAE_, text=(text,), diffusion=diffusion, guidance_scale=4.0)
-    return DiffusionObjective(config, encoder, VAE(VAE_), DiffusionLoss(**loss))
+    return DiffusionObjective(config, Networks(zero_init(UNet(UNET)), encoder), VAE(VAE_), DiffusionLoss(**loss))
 
 
 def batch():
@@ -218,7 +219,7 @@ def test_one_step_trains_sdxl_on_the_vector_that_the_pipeline_makes_for_the_same
         expected.append(seen[0])
         seen.clear()
 
-    o = DiffusionObjective(TINY_SDXL, text_encoder, vae, DiffusionLoss(caption_dropout=0.0))
+    o = DiffusionObjective(TINY_SDXL, Networks(zero_init(unet), text_encoder), vae, DiffusionLoss(caption_dropout=0.0))
     seen = vectors_of(o.networks.unet)
     optimizer = torch.optim.AdamW([p for p in o.parameters() if p.requires_grad], lr=1e-3)
     before = o.networks.unet.conv_out.weight.clone()
@@ -238,7 +239,9 @@ def test_sdxl_is_trained_without_caption_on_the_vector_that_guidance_takes_and_m
     pipe.generate(ldm.Request("a frog", width=32, height=32, steps=1, guidance_scale=2.0))
     (left_out,) = (row for row in torch.cat(seen) if not row[:24].any())  # zeros in place of the pooled text
 
-    o = DiffusionObjective(TINY_SDXL, text_encoder, vae, DiffusionLoss(caption_dropout=0.999))
+    o = DiffusionObjective(
+        TINY_SDXL, Networks(zero_init(unet), text_encoder), vae, DiffusionLoss(caption_dropout=0.999)
+    )
     seen = vectors_of(o.networks.unet)
     images = torch.rand(2, 3, 32, 32) * 2 - 1
     torch.manual_seed(0)
@@ -249,9 +252,9 @@ def test_sdxl_is_trained_without_caption_on_the_vector_that_guidance_takes_and_m
 
 
 def test_a_refiner_cannot_be_trained_for_lack_of_aesthetic_scores():
-    _, vae, text_encoder = random_networks(TINY_REFINER)
+    unet, vae, text_encoder = random_networks(TINY_REFINER)
     with pytest.raises(ValueError, match=r"random-refiner takes an aesthetic score, and training data have none"):
-        DiffusionObjective(TINY_REFINER, text_encoder, vae, DiffusionLoss())
+        DiffusionObjective(TINY_REFINER, Networks(unet, text_encoder), vae, DiffusionLoss())
 
 
 def test_moments_train_as_the_images_do_that_they_belong_to(tokenizer):

@@ -11,10 +11,14 @@ from PIL import Image
 
 import ldm
 from ldm import cli
+from ldm.checkpoint.controlnets import load_controlnet
 from ldm.checkpoint.files import load_vae
+from ldm.models.controlnet import ControlNet
+from ldm.training.controlnet import ControlNetObjective
 from ldm.training.data import Folder
+from ldm.training.diffusion import DiffusionLoss, DiffusionObjective
 from ldm.training.loop import collate
-from ldm.training.recipes import FREE, LDMRecipe, VAERecipe, fixed_values, read_recipe, run
+from ldm.training.recipes import FREE, ControlNetRecipe, LDMRecipe, VAERecipe, fixed_values, read_recipe, run
 from ldm.training.vae import VAEObjective, latent_std
 
 CPU = torch.device("cpu")
@@ -70,6 +74,23 @@ warmup = 0
 """
 
 
+CONTROLNET_TOML = """
+recipe = "controlnet"
+out = "{out}/edges"
+model = "{out}/ldm/model"
+hint_channels = [4, 8]
+mid = "none"
+[data]
+size = 16
+folder = "{out}/pictures"
+[loop]
+steps = 2
+batch_size = 2
+warmup = 0
+learning_rate = 1e-2
+"""
+
+
 @pytest.fixture
 def pictures(tmp_path):
     folder = tmp_path / "pictures"
@@ -104,6 +125,41 @@ def test_a_vae_and_then_a_diffusion_model_train_into_one_that_makes_pictures(pic
     assert image.size == (16, 16)
     for ours, theirs in zip(pipe.vae.parameters(), vae.parameters(), strict=True):
         assert torch.equal(ours, theirs.half().float())  # saved in fp16
+
+
+def test_a_controlnet_is_trained_for_a_model_that_stays_and_changes_its_pictures(pictures):
+    run(recipe(pictures, VAE_TOML), CPU)
+    model = run(recipe(pictures, LDM_TOML), CPU)
+    before = {path: path.read_bytes() for path in model.rglob("*.safetensors")}
+    folder = run(recipe(pictures, CONTROLNET_TOML), CPU)
+    assert folder == pictures / "edges" / "controlnet"
+    assert {path: path.read_bytes() for path in model.rglob("*.safetensors")} == before
+
+    pipe = ldm.load(model, ldm.Placement(device="cpu"))
+    network = load_controlnet(folder, unet=pipe.unet)
+    copied = network.down[1].res.conv1.weight - pipe.unet.down[1].res.conv1.weight
+    assert 0 < copied.abs().max() < 0.05  # it started from the UNet's encoder, and learned
+    assert network.mid_out.weight.abs().max() > 0  # it started from zero
+    plain = ldm.Request("a red wall", steps=2)
+    hint = Image.effect_noise((16, 16), 100).convert("RGB")
+    steered = dataclasses.replace(plain, controls=(ldm.Control(folder, hint),))
+    assert pipe.generate(steered)[0].tobytes() != pipe.generate(plain)[0].tobytes()
+
+    with pytest.raises(ValueError, match="hint_channels must be 2 numbers, because the latents are 2 times smaller"):
+        run(recipe(pictures, CONTROLNET_TOML.replace("[4, 8]", "[4, 8, 8]")), CPU)
+
+
+def test_a_new_controlnet_changes_no_prediction(pictures):
+    run(recipe(pictures, VAE_TOML), CPU)
+    pipe = ldm.load(run(recipe(pictures, LDM_TOML), CPU), ldm.Placement(device="cpu"))
+    objective = ControlNetObjective(pipe, ControlNet.copy_of(pipe.unet, hint_channels=(4, 8)), DiffusionLoss())
+    plain = DiffusionObjective(pipe.config, objective.networks, pipe.vae, DiffusionLoss())
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    losses = []
+    for each in (objective, plain):
+        torch.manual_seed(0)
+        losses.append(each((images, ["a red wall", "a green wall"]))[0].item())
+    assert losses[0] == losses[1]
 
 
 def test_a_recipe_can_go_on_from_a_model_with_its_vocabulary(pictures):
@@ -233,8 +289,8 @@ def test_pictures_that_do_not_fit_the_vae_are_refused_before_the_training(pictur
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('recipe = "gan"', "recipe must be one of 'vae', 'ldm', got 'gan'"),
-        ("steps = 1", "recipe must be one of 'vae', 'ldm', got None"),
+        ('recipe = "gan"', "recipe must be one of 'vae', 'ldm', 'controlnet', got 'gan'"),
+        ("steps = 1", "recipe must be one of 'vae', 'ldm', 'controlnet', got None"),
         ("recipe = ", "is not valid TOML"),
         (VAE_TOML + "speed = 3\n", "loop: unknown 'speed'; valid keys: steps, batch_size"),
         ('recipe = "vae"\nout = "x"\n', " lacks loop"),
@@ -256,14 +312,16 @@ def test_a_missing_vae_is_named(pictures):
 
 
 def test_the_recipes_that_ship_can_be_read():
-    names = ("train_vae", "sharpen_vae", "train_ldm")
-    vae_recipe, sharpen, ldm_recipe = (read_recipe(CONFIGS / f"{name}.toml") for name in names)
+    names = ("train_vae", "sharpen_vae", "train_ldm", "train_controlnet")
+    vae_recipe, sharpen, ldm_recipe, controlnet = (read_recipe(CONFIGS / f"{name}.toml") for name in names)
     assert isinstance(vae_recipe, VAERecipe)
     assert isinstance(sharpen, VAERecipe)
     assert isinstance(ldm_recipe, LDMRecipe)
     assert sharpen.start == vae_recipe.out / "vae"
     assert ldm_recipe.vae == sharpen.out / "vae"
     assert sharpen.vae == vae_recipe.vae
+    assert isinstance(controlnet, ControlNetRecipe)
+    assert len(controlnet.hint_channels) == len(vae_recipe.vae.channels)
 
 
 def test_latents_that_were_encoded_once_train_as_those_of_each_batch_do(pictures):
