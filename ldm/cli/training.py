@@ -5,6 +5,7 @@ import dataclasses
 import json
 import shlex
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from tqdm import tqdm
@@ -32,7 +33,9 @@ def add(commands: Commands) -> None:
     add_options(command, ModelChoice, MODEL_AND_PARTS)
     command.add_argument("--font", type=Path, help="the font of the flat emoji that the model was trained with")
     command.add_argument("--fluent", type=Path, help="the archive of the 3D emoji, see docs/training.md")
-    command.add_argument("--kid", type=int, metavar="N", help="measure KID with N pictures instead, such as 1000")
+    other = command.add_mutually_exclusive_group()
+    other.add_argument("--kid", type=int, metavar="N", help="measure KID with N pictures instead, such as 1000")
+    other.add_argument("--controlnet", help="measure instead how well pictures follow the edges that this one is given")
     add_options(command, ldm.Request, ASKED)
     add_options(command, ldm.Placement)
     command.add_argument("--json", action="store_true", help="print the results of all pictures as JSON")
@@ -63,7 +66,7 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    """Make pictures of fixed prompts, and print how often they show what the prompts say; or print KID."""
+    """Make pictures of fixed prompts, and print how often they show what the prompts say; or another measure."""
     from ldm.training.evaluate import distance, evaluate, fixed_scenes
     from ldm.training.objects import FLUENT, FONT, emoji_sprites
 
@@ -71,6 +74,9 @@ def _evaluate(args: argparse.Namespace) -> None:
     placement = ldm.Placement.fast(**given(args, ldm.Placement))
     sprites = emoji_sprites(args.font or FONT, args.fluent or FLUENT)
     pipe = load_models(ModelChoice(**given(args, ModelChoice)), placement).base
+    if args.controlnet is not None:
+        _evaluate_controlnet(args, asked, pipe, sprites)
+        return
     scenes = fixed_scenes(tuple(next(iter(sprites.values()))), tuple(sprites))
     with tqdm(total=args.kid or sum(map(len, scenes.values())), unit="picture", disable=None) as progress:
 
@@ -92,3 +98,23 @@ def _evaluate(args: argparse.Namespace) -> None:
             return
         report = evaluate(generate, sprites, seed=asked.seed, reconstruct=reconstruct)
     print(json.dumps(report.to_json()) if args.json else report)
+
+
+def _evaluate_controlnet(args: argparse.Namespace, asked: ldm.Request, pipe: ldm.Pipeline, sprites: Any) -> None:
+    from ldm.training.outlines import WITHIN, outlines
+
+    count = 64
+    with tqdm(total=2 * count, unit="picture", disable=None) as progress:
+
+        def generate(prompt: str, seed: int, hint: Image.Image | None) -> Image.Image:
+            controls = () if hint is None else (ldm.Control(args.controlnet, hint),)
+            (picture,) = pipe.generate(dataclasses.replace(asked, prompt=prompt, seed=seed, controls=controls))
+            progress.update()
+            return picture
+
+        found = outlines(generate, sprites, pipe.config.image_size, count=count, seed=asked.seed)
+    if args.json:
+        print(json.dumps(found | {"pictures": count}))
+    else:
+        shares = ", ".join(f"{100 * share:.0f} % {name} the ControlNet" for name, share in found.items())
+        print(f"edges of the hint with an edge of the picture within {WITHIN} pixels: {shares} ({count} pictures each)")
