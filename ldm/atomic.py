@@ -26,8 +26,8 @@ def replace_folder(path: Path, new: Path) -> None:
         path.rename(old)
     try:
         new.rename(path)
-    except OSError:
-        if old.exists():
+    except BaseException:  # KeyboardInterrupt, too
+        if old.exists() and not path.exists():
             old.rename(path)
         raise
     if old.exists():

@@ -2,15 +2,15 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Thread
 from typing import NamedTuple
 
 import torch
-from PIL import Image
 
 from ldm.diffusion.samplers import Step
 from ldm.geometry import grid
@@ -22,7 +22,8 @@ from ldm.record import ModelChoice, Record, digest, remember
 from ldm.refiner import plan_both, stream_both
 from ldm.request import Request
 
-Watch = Callable[[Iterator[Step], int], Iterable[Step]]  # (steps, their number) -> the same steps, such as a tqdm bar
+Steps = Generator[Step]
+Watch = Callable[[Steps, int], Steps]  # (steps, their number) -> the same steps, with a progress bar for example
 
 
 @dataclass(frozen=True)
@@ -88,16 +89,16 @@ def load_models(choice: ModelChoice, placement: Placement) -> Models:
 
 
 def run(job: Job, models: Models, outputs: Outputs, watch: Watch = lambda steps, total: steps) -> Result:
-    """Make the pictures of `job` with its loaded models, and write them.
+    """Make the pictures of `job` with its loaded models, and write each as soon as it is finished.
 
-    watch: wraps the iterator over the steps, to show progress.
+    watch: wraps the generator of the steps, to show progress.
     Raises ValueError for a request that the models do not support and for files whose digests are not those in
-    `job.sha256`, and FloatingPointError for pictures that are not finite. In these cases no picture is written.
+    `job.sha256`, FloatingPointError for pictures that are not finite, and KeyboardInterrupt at Ctrl-C. The last two
+    name the pictures that are written. In all cases offloaded networks leave the device.
     """
     request, (base, refiner) = job.request, models
     seconds: dict[str, float] = {}
-    with ThreadPoolExecutor(1) as pool:  # a large file is hashed while its model works
-        digests = {name: pool.submit(digest, path) for name, path in job.paths.items()}
+    with _digests(job.paths) as digests:  # a large file is hashed while its model works
         for name, sha256 in job.sha256.items():
             if digests[name].result() != sha256:
                 option = name.rstrip("_0123456789")  # control_1 is the first --control
@@ -118,32 +119,63 @@ def run(job: Job, models: Models, outputs: Outputs, watch: Watch = lambda steps,
                 plan, last = plan_both(base, refiner, request, handover=job.model.handover)
                 plan = dataclasses.replace(plan, request=request, sigmas=torch.cat([plan.sigmas, last.sigmas[1:]]))
                 steps = stream_both(base, refiner, request, handover=job.model.handover)
-            for step in watch(steps, len(plan.sigmas) - 1):
-                latents = step.latents
+            with closing(steps), closing(watch(steps, len(plan.sigmas) - 1)) as watched:
+                for step in watched:
+                    latents = step.latents
         chosen = list(range(request.images)) if job.picture is None else [job.picture]
-        with timed("decode", seconds):
-            pictures = (refiner or base).decode(latents[chosen])
-            pictures = request.region.paste(pictures) if request.region else pictures
-        record = remember(plan, job.model, base, {name: found.result() for name, found in digests.items()})
-    with timed("save", seconds):
-        files = _save(job, pictures, chosen, record, outputs)
+        files: list[Path] = []
+        with (refiner or base).at_work("vae"), _listed(files):
+            for together in [chosen] if job.grid else [[i] for i in chosen]:
+                with timed("decode", seconds):
+                    pictures = (refiner or base).decode(latents[together])
+                    pictures = request.region.paste(pictures) if request.region else pictures
+                record = remember(plan, job.model, base, {name: found.result() for name, found in digests.items()})
+                with timed("save", seconds):
+                    texts = record.texts(None if job.grid else together[0])
+                    files.append(outputs.save(len(files), grid(pictures) if job.grid else pictures[0], texts))
     return Result(files, [request.seeds[i] for i in chosen], record, seconds)
 
 
-def _save(job: Job, pictures: list[Image.Image], chosen: list[int], record: Record, outputs: Outputs) -> list[Path]:
-    if job.grid:
-        return [outputs.save(0, grid(pictures), record.texts(None))]
-    return [
-        outputs.save(i, picture, record.texts(index))
-        for i, (index, picture) in enumerate(zip(chosen, pictures, strict=True))
-    ]
+@contextmanager
+def _digests(paths: Mapping[str, Path]) -> Iterator[dict[str, Future[str]]]:
+    """Compute the digests of `paths` one after the other in a thread, until the end of the block.
+
+    The thread is a daemon: an interrupted program ends at once, and does not wait for the digest of a large file.
+    """
+    digests: dict[str, Future[str]] = {name: Future() for name in paths}
+
+    def work() -> None:
+        for name, path in paths.items():
+            if digests[name].set_running_or_notify_cancel():
+                try:
+                    digests[name].set_result(digest(path))
+                except Exception as error:
+                    digests[name].set_exception(error)
+
+    Thread(target=work, daemon=True).start()
+    try:
+        yield digests
+    finally:
+        for future in digests.values():
+            future.cancel()
+
+
+@contextmanager
+def _listed(files: list[Path]) -> Iterator[None]:
+    """Name the finished `files` in the error that ends the work."""
+    try:
+        yield
+    except (KeyboardInterrupt, FloatingPointError) as stop:
+        if not files:
+            raise
+        raise type(stop)(f"{str(stop) or 'interrupted'}; finished: {', '.join(map(str, files))}") from None
 
 
 @contextmanager
 def timed(part: str, seconds: dict[str, float]) -> Iterator[None]:
-    """Store in `seconds[part]` how long the block took."""
+    """Add to `seconds[part]` how long the block took."""
     start = time.perf_counter()
     yield
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.synchronize()  # the GPU may still work on steps that Python has queued
-    seconds[part] = round(time.perf_counter() - start, 3)
+    seconds[part] = round(seconds.get(part, 0.0) + time.perf_counter() - start, 3)

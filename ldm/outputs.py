@@ -34,6 +34,11 @@ class Outputs:
         path = self.out or DEFAULT
         return [path] if self.count == 1 else [_numbered(path, i + 1) for i in range(self.count)]
 
+    @property
+    def preview(self) -> Path:
+        """The path of the previews: out.preview.png beside out.png."""
+        return (self.out or DEFAULT).with_suffix(".preview.png")
+
     def check(self) -> None:
         """Raise ValueError if the files cannot be written."""
         path = self.out or DEFAULT

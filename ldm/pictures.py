@@ -22,7 +22,7 @@ MAX_PIXELS = 2**27  # the most pixels that a picture may have: 134 million, whic
 def save_png(
     picture: Image.Image, path: str | Path, texts: Mapping[str, str] | None = None, *, overwrite: bool = False
 ) -> None:
-    """Write `picture` with the text chunks `texts` to `path`, completely or not at all.
+    """Write `picture` with the text chunks `texts` to `path`, completely or not at all, also if Ctrl-C stops the work.
 
     Raises FileExistsError if the file exists and `overwrite` is false. If several processes or threads write to one
     path without `overwrite`, one of them succeeds.
@@ -34,17 +34,21 @@ def save_png(
     encoded = io.BytesIO()
     picture.save(encoded, format="PNG", pnginfo=chunks)
     temporary = path.with_name(f".ldm-{secrets.token_hex(8)}")
+    reserved = False
     try:
         with open(temporary, "xb") as file:
             file.write(encoded.getbuffer())
         if not overwrite:  # reserve the name with an empty file, because not every file system has hard links
             path.touch(exist_ok=False)
+            reserved = True
         os.replace(temporary, path)
     except FileExistsError:
         raise FileExistsError(f"{path} exists; nothing was overwritten") from None
     except OSError as error:  # its message may name the temporary file
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
+        if reserved and temporary.exists():  # it has not replaced the empty file
+            path.unlink()
         temporary.unlink(missing_ok=True)
 
 

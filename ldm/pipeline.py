@@ -13,7 +13,7 @@
 import dataclasses
 import inspect
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -74,8 +74,8 @@ class Pipeline:
         latents: Tensor | None = None,
         sigmas: Tensor | Sequence[float] | None = None,
         sampler: Sampler | None = None,
-    ) -> Iterator[Step]:
-        """Encode the prompt, then return an iterator over the denoising steps. The caller may stop at any step.
+    ) -> Generator[Step]:
+        """Encode the prompt, then return a generator of the denoising steps. Its `close()` stops and frees the device.
 
         latents: x at the first noise level, b c h w, to start from instead of noise or the request's picture.
         sigmas: falling noise levels to use instead of the plan's.
@@ -97,7 +97,7 @@ class Pipeline:
         return self._steps(plan, conditions, x, sampler)
 
     @torch.no_grad()
-    def _steps(self, plan: Plan, conditions: list[Condition], x: Tensor, sampler: Sampler | None) -> Iterator[Step]:
+    def _steps(self, plan: Plan, conditions: list[Condition], x: Tensor, sampler: Sampler | None) -> Generator[Step]:
         with self.at_work("unet", plan.request.controls):  # so that it is moved once for `denoiser` and `walk`
             yield from self.walk(plan, self.denoiser(plan, conditions), x, sampler=sampler)
 

@@ -1,7 +1,7 @@
 """SDXL with its refiner: the base model runs the first steps, the refiner the last steps (Podell et al. 2023, 2.5)."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import torch
 from PIL import Image
@@ -21,8 +21,8 @@ def refine(base: Pipeline, refiner: Pipeline, request: Request, *, handover: flo
     return refiner.decode(last.latents)
 
 
-def stream_both(base: Pipeline, refiner: Pipeline, request: Request, *, handover: float = HANDOVER) -> Iterator[Step]:
-    """Return an iterator over all steps. Both models share one list of noise levels, which is cut in two.
+def stream_both(base: Pipeline, refiner: Pipeline, request: Request, *, handover: float = HANDOVER) -> Generator[Step]:
+    """Return a generator of all steps. Both models share one list of noise levels, which is cut in two.
 
     handover: the share of the training timesteps, from the noisy end, that the base model runs. With 0.8 the refiner
       takes over at timestep 200 of 1000, as with `denoising_end` and `denoising_start` of diffusers. SDXL's refiner was
@@ -76,7 +76,7 @@ def check_handover(handover: float) -> None:
 
 
 @torch.no_grad()
-def _steps(base: Pipeline, refiner: Pipeline, plan: Plan, refiner_plan: Plan) -> Iterator[Step]:
+def _steps(base: Pipeline, refiner: Pipeline, plan: Plan, refiner_plan: Plan) -> Generator[Step]:
     noise, x = plan.noise(), base.start(plan)
     before, total = 0, len(plan.sigmas) + len(refiner_plan.sigmas) - 2
     for pipe, own in ((base, plan), (refiner, refiner_plan)):

@@ -41,12 +41,13 @@ PACKAGES = {  # what each part of ldm may import of ldm, beside itself; "ldm" is
     "refiner": "config diffusion pipeline request sizes",
     "outputs": "pictures",
     "pictures": "atomic",
+    "previews": "config diffusion geometry images models pictures pipeline",
     "record": "config control diffusion ldm loading pictures placement refiner request sizes source strict",
     "jobs": "diffusion geometry loading outputs pipeline placement record refiner request",
     "training": "atomic checkpoint conditioning config control diffusion geometry images models pictures presets "
     "strict",
-    "cli": "checkpoint config control diffusion jobs ldm loading outputs placement record request sizes source "
-    "training",
+    "cli": "checkpoint config control diffusion jobs ldm loading outputs pipeline placement previews record request "
+    "sizes source training",
     "ldm": "config control loading pipeline placement presets refiner request sizes source",
 }
 THIRD_PARTY = {"torch", "safetensors", "tokenizers", "einops", "numpy", "PIL", "tqdm"}

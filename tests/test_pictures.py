@@ -48,6 +48,31 @@ def test_a_picture_that_fails_while_it_is_written_leaves_nothing_behind(tmp_path
     assert os.listdir(tmp_path) == []
 
 
+def test_ctrl_c_before_the_picture_is_in_place_leaves_not_even_an_empty_file(tmp_path, monkeypatch):
+    def stop(source, target):
+        assert os.path.getsize(target) == 0  # the reserved name
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", stop)
+    with pytest.raises(KeyboardInterrupt):
+        save_png(Image.new("RGB", (1, 1)), tmp_path / "a.png")
+    assert os.listdir(tmp_path) == []
+
+
+def test_ctrl_c_after_the_picture_is_in_place_keeps_it(tmp_path, monkeypatch):
+    replace = os.replace
+
+    def stop(source, target):
+        replace(source, target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", stop)
+    with pytest.raises(KeyboardInterrupt):
+        save_png(Image.new("RGB", (1, 1), "red"), tmp_path / "a.png")
+    assert os.listdir(tmp_path) == ["a.png"]
+    assert np.asarray(Image.open(tmp_path / "a.png")).tolist() == [[[255, 0, 0]]]
+
+
 def test_of_those_who_save_at_one_path_at_one_time_one_succeeds(tmp_path):
     path = tmp_path / "a.png"
 

@@ -5,7 +5,7 @@ import dataclasses
 import json
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
@@ -14,6 +14,7 @@ import ldm
 from ldm import jobs
 from ldm.cli.controls import add_controls, read_controls
 from ldm.cli.options import Commands, add_options, given
+from ldm.cli.previews import add_previews, read_previews
 from ldm.diffusion.samplers import Step
 from ldm.loading import BUNDLED
 from ldm.outputs import Outputs
@@ -51,6 +52,7 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     add_controls(command)
     command.add_argument("--out", type=Path, help="the PNG to write; several pictures get numbers (default: out.png)")
     command.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    add_previews(command)
     command.add_argument("--grid", action="store_true", help="one file with all the pictures")
     command.add_argument(
         "--from",
@@ -68,6 +70,7 @@ def _generate(args: argparse.Namespace) -> None:
     job = _read_job(args)
     outputs = Outputs(args.out, job.count, args.overwrite, records=not args.no_metadata)
     outputs.check()
+    previews = read_previews(args, outputs)
     if job.request.source is not None:  # read the pictures before the model, so that their errors come early
         _ = job.request.source.picture, job.request.region
     for control in job.request.controls:
@@ -75,7 +78,8 @@ def _generate(args: argparse.Namespace) -> None:
     seconds: dict[str, float] = {}
     with jobs.timed("load", seconds):
         models = load_models(job.model, job.placement)
-    result = jobs.run(job, models, outputs, _watch)
+    with previews(models.base) as previewed:
+        result = jobs.run(job, models, outputs, lambda steps, total: _watch(previewed(steps), total))
     results = {
         "files": [str(file) for file in result.files],
         "seeds": result.seeds,
@@ -101,8 +105,11 @@ def load_models(choice: ModelChoice, placement: ldm.Placement) -> jobs.Models:
     return models
 
 
-def _watch(steps: Iterator[Step], total: int) -> Iterable[Step]:
-    return tqdm(steps, total=total, unit="step", disable=None)
+def _watch(steps: Iterator[Step], total: int) -> jobs.Steps:
+    with tqdm(total=total, unit="step", disable=None) as bar:
+        for step in steps:
+            bar.update()
+            yield step
 
 
 def _read_job(args: argparse.Namespace) -> jobs.Job:

@@ -51,7 +51,7 @@ class Moved(Offloaded):
 
     def bring(self, undo: ExitStack) -> None:
         """Copy all weights."""
-        undo.callback(move(tensors_of(self.network), self.device))
+        move(tensors_of(self.network), self.device, undo.callback)
 
 
 class Streamed(Offloaded):
@@ -80,7 +80,7 @@ class Streamed(Offloaded):
         if self.copying is not None:  # other streams cannot use the memory that the copying stream has freed
             undo.callback(torch.cuda.empty_cache)
         in_stages = {id(tensor) for stage in self.stages for tensor in tensors_of(stage)}
-        undo.callback(move((t for t in tensors_of(self.network) if id(t) not in in_stages), self.device))
+        move((t for t in tensors_of(self.network) if id(t) not in in_stages), self.device, undo.callback)
         undo.callback(self._send_home_all_but, set())
         self.turn = -1
         self._bring_stage(0)
@@ -109,23 +109,25 @@ class Streamed(Offloaded):
             self.copying.wait_stream(torch.cuda.current_stream(self.device))
             beside = torch.cuda.stream(self.copying)
         with beside:
-            self.here[i] = move(tensors_of(self.stages[i]), self.device)
+            move(tensors_of(self.stages[i]), self.device, partial(self.here.__setitem__, i))
 
     def _send_home_all_but(self, wanted: set[int]) -> None:
         for i in self.here.keys() - wanted:
-            self.here.pop(i)()
+            self.here[i]()
+            del self.here[i]
 
 
-def move(tensors: Iterable[Tensor], device: torch.device) -> Callable[[], None]:
-    """Let each tensor point to a copy on `device`. Return the function that lets it point to the old memory again.
+def move(tensors: Iterable[Tensor], device: torch.device, keep: Callable[[Callable[[], None]], object]) -> None:
+    """Let each tensor point to a copy on `device`. The current CUDA stream makes the copies.
 
-    The current CUDA stream makes the copies.
+    keep: is given the function that lets each tensor point to the old memory again. This happens before the first
+      change, so that Ctrl-C at any time leaves nothing on the device.
     """
     moved = list(tensors)
     homes = [tensor.data for tensor in moved]
+    keep(partial(_hold, moved, homes))
     copies = [torch.empty_like(home, device=device).copy_(home, non_blocking=True) for home in homes]
     _hold(moved, copies)
-    return partial(_hold, moved, homes)
 
 
 def _hold(tensors: list[Tensor], memory: list[Tensor]) -> None:

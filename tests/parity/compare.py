@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import diffusers
 import numpy as np
 import torch
 from torch import Tensor
 
 import ldm
 from ldm.checkpoint import files
+from ldm.checkpoint.taesd import load_taesd
 from ldm.conditioning import timestep_embedding
 from tests.parity import reference
 from tests.parity.reference import FAMILIES, PROMPTS, STEP_LISTS, Family
@@ -177,6 +179,20 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
 def errors(x: Tensor, exact: Tensor) -> Tensor:
     """The root mean square of the difference, in parts of that of `exact`, of each entry of the first dimension."""
     return (x - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)
+
+
+@torch.no_grad()
+def taesd() -> tuple[float, float]:
+    """Return how far our TAESD is from diffusers', full size and random weights: the largest difference, and relative.
+
+    diffusers saves its folder, which we load.
+    """
+    torch.manual_seed(0)
+    theirs, latents = diffusers.AutoencoderTiny().eval(), 2 * torch.randn(2, 4, 16, 16)
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder)
+        ours, exact = load_taesd(folder)(latents), theirs.decode(latents).sample
+    return float((ours - exact).abs().max()), relative(ours, exact)
 
 
 # ------------------------------------------------------------------ files

@@ -42,6 +42,10 @@ Small models: the published architectures with narrower UNets (64 to 128 channel
 has {inputs} random inputs, and the UNet runs at the timesteps {timesteps} with each of them. The text
 encoders read a prompt and a negative prompt, and each library makes the tokens itself.
 """
+TAESD = """\
+The decoder of TAESD, which makes previews, at full size with random weights: the largest difference is {:.2g}, relative
+{:.1e}.
+"""
 PICTURES = """\
 ## Pictures
 
@@ -134,6 +138,7 @@ def document(command: str, device: str, *, full: bool) -> str:
         HEAD.format(command=command, machine=_machine(device)),
         NETWORKS.format(inputs=len(task.given), timesteps=", ".join(map(str, TIMESTEPS))),
         _differences(networks),
+        TAESD.format(*compare.taesd()),
         PICTURES.format(**_overall(pictures)),
         _differences(pictures),
         TENANTS.format(images=IMAGES),

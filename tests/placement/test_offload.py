@@ -100,6 +100,25 @@ def test_when_memory_runs_out_on_the_way_in_everything_is_back_too(unet, offload
 
 
 @both
+def test_ctrl_c_while_the_weights_are_exchanged_leaves_nothing_on_the_device(unet, offload, monkeypatch):
+    homes, hold = addresses(unet), module._hold
+    halves = iter([True])
+
+    def interrupted(tensors, memory):
+        if next(halves, False):
+            hold(tensors[:1], memory[:1])
+            assert addresses(unet) != homes
+            raise KeyboardInterrupt
+        hold(tensors, memory)
+
+    monkeypatch.setattr(module, "_hold", interrupted)
+    weights = offload(unet, "cpu")
+    with pytest.raises(KeyboardInterrupt), weights:
+        unet(*inputs(unet))
+    assert addresses(unet) == homes
+
+
+@both
 def test_two_users_may_come_and_leave_in_any_order(unet, offload):
     expected, homes = unet(*inputs(unet)), addresses(unet)
     weights = offload(unet, "cpu")
@@ -287,14 +306,13 @@ def test_the_next_stage_is_copied_while_this_one_computes(unet, monkeypatch):
     first = {id(tensors_of(stage)[0]): i for i, stage in enumerate(weights.stages)}
     move = module.move
 
-    def copy(tensors, device):
+    def copy(tensors, device, keep):
         tensors = list(tensors)
-        home = move(tensors, device)
+        move(tensors, device, keep)
         i = first.get(id(tensors[0]))
         if i is not None:
             events.append(("copy", i))
             copied[i] = races.copying.seen["copying"]
-        return home
 
     monkeypatch.setattr(module, "move", copy)
     for i, stage in enumerate(weights.stages):
