@@ -817,7 +817,7 @@ def test_a_stopped_training_names_the_command_that_goes_on_with_the_same_files(h
     [
         (["train"], "the following arguments are required: recipe"),
         (["train", "no.toml"], "there is no recipe no.toml"),
-        (["train", "bad.toml"], "bad.toml: recipe must be one of 'vae', 'ldm', got 'cake'"),
+        (["train", "bad.toml"], "bad.toml: recipe must be one of 'vae', 'ldm', 'controlnet', got 'cake'"),
         (["train", "bad.toml", "--device", "toaster"], "device must be cpu, cuda, cuda:N or mps"),
         (["evaluate", "--font", "no.ttf"], "there is no emoji font at no.ttf"),
         (["evaluate", "--steps", "0"], "steps must be a whole number from 1 to 1000, got 0"),
