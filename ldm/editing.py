@@ -18,7 +18,6 @@ from torch import Tensor
 
 from ldm.conditioning import Condition
 from ldm.diffusion.denoiser import Bind, Network, Rule, rescaled
-from ldm.geometry import fit
 from ldm.request import Plan
 
 
@@ -68,7 +67,7 @@ def edit(pipe: Any, plan: Plan, conditions: Sequence[Condition], bind: Bind) -> 
     conditions: of the instruction and of the negative prompt.
     """
     source: Any = plan.request.source
-    image = fit(source.picture, plan.width, plan.height, source.resize)
+    image = source.resized(plan.width, plan.height)
     picture = pipe.encode_image(image) / pipe.config.vae.scaling_factor
     instruction, negative = conditions
     both, alone = with_picture(instruction, picture), with_picture(negative, picture)

@@ -163,9 +163,7 @@ class Pipeline:
             from ldm import inpainting
 
             return inpainting.start(self, plan)
-        from ldm.geometry import fit  # only image to image needs it
-
-        picture = fit(source.picture, plan.width, plan.height, source.resize)
+        picture = source.resized(plan.width, plan.height)
         latents = self.encode_image(picture, noise())  # the VAE's noise is drawn first, as in diffusers
         return latents + float(plan.sigmas[0]) * noise().to(latents)
 

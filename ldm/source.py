@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.config import LARGEST_SIDE, check_fields, option
+from ldm.geometry import fit
 from ldm.pictures import read_picture
 
 
@@ -71,6 +72,10 @@ class Source:
     def picture(self) -> Image.Image:
         """The picture as 8-bit RGB. Raises ValueError if it cannot be read."""
         return read_picture(self.image)
+
+    def resized(self, width: int, height: int) -> Image.Image:
+        """Return the picture in another size, as `resize` says."""
+        return fit(self.picture, width, height, self.resize)
 
     @property
     def task(self) -> Literal["img2img", "inpaint", "edit"]:

@@ -135,7 +135,7 @@ def test_a_way_that_is_not_clear_is_refused(prompts, seeds, frames, message):
 
 def test_on_the_bundled_model_neighbors_differ_less_than_the_ends():
     pipe = ldm.load(BUNDLED, ldm.Placement("cpu"))
-    request = ldm.Request("", steps=4)
+    request = ldm.Request("", steps=2)
     for prompts, seeds in ((["a red apple", "a panda"], [1]), (["a red apple"], [1, 2])):
         walked = [np.asarray(pipe.generate(each)[0]).astype(float) for each in between(request, prompts, seeds, 4)]
         ends = np.abs(walked[0] - walked[-1]).mean()
