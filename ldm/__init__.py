@@ -10,6 +10,7 @@ from ldm.refiner import refine
 from ldm.request import Request
 from ldm.sizes import Sizes
 from ldm.source import Mask, Source
+from ldm.variations import Variation
 
 __version__ = "0.1.0"  # pyproject.toml reads it from here
 
@@ -31,6 +32,7 @@ __all__ = [
     "Request",
     "Sizes",
     "Source",
+    "Variation",
     "load",
     "refine",
 ]

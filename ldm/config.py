@@ -237,6 +237,11 @@ class ModelConfig:
         return self.unet.in_channels == 2 * self.vae.latent_channels + 1
 
     @property
+    def edits(self) -> bool:
+        """Whether the UNet takes the latents of a picture, in addition to the noisy latents: instruct-pix2pix."""
+        return self.unet.in_channels == 2 * self.vae.latent_channels
+
+    @property
     def micro_conditioning(self) -> tuple[str, ...]:
         """The names of the scalars that follow the pooled text in the UNet's vector, in order; () without a vector.
 

@@ -1,4 +1,4 @@
-"""An error message that says why a network returned NaN or Inf."""
+"""Errors that need a diagnosis: a network that returned NaN or Inf, and a model that is made for another task."""
 
 import math
 from collections.abc import Iterator
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.config import ModelConfig
 from ldm.request import Plan
 
 NAMES = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder"}
@@ -49,6 +50,20 @@ def not_finite(
     if plan is not None and len(plan.texts) > 1:
         causes = f"too much guidance (guidance_scale {plan.guidance_scale:g}), {causes}"
     return FloatingPointError(f"{gave}, from finite weights (up to {largest:.3g}); usual causes: {causes}")
+
+
+def unfit(config: ModelConfig, task: str) -> ValueError:
+    """Return the error to raise if the UNet of `config` has other input channels than `task` needs."""
+    channels, latents = config.unet.in_channels, config.vae.latent_channels
+    needs = f"editing needs {2 * latents}" if task == "edit" else f"text to image has {latents}"
+    use = "use a text-to-image model"
+    if task == "edit":
+        use = "use an instruct-pix2pix model, or ldm img2img, which takes a prompt for the new picture"
+    elif config.inpaints:
+        use = f"give a source with a mask, as ldm inpaint does, or {use}"
+    elif config.edits:
+        use = f"it edits pictures; give a picture and an instruction, as ldm edit does, or {use}"
+    return ValueError(f"the UNet of {config.name} takes {channels} channels, and {needs}: {use}")
 
 
 def _weights(network: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -30,7 +30,7 @@ Watch = Callable[[Steps, int], Steps]  # (steps, their number) -> the same steps
 class Job:
     """A request for pictures, with the model and the placement to use.
 
-    A request with a source picture is image to image, or with a mask inpainting; any other is text to image.
+    `Request.task` is its kind: text to image, image to image, inpainting or editing.
     """
 
     request: Request
@@ -106,7 +106,7 @@ def run(job: Job, models: Models, outputs: Outputs, watch: Watch = lambda steps,
                 if name.startswith("control"):
                     what, how = f"{what}{' picture' * (option == 'control')}", "with --controlnet and --control"
                 if name == "source":
-                    what, how = "source picture", f"as the PICTURE of ldm {'inpaint' if request.region else 'img2img'}"
+                    what, how = "source picture", f"as the PICTURE of ldm {request.task}"
                 elif name == "mask":
                     how = "as the MASK of ldm inpaint"
                 raise ValueError(

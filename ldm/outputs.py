@@ -3,12 +3,11 @@
 import itertools
 import re
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-
-from PIL import Image
+from typing import Any
 
 from ldm.pictures import clear_temporary, save_png
 
@@ -17,16 +16,19 @@ DEFAULT = Path("out.png")
 
 @dataclass(frozen=True)
 class Outputs:
-    """The PNG files of one job, numbered if there are several.
+    """The picture files of one job, numbered if there are several.
 
     Without `out` the files are out.png, or out-00001.png and so on; if a name is taken, the next free number is used.
     With `out` the files must not exist, unless `overwrite` is set. records: write into each PNG how it was made.
+    write: writes one file, called as `save_png`. endings: of the names of its formats.
     """
 
     out: Path | None
     count: int
     overwrite: bool = False
     records: bool = True
+    write: Callable[..., None] = save_png
+    endings: tuple[str, ...] = (".png",)
 
     @property
     def wanted(self) -> list[Path]:
@@ -42,9 +44,9 @@ class Outputs:
     def check(self) -> None:
         """Raise ValueError if the files cannot be written."""
         path = self.out or DEFAULT
-        if path.suffix.lower() != ".png":
+        if path.suffix.lower() not in self.endings:
             example = path / DEFAULT if path.is_dir() else path.with_suffix(".png")
-            raise ValueError(f"--out must end in .png, such as {example}, got {str(path)!r}")
+            raise ValueError(f"--out must end in {' or '.join(self.endings)}, such as {example}, got {str(path)!r}")
         if not path.parent.is_dir():
             raise ValueError(f"there is no folder {path.parent} to write {path.name} into")
         for file in self.wanted:
@@ -60,20 +62,23 @@ class Outputs:
             raise ValueError(f"cannot write into {path.parent}: {error.strerror}") from error
         clear_temporary(path.parent)
 
-    def save(self, index: int, picture: Image.Image, texts: Mapping[str, str]) -> Path:
-        """Write picture `index` and return its path: the wanted path, or the next free number if that is taken."""
+    def save(self, index: int, picture: Any, texts: Mapping[str, str]) -> Path:
+        """Write picture `index` and return its path: the wanted path, or the next free number if that is taken.
+
+        picture: what `write` takes, such as a PIL picture.
+        """
         wanted = self.wanted[index]
         for file in itertools.chain([wanted], _free_numbers(wanted if self.out else DEFAULT)):
             if self.overwrite or not _present(file):
                 with suppress(FileExistsError):  # another program created it after the check
-                    save_png(picture, file, texts if self.records else {}, overwrite=self.overwrite)
+                    self.write(picture, file, texts if self.records else {}, overwrite=self.overwrite)
                     break
         return file
 
 
 def _free_numbers(path: Path) -> Iterator[Path]:
     """Yield `path` with numbers that are larger than all numbers of such files in its folder."""
-    pattern = re.compile(re.escape(path.stem) + r"-(\d{5,})\.png", re.IGNORECASE)
+    pattern = re.compile(re.escape(path.stem) + r"-(\d{5,})" + re.escape(path.suffix), re.IGNORECASE)
     found = [pattern.fullmatch(file.name) for file in path.parent.iterdir()]
     last = max((int(match[1]) for match in found if match), default=0)
     yield from (_numbered(path, number) for number in itertools.count(last + 1))

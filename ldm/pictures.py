@@ -1,4 +1,4 @@
-"""Picture files: read the usual formats as 8-bit RGB, and write PNG files with text chunks."""
+"""Picture files: read the usual formats as 8-bit RGB, and write PNG files with text chunks, and animations."""
 
 import io
 import json
@@ -8,9 +8,10 @@ import secrets
 import time
 import unicodedata
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageChops, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
@@ -27,12 +28,41 @@ def save_png(
     Raises FileExistsError if the file exists and `overwrite` is false. If several processes or threads write to one
     path without `overwrite`, one of them succeeds.
     """
+    _write(Path(path), overwrite, picture, format="PNG", pnginfo=_chunks(texts))
+
+
+def save_animation(
+    pictures: Sequence[Image.Image],
+    path: str | Path,
+    texts: Mapping[str, str] | None = None,
+    *,
+    overwrite: bool = False,
+    seconds: float = 0.1,
+) -> None:
+    """Write `pictures` as the frames of an endless animation, without loss, completely or not at all.
+
+    path: ends in .png for an animated PNG, or in .webp, which has no text chunks: there `texts` is left out.
+    seconds: how long each frame is shown. Raises FileExistsError as `save_png` does.
+    """
     path = Path(path)
+    first, *rest = pictures
+    shown: dict[str, Any] = {"save_all": True, "append_images": rest, "duration": round(1000 * seconds), "loop": 0}
+    if path.suffix.lower() == ".webp":
+        _write(path, overwrite, first, format="WEBP", lossless=True, **shown)
+    else:
+        _write(path, overwrite, first, format="PNG", pnginfo=_chunks(texts), **shown)
+
+
+def _chunks(texts: Mapping[str, str] | None) -> PngImagePlugin.PngInfo:
     chunks = PngImagePlugin.PngInfo()
     for key, text in (texts or {}).items():
         chunks.add_text(key, text)
+    return chunks
+
+
+def _write(path: Path, overwrite: bool, picture: Image.Image, **options: Any) -> None:
     encoded = io.BytesIO()
-    picture.save(encoded, format="PNG", pnginfo=chunks)
+    picture.save(encoded, **options)
     temporary = path.with_name(f".ldm-{secrets.token_hex(8)}")
     reserved = False
     try:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ldm.conditioning import Condition, condition
 from ldm.config import Layout, ModelConfig
-from ldm.diffusion.denoiser import Bind, Denoiser, classifier_free, consistency, guided, parametrize, within
+from ldm.diffusion.denoiser import Bind, Denoiser, classifier_free, guided, parametrize, within
 from ldm.diffusion.samplers import SAMPLERS, Noise, Sampler, Step, conventions, start
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.images import to_pil, to_tensor
@@ -114,14 +114,13 @@ class Pipeline:
         """
         if not isinstance(request, Request):
             raise ValueError(f"the request must be an ldm.Request, such as ldm.Request('a frog'), got {request!r}")
-        channels, latent_channels = self.config.unet.in_channels, self.config.vae.latent_channels
-        if channels != latent_channels and not (self.config.inpaints and request.region):
-            use = "give a source with a mask, as ldm inpaint does, or" if self.config.inpaints else "it is for editing;"
-            raise ValueError(
-                f"the UNet of {self.config.name} takes {channels} channels, and text to image has {latent_channels}: "
-                f"{use} use a text-to-image model"
-            )
-        return request.resolved(self.config, self.schedule)
+        config, task = self.config, request.task
+        plain = config.unet.in_channels == config.vae.latent_channels
+        if not (config.edits if task == "edit" else plain or (config.inpaints and task == "inpaint")):
+            from ldm.diagnosis import unfit  # only this error needs it
+
+            raise unfit(config, task)
+        return request.resolved(config, self.schedule)
 
     def conditions(self, plan: Plan) -> list[Condition]:
         """Encode the texts and sizes: a condition for the prompt and, with guidance, one for the negative prompt.
@@ -141,7 +140,8 @@ class Pipeline:
         if self.config.unet.guidance_dim is not None:
             scales = encoded.context.new_full((len(plan.texts),), plan.guidance_scale - 1, dtype=torch.float32)
             encoded = dataclasses.replace(encoded, guidance=scales)
-        return [encoded.map(lambda part, which=which: part[list(which)]) for which in plan.which]  # type: ignore[misc]
+        rows = [encoded.map(lambda part, which=which: part[list(which)]) for which in plan.which]  # type: ignore[misc]
+        return plan.request.variation.conditions(rows, self, plan) if plan.request.variation else rows
 
     def encode_image(self, image: Image.Image | Tensor, noise: Tensor | None = None) -> Tensor:
         """Encode a PIL picture, or images: b 3 h w in [-1, 1], as fp32 latents: b c h/f w/f.
@@ -157,15 +157,13 @@ class Pipeline:
     def start(self, plan: Plan) -> Tensor:
         """Return x at the level plan.sigmas[0], b c h w: noise, or the latents of the request's picture plus noise."""
         noise, source = plan.initial_noise(), plan.request.source
-        if source is None:
+        if source is None or (source.from_noise and source.mask is None):
             return start(noise(), plan.sigmas[0], sampler=plan.sampler, spacing=plan.spacing)
         if source.mask is not None:
             from ldm import inpainting
 
             return inpainting.start(self, plan)
-        from ldm.geometry import fit  # only image to image needs it
-
-        picture = fit(source.picture, plan.width, plan.height, source.resize)
+        picture = source.resized(plan.width, plan.height)
         latents = self.encode_image(picture, noise())  # the VAE's noise is drawn first, as in diffusers
         return latents + float(plan.sigmas[0]) * noise().to(latents)
 
@@ -190,13 +188,20 @@ class Pipeline:
 
             bind = bound(self, plan, bind)
         rule = classifier_free(plan.guidance_scale, plan.request.guidance_rescale)
+        if plan.request.task == "edit":
+            from ldm.editing import edit
+
+            conditions, bind, rule = edit(self, plan, conditions, bind)
         with self.at_work("unet"):  # `guided` calls `bind`, which projects the context
             network = guided(bind, conditions, rule, batched=batched)
             denoise = parametrize(network, self.schedule, kind, dtype=weight.dtype)
             if plan.guidance_interval != (0.0, math.inf):
                 unguided = parametrize(bind(conditions[0]), self.schedule, kind, dtype=weight.dtype)
                 denoise = within(plan.guidance_interval, denoise, unguided)
-        denoise = consistency(denoise, self.schedule) if conventions(plan.sampler).consistency else denoise
+        if conventions(plan.sampler).consistency:
+            from ldm.diffusion.consistency import consistency  # only lcm needs it
+
+            denoise = consistency(denoise, self.schedule)
         return keep(self, plan, denoise) if plan.request.region else denoise
 
     def walk(

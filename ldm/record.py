@@ -23,6 +23,7 @@ from ldm.request import Plan, Request
 from ldm.sizes import Sizes
 from ldm.source import Source
 from ldm.strict import from_dict
+from ldm.variations import Variation
 
 KEY = "ldm"  # the key of our text chunk
 OTHERS = {  # the keys of other programs' text chunks
@@ -32,7 +33,7 @@ OTHERS = {  # the keys of other programs' text chunks
     "sd-metadata": "InvokeAI",
 }
 MODEL_AND_PARTS = ("model", "prediction", "ema", "vae", "unet", "text_encoder")  # all but the refiner
-PARTS = {kind.__name__: kind for kind in (Sizes, Source, Control)}  # of a request
+PARTS = {kind.__name__: kind for kind in (Sizes, Source, Control, Variation)}  # of a request
 UNRECORDED = ("offload", "cuda_graph")  # fields of a Placement that do not change the results
 
 
@@ -82,7 +83,7 @@ class Record:
     placement: its fields, with device and dtypes as text. picture: the index of the picture; None: a grid of all.
     """
 
-    task: Literal["txt2img", "img2img", "inpaint"]
+    task: Literal["txt2img", "img2img", "inpaint", "edit"]
     request: Request
     model: ModelChoice
     sha256: Mapping[str, str]
@@ -112,6 +113,8 @@ class Record:
     def texts(self, picture: int | None) -> dict[str, str]:
         """Return the PNG text chunks for this picture, or for a grid of all (None): A1111's `parameters`, and ours."""
         request, resolved, vae, refiner = self.request, self.resolved, self.model.vae, self.model.refiner
+        image_guidance = request.source.image_guidance if request.source else None
+        varied = request.variation.of(picture or 0) if request.variation else None
         strength = request.source.strength if request.source and request.source.start_sigma is None else None
         parameters = a1111_parameters(
             request.prompts[(picture or 0) % len(request.prompts)],
@@ -129,6 +132,9 @@ class Record:
                 **({"Refiner": f"{Path(refiner).stem} [{self.sha256['refiner'][:10]}]"} if refiner else {}),
                 **({"Refiner switch at": self.model.handover} if refiner else {}),
                 **({"Denoising strength": strength} if strength else {}),
+                **({"Variation seed": varied.other_seed} if varied and varied.other_seed is not None else {}),
+                **({"Variation seed strength": varied.amount} if varied and varied.other_seed is not None else {}),
+                **({"Image CFG scale": image_guidance} if image_guidance is not None else {}),
                 **({"Clip skip": request.clip_skip} if (request.clip_skip or 1) > 1 else {}),
                 "RNG": "CPU",
                 "Version": f"ldm {self.environment.ldm}",
@@ -146,7 +152,7 @@ def remember(plan: Plan, choice: ModelChoice, pipe: ldm.Pipeline, sha256: Mappin
     device = torch.device(pipe.placement.device or "cpu")
     words = {n: v if isinstance(v, bool | None) else str(v).removeprefix("torch.") for n, v in chosen.items()}
     return Record(
-        task="txt2img" if plan.request.source is None else "inpaint" if plan.request.source.mask else "img2img",
+        task=plan.request.task,
         request=plan.request,
         model=choice,
         sha256=sha256,

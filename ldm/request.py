@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ldm.control import Control
     from ldm.sizes import Sizes
     from ldm.source import Source
+    from ldm.variations import Variation
 
 MOST = 99_999  # the most pictures of a request
 
@@ -65,6 +66,7 @@ class Request:
     sizes: "Sizes | None" = None  # None: the model's defaults
     source: "Source | None" = None  # None: start from noise
     controls: "tuple[Control, ...]" = ()
+    variation: "Variation | None" = None
 
     def __post_init__(self) -> None:
         """Check what can be checked without a model, and draw a random seed for a negative one."""
@@ -85,7 +87,7 @@ class Request:
         for name, number in self.sampler_options.items():
             check_number(f"the sampler's {name}", number)
         object.__setattr__(self, "sampler_options", dict(self.sampler_options))  # the caller may change theirs
-        if (self.sizes, self.source, self.controls) != (None, None, ()):
+        if (self.sizes, self.source, self.variation, self.controls) != (None, None, None, ()):
             self._check_parts()
         if self.seed < 0:
             object.__setattr__(self, "seed", secrets.randbelow(2**32))
@@ -98,8 +100,9 @@ class Request:
         from ldm.control import Control  # imported here, because most requests have no parts
         from ldm.sizes import Sizes
         from ldm.source import Source
+        from ldm.variations import Variation
 
-        for name, kind in (("sizes", Sizes), ("source", Source)):
+        for name, kind in (("sizes", Sizes), ("source", Source), ("variation", Variation)):
             if not isinstance(value := getattr(self, name), kind | None):
                 raise ValueError(f"{name} must be an ldm.{kind.__name__}, got {value!r}")
         if not isinstance(self.controls, tuple | list) or not all(isinstance(c, Control) for c in self.controls):
@@ -108,13 +111,18 @@ class Request:
 
     @property
     def seeds(self) -> list[int]:
-        """The seed of each picture."""
-        return [self.seed + i for i in range(self.images)]
+        """The seed of each picture. All variations of a seed have the same."""
+        return [self.seed + i * (getattr(self.variation, "other_seed", None) is None) for i in range(self.images)]
 
     @property
     def prompts(self) -> tuple[str, ...]:
         """One prompt for all pictures, or one for each picture."""
         return (self.prompt,) if isinstance(self.prompt, str) else self.prompt
+
+    @property
+    def task(self) -> Literal["txt2img", "img2img", "inpaint", "edit"]:
+        """The kind of request, by its source."""
+        return self.source.task if self.source else "txt2img"
 
     @cached_property
     def region(self) -> Any:
@@ -153,7 +161,7 @@ class Request:
 
         texts: list[str | None] = [*self.prompts]
         which = [tuple(i % len(texts) for i in range(self.images))]
-        if guidance_scale > 1 and not config.unet.guidance_dim:
+        if (guidance_scale > 1 or self.task == "edit") and not config.unet.guidance_dim:
             # Without a negative prompt, SDXL base takes zeros (None), and other models the encoded empty text.
             which.append((len(texts),) * self.images)
             texts.append(self.negative_prompt if config.zero_negative else self.negative_prompt or "")
@@ -180,7 +188,7 @@ class Request:
             width=width,
             height=height,
             latent_shape=(config.vae.latent_channels, height // factor, width // factor),
-            draws=1 if not self.source else 2 + bool(self.source.mask) - (config.inpaints and self.source.from_noise),
+            draws=self.source.draws(wide=config.inpaints or config.edits) if self.source else 1,
         )
         if self.emphasis is None:
             return plan
@@ -235,7 +243,8 @@ class Plan:
 
     def initial_noise(self) -> Noise:
         """Return a function that draws noise from the seeds. The first `draws` are for `Pipeline.start` and masks."""
-        return seeded_noise(self.request.seeds, self.latent_shape)
+        noise = seeded_noise(self.request.seeds, self.latent_shape)
+        return self.request.variation.noise(noise, self) if self.request.variation else noise
 
     def noise(self) -> Noise:
         """Return a function that draws the sampler's noise: the draws that follow the first `draws`."""

@@ -463,7 +463,7 @@ def test_a_record_of_the_first_version_is_followed(txt2img, sdxl, other_vae):
         ({"request": {"prompt": "a", "wings": 2}}, "b.png: request: unknown 'wings'"),
         ({"request": {"steps": 2}}, "b.png: request lacks prompt; .* give the prompt and options yourself"),
         ({"request": {"prompt": "a", "steps": 0}}, "steps must be a whole number"),
-        ({"task": "rm"}, "b.png: task must be one of 'txt2img', 'img2img', 'inpaint', got 'rm'"),
+        ({"task": "rm"}, "b.png: task must be one of 'txt2img', 'img2img', 'inpaint', 'edit', got 'rm'"),
         ({"picture": 1}, "b.png: picture must be one of the 1 of its request, got 1"),
         ({"placement": {"devise": "cpu"}}, "unexpected keyword argument 'devise'; .* give the prompt"),
         ({"command": "txt2img", "model": 3}, "'int' object is not iterable; .* give the prompt"),

@@ -208,7 +208,7 @@ def test_a_source_picture_that_is_gone_is_named(run, here):
         (("in.png",), "give a picture and a prompt, or --from a picture that ldm made"),
         (
             ("in.png", "a", "frog"),
-            "unrecognized arguments: frog; the prompt stands in quotes, and only img2img and inpaint take a picture",
+            "unrecognized arguments: frog; the prompt stands in quotes, and only img2img, inpaint and edit take a",
         ),
         (("nothing.png", "a frog"), "the picture nothing.png cannot be read: No such file or directory"),
         ((".", "a frog"), "the picture . cannot be read: it is a folder"),
@@ -245,11 +245,11 @@ def test_a_source_that_is_no_picture_is_refused(image):
         (("in.png",), 'the prompt is the name of a picture, in.png: use ldm img2img PICTURE "PROMPT"'),
         (
             ("in.png", "a frog"),
-            "unrecognized arguments: a frog; the prompt stands in quotes, and only img2img and inpaint take",
+            "unrecognized arguments: a frog; the prompt stands in quotes, and only img2img, inpaint and edit take",
         ),
         (
             ("a", "red", "frog"),
-            "unrecognized arguments: red frog; the prompt stands in quotes, and only img2img and inpaint take",
+            "unrecognized arguments: red frog; the prompt stands in quotes, and only img2img, inpaint and edit take",
         ),
         (("a frog", "--strength", "0.5"), "unrecognized arguments: --strength 0.5; "),
     ],

@@ -333,7 +333,7 @@ def test_an_inpainting_model_without_a_mask_and_an_editing_model_with_one_are_re
             nine.plan(request)
     config = dataclasses.replace(TINY_RANDOM, unet=dataclasses.replace(TINY_RANDOM.unet, in_channels=8))
     editing = ldm.Pipeline(config, nine.unet, nine.vae, nine.text_encoder)
-    with pytest.raises(ValueError, match="takes 8 channels, and text to image has 4: it is for editing; use a text-to"):
+    with pytest.raises(ValueError, match="takes 8 channels, and text to image has 4: it edits pictures; give a pict"):
         editing.plan(inpaint())
 
 

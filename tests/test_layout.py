@@ -26,29 +26,31 @@ PACKAGES = {  # what each part of ldm may import of ldm, beside itself; "ldm" is
     "models": "conditioning config",
     "checkpoint": "atomic config diffusion models presets strict",
     "placement": "conditioning config models",
-    "diagnosis": "request",
+    "diagnosis": "config request",
     "masks": "geometry pictures",
-    "source": "config pictures",
+    "source": "config geometry pictures",
     "sizes": "config",
-    "request": "config control diffusion geometry masks prompts phases sizes source",
+    "variations": "conditioning config diffusion pipeline request",
+    "request": "config control diffusion geometry masks prompts phases sizes source variations",
     "phases": "conditioning diffusion",
     "prompts": "conditioning models phases",
     "inpainting": "diffusion images masks request",
+    "editing": "conditioning diffusion request",
     "control": "checkpoint conditioning config diffusion geometry images models pictures pipeline request",
-    "pipeline": "checkpoint conditioning config control diagnosis diffusion geometry images inpainting models phases "
-    "placement prompts request",
+    "pipeline": "checkpoint conditioning config control diagnosis diffusion editing images inpainting models "
+    "phases placement prompts request",
     "loading": "checkpoint diffusion pipeline placement",
     "refiner": "config diffusion pipeline request sizes",
     "outputs": "pictures",
     "pictures": "atomic",
     "previews": "config diffusion geometry images models pictures pipeline",
-    "record": "config control diffusion ldm loading pictures placement refiner request sizes source strict",
+    "record": "config control diffusion ldm loading pictures placement refiner request sizes source strict variations",
     "jobs": "diffusion geometry loading outputs pipeline placement record refiner request",
     "training": "atomic checkpoint conditioning config control diffusion geometry images models pictures presets "
     "strict",
-    "cli": "checkpoint config control diffusion jobs ldm loading outputs pipeline placement previews record request "
-    "sizes source training",
-    "ldm": "config control loading pipeline placement presets refiner request sizes source",
+    "cli": "checkpoint config control diffusion geometry jobs ldm loading outputs pictures pipeline placement previews "
+    "record request sizes source training variations",
+    "ldm": "config control loading pipeline placement presets refiner request sizes source variations",
 }
 THIRD_PARTY = {"torch", "safetensors", "tokenizers", "einops", "numpy", "PIL", "tqdm"}
 OPTIONAL = {"cv2"}  # of the extra `control`
@@ -109,7 +111,7 @@ def test_diffusion_imports_torch_only():
         roots = {module.split(".")[0] for module in imports(path)} - set(sys.stdlib_module_names)
         assert roots <= {"torch", "ldm"}, path
         assert {m for m in imports(path) if m.startswith("ldm")} <= {
-            *(f"ldm.diffusion.{name}" for name in ("schedule", "denoiser", "samplers", "inpainting")),
+            *(f"ldm.diffusion.{name}" for name in ("schedule", "denoiser", "consistency", "samplers", "inpainting")),
             "ldm.conditioning",
         }
 

@@ -13,6 +13,7 @@ import ldm
 from ldm.checkpoint import files
 from ldm.checkpoint.controlnets import save_controlnet
 from ldm.checkpoint.parts import Model
+from ldm.models.unet import UNet
 from tests.tiny import TINY_RANDOM, TINY_REFINER, TINY_SDXL, random_controlnet, random_networks
 
 FOLDER = Path(__file__).parents[1] / "scripts"
@@ -25,7 +26,7 @@ def run(path: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
 
 
 def test_a_sampling_script_has_at_most_80_lines():
-    for name in ("txt2img", "img2img", "inpaint", "sdxl_refiner", "controlnet"):
+    for name in ("txt2img", "img2img", "inpaint", "edit", "sdxl_refiner", "controlnet"):
         assert len((FOLDER / f"{name}.py").read_text().splitlines()) <= 80
 
 
@@ -104,6 +105,22 @@ def test_inpaint_equals_the_pipeline_bit_for_bit(tmp_path, monkeypatch, config, 
     (expected,) = ldm.Pipeline(config, *networks).generate(ldm.Request("a frog", steps=5, seed=3, source=source))
     assert np.array_equal(Image.open(out), expected)
     assert not np.array_equal(Image.open(out), Image.open(picture))
+
+
+@pytest.mark.parametrize(("guidance", "image_guidance"), [(None, 1.5), (1.0, 0.8)])
+def test_edit_equals_the_pipeline_bit_for_bit(tmp_path, monkeypatch, guidance, image_guidance):
+    config = dataclasses.replace(TINY_RANDOM, unet=dataclasses.replace(TINY_RANDOM.unet, in_channels=8))
+    networks = UNet(config.unet).eval(), *random_networks()[1:]
+    monkeypatch.setattr(files, "load", lambda *_, **__: Model(config, *networks))
+    picture, out = tmp_path / "picture.png", tmp_path / "frog.png"
+    Image.linear_gradient("L").resize((50, 30)).rotate(20).save(picture)
+    words = ["make it a frog", "--steps", "3", "--seed", "3", "--image-guidance", str(image_guidance)]
+    words += ["--negative", "bad", "--model", "random", "--device", "cpu", "--out", str(out)]
+    words += [] if guidance is None else ["--guidance", str(guidance)]
+    run(FOLDER / "edit.py", monkeypatch, str(picture), *words)
+    source = ldm.Source(picture, image_guidance=image_guidance)
+    request = ldm.Request("make it a frog", "bad", 3, guidance, seed=3, source=source)
+    assert np.array_equal(Image.open(out), ldm.Pipeline(config, *networks).generate(request)[0])
 
 
 @pytest.mark.parametrize("negative", [None, "bad"])

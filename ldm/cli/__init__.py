@@ -15,7 +15,7 @@ from typing import NoReturn, TextIO
 from tqdm import tqdm
 
 import ldm
-from ldm.cli import files, generate, training
+from ldm.cli import files, generate, interpolate, training
 from ldm.placement.allocator import keep_freed_memory
 
 
@@ -64,7 +64,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         if rest and not rest[0].startswith("-") and getattr(args, name, "") is None:
             setattr(args, name, rest.pop(0))
     if rest:
-        hint = "; the prompt stands in quotes, and only img2img and inpaint take a picture"
+        hint = "; the prompt stands in quotes, and only img2img, inpaint and edit take a picture"
         raise ValueError(f"unrecognized arguments: {' '.join(rest)}{hint if hasattr(args, 'prompt') else ''}")
     return args
 
@@ -73,7 +73,7 @@ def _parser() -> Parser:
     parser = Parser(prog="ldm", description=ldm.__doc__)
     parser.add_argument("--version", action="version", version=f"ldm {ldm.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for group in (generate, files, training):
+    for group in (generate, interpolate, files, training):
         group.add(commands)
     return parser
 

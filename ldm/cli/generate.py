@@ -1,4 +1,4 @@
-"""`ldm txt2img`, `img2img` and `inpaint`: make pictures from a prompt, a picture, or the record in a picture."""
+"""`ldm txt2img`, `img2img`, `inpaint` and `edit`: make pictures from a prompt, a picture, or a picture's record."""
 
 import argparse
 import dataclasses
@@ -23,6 +23,9 @@ from ldm.record import Environment, ModelChoice, environment, recall
 from ldm.request import Request
 from ldm.sizes import Sizes
 from ldm.source import Mask, Source
+from ldm.variations import Variation
+
+FROM_PICTURE = ("strength", "exact_steps", "start_sigma", "resize")
 
 
 def add(commands: Commands) -> None:
@@ -33,21 +36,26 @@ def add(commands: Commands) -> None:
     command = commands.add_parser("img2img", help="make pictures from a picture and a prompt")
     command.add_argument("image", nargs="?", metavar="PICTURE", help="the picture to start from")
     command.add_argument("prompt", nargs="?", help="what the new picture shows")
-    add_options(command, Source)
+    add_options(command, Source, FROM_PICTURE)
     _add_common(command)
     command = commands.add_parser("inpaint", help="repaint a part of a picture, or paint around a picture")
     command.add_argument("image", nargs="?", metavar="PICTURE", help="the picture")
     command.add_argument("mask", nargs="?", metavar="MASK", help="a picture of the same size: white is repainted")
     command.add_argument("prompt", nargs="?", help="what the picture shows afterwards")
-    add_options(command, Source, ("strength", "exact_steps", "start_sigma"))
+    add_options(command, Source, FROM_PICTURE[:-1])
     add_options(command, Mask)
+    _add_common(command)
+    command = commands.add_parser("edit", help="change a picture by an instruction, with an instruct-pix2pix model")
+    command.add_argument("image", nargs="?", metavar="PICTURE", help="the picture")
+    command.add_argument("prompt", nargs="?", metavar="INSTRUCTION", help='what to do with it: "make it snowy"')
+    add_options(command, Source)
     _add_common(command)
 
 
 def _add_common(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=_generate)
     command.add_argument("--prompts", nargs="+", metavar="PROMPT", help="a prompt for each picture, not one for all")
-    for kind in (ModelChoice, Request, Sizes, ldm.Placement):
+    for kind in (ModelChoice, Request, Variation, Sizes, ldm.Placement):
         add_options(command, kind)
     add_controls(command)
     command.add_argument("--out", type=Path, help="the PNG to write; several pictures get numbers (default: out.png)")
@@ -116,6 +124,7 @@ def _read_job(args: argparse.Namespace) -> jobs.Job:
     """Make the job from the arguments. With --from, the picture's record holds the values that are not given."""
     asked, placed, model = given(args, Request), given(args, ldm.Placement), given(args, ModelChoice)
     sizes, source, mask = given(args, Sizes), given(args, Source), given(args, Mask)
+    variation = given(args, Variation)
     if getattr(args, "mask", None) is not None:
         if args.prompt is None and not _names_a_picture(args.mask):
             args.prompt = args.mask  # PICTURE "prompt", without a MASK
@@ -134,15 +143,20 @@ def _read_job(args: argparse.Namespace) -> jobs.Job:
     if "strength" in source:
         source.setdefault("start_sigma", None)  # the strength replaces the recorded level
     recorded = None if args.repeated is None else recall(args.repeated)
+    if hasattr(args, "image_guidance") and not (recorded and recorded.task == "edit"):
+        source = {"image_guidance": 1.5, "mask": None} | source
     if (controls := read_controls(args, recorded.request.controls if recorded else ())) is not None:
         asked["controls"] = controls
     if recorded is None:
-        if "prompt" not in asked:
+        if "prompt" not in asked or (hasattr(args, "image") and "image" not in source):
             words = "a picture and a prompt" if hasattr(args, "image") else "a prompt in quotes"
             words = "a picture, a mask and a prompt" if hasattr(args, "mask") else words
+            words = "a picture and an instruction" if hasattr(args, "image_guidance") else words
             raise ValueError(f"give {words}, or --from a picture that ldm made")
         if hasattr(args, "mask"):
             source["mask"] = Mask(**mask)
+        if variation:
+            asked["variation"] = Variation(**variation)
         request = Request(**asked, sizes=Sizes(**sizes) if sizes else None, source=Source(**source) if source else None)
         return jobs.Job(request, ModelChoice(**model), ldm.Placement.fast(**placed), args.grid)
 
@@ -150,6 +164,9 @@ def _read_job(args: argparse.Namespace) -> jobs.Job:
     as_grid = args.grid or picture is None
     if asked.get("sampler", request.sampler) != request.sampler:
         asked.setdefault("sampler_options", {})  # another sampler has other options
+    if variation:
+        varied = request.variation and request.variation.of(picture or 0)
+        asked["variation"] = dataclasses.replace(varied or Variation(**variation), **variation)
     if sizes:
         asked["sizes"] = dataclasses.replace(request.sizes or Sizes(), **sizes)
     old = request.source.mask if request.source else None
@@ -161,7 +178,8 @@ def _read_job(args: argparse.Namespace) -> jobs.Job:
         asked["source"] = dataclasses.replace(request.source or Source(**source), **source)
     if asked and picture is not None:  # a changed request: one picture, from the noise of the recorded one
         prompt = request.prompts[picture % len(request.prompts)]
-        request = dataclasses.replace(request, prompt=prompt, seed=request.seed + picture, images=1)
+        seed, varied = request.seeds[picture], request.variation and request.variation.of(picture)
+        request = dataclasses.replace(request, prompt=prompt, seed=seed, images=1, variation=varied)
         picture = None
     remembered = dict(record.placement)
     if placed.get("compile") or ("device" in placed and not placed["device"].startswith("cpu")):
@@ -172,6 +190,8 @@ def _read_job(args: argparse.Namespace) -> jobs.Job:
     if "model" in model:  # another model, without the recorded model's replaced parts and digests
         kept = {name for name in sha256 if name in ("source", "mask") or name.startswith("control")}
         choice, sha256 = ModelChoice(), {name: sha256[name] for name in kept}
+    if source.get("mask", old) is None:
+        sha256.pop("mask", None)
     new = {*model, *(name for name, table in (("source", source), ("mask", mask)) if "image" in table)}
     if controls is not None:  # the recorded digests are of other files
         sha256 = {name: expected for name, expected in sha256.items() if not name.startswith("control")}

@@ -126,13 +126,18 @@ def classifier_free(scale: float, rescale: float = 0.0) -> Rule:
                 f"classifier-free guidance combines 2 conditions, not {len(predictions)}: give another rule"
             )
         cond, uncond = predictions
-        result = uncond + scale * (cond - uncond)
-        if rescale:
-            ratio = _std(cond) / _std(result)
-            result = result * (rescale * ratio + 1 - rescale)
-        return result
+        return rescaled(uncond + scale * (cond - uncond), cond, rescale)
 
     return rule
+
+
+def rescaled(prediction: Tensor, cond: Tensor, rescale: float) -> Tensor:
+    """Move the standard deviation of each guided prediction towards that of `cond`, by `rescale` from 0 to 1."""
+    if not rescale:
+        return prediction
+    dims = tuple(range(1, cond.ndim))
+    ratio = cond.std(dim=dims, keepdim=True) / prediction.std(dim=dims, keepdim=True)
+    return prediction * (rescale * ratio + 1 - rescale)
 
 
 def within(interval: tuple[float, float], inside: Denoiser, outside: Denoiser) -> Denoiser:
@@ -146,26 +151,3 @@ def within(interval: tuple[float, float], inside: Denoiser, outside: Denoiser) -
     if not 0 <= low < high:
         raise ValueError(f"the interval must satisfy 0 <= low < high, got {low} and {high}")
     return lambda x, sigma: (inside if low < float(sigma) <= high else outside)(x, sigma)
-
-
-def consistency(
-    denoise: Denoiser, schedule: NoiseSchedule, *, sigma_data: float = 0.5, timestep_scaling: float = 10.0
-) -> Denoiser:
-    """Add the boundary scalings of latent consistency models to their denoiser, for the sampler `lcm`.
-
-    f(z, t) = c_skip z + c_out x0, which equals z at t = 0 (Luo et al. 2023, eq. 9 and section 4.3), with
-    c_skip = d^2 / (s^2 + d^2), c_out = s / sqrt(s^2 + d^2), s = timestep_scaling t, d = sigma_data.
-    """
-
-    def skip_and_out(x: Tensor, sigma: Tensor) -> Tensor:
-        scaled = timestep_scaling * factor(schedule.timestep(sigma), x)
-        c_skip = sigma_data**2 / (scaled**2 + sigma_data**2)
-        c_out = scaled / (scaled**2 + sigma_data**2) ** 0.5
-        return c_skip * to_vp(x, sigma) + c_out * denoise(x, sigma)
-
-    return skip_and_out
-
-
-def _std(prediction: Tensor) -> Tensor:
-    """Return the standard deviation over each image, b 1 1 1."""
-    return prediction.std(dim=tuple(range(1, prediction.ndim)), keepdim=True)

@@ -159,7 +159,7 @@ def dpmpp_2m_sde(denoise: Denoiser, x: Tensor, sigmas: Tensor, *, noise: Noise) 
 def lcm(denoise: Denoiser, x: Tensor, sigmas: Tensor, *, noise: Noise) -> Iterator[Step]:
     """Jump to x0 and add fresh noise of the next level (Song et al. 2023, algorithm 1; LCM).
 
-    denoise: a consistency model, see `ldm.diffusion.denoiser.consistency`.
+    denoise: a consistency model, see `ldm.diffusion.consistency`.
     """
     for i, _, target in _levels(sigmas):
         x = x0 = denoise(x, sigmas[i])
@@ -186,7 +186,7 @@ class Conventions:
 
     final: Final = "zero"  # the last level, see `NoiseSchedule.steps`
     unit_variance: bool = True  # start from sqrt(1 + sigma^2) noise; False: from sigma noise, see `start`
-    consistency: bool = False  # the denoiser is wrapped in `ldm.diffusion.denoiser.consistency`
+    consistency: bool = False  # the denoiser is wrapped in `ldm.diffusion.consistency.consistency`
     a1111: str | None = None  # the name in AUTOMATIC1111's web UI
 
 

@@ -9,7 +9,8 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 from torch import nn
 
 from ldm.conditioning import Condition
-from ldm.diffusion.denoiser import classifier_free, consistency, guided, parametrize, to_x0, within
+from ldm.diffusion.consistency import consistency
+from ldm.diffusion.denoiser import classifier_free, guided, parametrize, to_x0, within
 from ldm.diffusion.schedule import NoiseSchedule, to_ve, to_vp
 
 SCHEDULE = NoiseSchedule()

@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ldm.conditioning import Condition
-from ldm.diffusion.denoiser import classifier_free, consistency, guided, parametrize, within
+from ldm.diffusion.consistency import consistency
+from ldm.diffusion.denoiser import classifier_free, guided, parametrize, within
 from ldm.diffusion.samplers import SAMPLERS, seeded_noise
 from ldm.diffusion.schedule import NoiseSchedule
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from ldm.diffusion.denoiser import consistency, parametrize
+from ldm.diffusion.consistency import consistency
+from ldm.diffusion.denoiser import parametrize
 from ldm.diffusion.inversion import invert
 from ldm.diffusion.samplers import (
     CONVENTIONS,

@@ -83,6 +83,12 @@ latents of a text-to-image model. "9 channels" is the same UNet with 5 more inpu
 mask and the masked picture. The pictures are compared before the kept pixels are pasted. DDIM ends at level 0 in both:
 at its own last level, 0.03, diffusers removes the noise of the kept latents, and this package does not.
 """
+EDITING = """\
+## Editing
+
+The same pictures edited by models with 4 more input channels of random weights, for the latents of the picture:
+InstructPix2Pix. All steps, 10 of them, with an image guidance of 1.5.
+"""
 FULL_SIZE = """\
 ## At full size
 
@@ -114,7 +120,7 @@ golden lists are written with five decimals. A sampler takes any list of levels,
 def document(command: str, device: str, *, full: bool) -> str:
     """Measure everything and return it as Markdown."""
     dtypes = [torch.bfloat16, torch.float16] if device != "cpu" else [torch.bfloat16]
-    networks, pictures, files, tenancies, controlled, inpainted = [], [], [], [], [], []
+    networks, pictures, files, tenancies, controlled, inpainted, edited = [], [], [], [], [], [], []
     for name, family in FAMILIES.items():
         print(name, file=sys.stderr)
         task = compare.small_size(name)
@@ -134,6 +140,9 @@ def document(command: str, device: str, *, full: bool) -> str:
                 inpainted.append(
                     [f"{name}, 9 channels", *_inpainting(ldm.load(folder / "9", ldm.Placement("cpu")), wide)]
                 )
+                if name != "sdxl-base":
+                    wide = tenants.eight_channels(both[1], folder / "8")
+                    edited.append([name, *_editing(ldm.load(folder / "8", ldm.Placement("cpu")), wide)])
     parts = [
         HEAD.format(command=command, machine=_machine(device)),
         NETWORKS.format(inputs=len(task.given), timesteps=", ".join(map(str, TIMESTEPS))),
@@ -147,6 +156,8 @@ def document(command: str, device: str, *, full: bool) -> str:
         _table(["model", *controls.CASES], controlled),
         INPAINTING,
         _table(["model", *SCHEDULERS], inpainted),
+        EDITING,
+        _table(["model", *SCHEDULERS], edited),
     ]
     if full:
         parts += [FULL_SIZE, _differences(_full_size(device, dtypes))]
@@ -176,6 +187,13 @@ def _inpainting(ours: ldm.Pipeline, theirs: Any) -> Iterator[str]:
     for sampler in SCHEDULERS:
         request = tenants.with_mask(sampler, steps=10, images=IMAGES)
         yield _compared(tenants.ours_inpainted(ours, request), tenants.theirs_inpainted(theirs, request))
+
+
+def _editing(ours: ldm.Pipeline, theirs: Any) -> Iterator[str]:
+    """Yield the largest difference for each sampler."""
+    for sampler in SCHEDULERS:
+        request = tenants.to_edit(sampler, steps=10, images=IMAGES)
+        yield _compared(tenants.ours(ours, request), tenants.theirs_edited(theirs, request))
 
 
 def _two_stages() -> list[list[str]]:

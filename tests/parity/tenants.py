@@ -1,4 +1,4 @@
-"""Image to image, inpainting and SDXL with its refiner: the same requests through diffusers and this package."""
+"""Image to image, inpainting, editing, SDXL with its refiner: the same requests through diffusers and this package."""
 
 from pathlib import Path
 from typing import Any
@@ -39,21 +39,35 @@ def with_mask(sampler: str = "euler", strength: float = 1.0, **more: Any) -> ldm
     return request(sampler, source=ldm.Source(picture(), strength, mask=ldm.Mask(mask)), **more)
 
 
+def to_edit(sampler: str = "euler", **more: Any) -> ldm.Request:
+    """Ask for an edited `picture`."""
+    return request(sampler, source=ldm.Source(picture(), image_guidance=1.5), **more)
+
+
 def nine_channels(pipe: Any, folder: Path) -> Any:
-    """Give a pipeline of diffusers a UNet for inpainting, and save it to `folder`.
+    """Give a pipeline of diffusers a UNet for inpainting, and save it to `folder`."""
+    return _widened(diffusers.AutoPipelineForInpainting.from_pipe(pipe), 9, folder)
+
+
+def eight_channels(pipe: Any, folder: Path) -> Any:
+    """Give a pipeline of diffusers a UNet for editing, and save it to `folder`."""
+    return _widened(diffusers.StableDiffusionInstructPix2PixPipeline.from_pipe(pipe), 8, folder)
+
+
+def _widened(pipe: Any, channels: int, folder: Path) -> Any:
+    """Replace the UNet by one with more input channels.
 
     The new weights of the first layer are random, and small enough that the UNet still removes noise.
     """
     unet = pipe.unet
-    wide, weights = type(unet).from_config(unet.config, in_channels=9), dict(unet.state_dict())
+    wide, weights = type(unet).from_config(unet.config, in_channels=channels), dict(unet.state_dict())
     first = weights["conv_in.weight"]
-    new = torch.randn(len(first), 5, 3, 3, generator=torch.Generator().manual_seed(1))
+    new = torch.randn(len(first), channels - 4, 3, 3, generator=torch.Generator().manual_seed(1))
     weights["conv_in.weight"] = torch.cat([first, 0.5 * first.std() * new], dim=1)
     wide.load_state_dict(weights)
-    own = diffusers.AutoPipelineForInpainting.from_pipe(pipe)
-    own.register_modules(unet=wide.eval())
-    own.save_pretrained(folder)
-    return own
+    pipe.register_modules(unet=wide.eval())
+    pipe.save_pretrained(folder)
+    return pipe
 
 
 # ------------------------------------------------------------------ pictures, b h w 3 bytes, and the number of steps
@@ -88,6 +102,24 @@ def ours_inpainted(pipe: ldm.Pipeline, request: ldm.Request) -> tuple[np.ndarray
     sigmas = pipe.plan(request).sigmas
     *_, last = pipe.stream(request, sigmas=torch.cat([sigmas[:-1], torch.zeros(1)]))
     return _array(pipe.decode(last.latents)), last.total
+
+
+def theirs_edited(pipe: Any, request: ldm.Request) -> tuple[np.ndarray, int]:
+    """Make with diffusers what `request` asks for, from its source picture. The pipeline has 8 channels."""
+    pipe.set_progress_bar_config(disable=True)
+    kept: list[Tensor] = []
+    told = schedule(pipe, request)
+    if "timesteps" in told:  # this pipeline takes only a number of steps
+        set_timesteps = pipe.scheduler.set_timesteps
+        pipe.scheduler.set_timesteps = lambda _steps, device: set_timesteps(**told, device=device)
+    out = pipe(
+        **asked(request),
+        num_inference_steps=request.steps,
+        image=[request.source.picture] * request.images,
+        image_guidance_scale=request.source.image_guidance,
+        callback_on_step_end=_keep_in(kept),
+    )
+    return _array(out.images), _steps(request, kept)
 
 
 def theirs(pipe: Any, request: ldm.Request) -> tuple[np.ndarray, int]:

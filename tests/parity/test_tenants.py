@@ -1,4 +1,4 @@
-"""Image to image, inpainting, and SDXL with its refiner give diffusers' pictures, in the same number of steps."""
+"""Image to image, inpainting, editing and SDXL with its refiner give diffusers' pictures, in as many steps."""
 
 import dataclasses
 import functools
@@ -104,14 +104,30 @@ def test_a_picture_with_a_new_part_equals_that_of_diffusers(name, sampler, chann
     assert_equal(tenants.ours_inpainted(ours, asked), tenants.theirs_inpainted(theirs, asked), f"{name}, {channels}")
 
 
+@pytest.mark.parametrize(
+    ("name", "sampler"),
+    [
+        pytest.param(*case, marks=() if case == ("sd15", "euler_ancestral") else pytest.mark.slow)
+        for case in itertools.product(("sd15", "sd21-base"), SCHEDULERS)
+    ],
+)
+def test_an_edited_picture_equals_that_of_diffusers(name, sampler, wide):
+    asked = tenants.to_edit(sampler, steps=5, images=2)
+    ours, theirs = wide(name, tenants.eight_channels)
+    made = tenants.ours(ours, asked)
+    assert_equal(made, tenants.theirs_edited(theirs, asked), f"{name}, 8 channels")
+    other = dataclasses.replace(asked, source=dataclasses.replace(asked.source, image_guidance=1.0))
+    assert compare.levels(made[0], tenants.ours(ours, other)[0]) > LEVELS
+
+
 @pytest.fixture(scope="module")
 def wide(both, tmp_path_factory):
-    """The model of that name with a UNet for inpainting, loaded by us and as diffusers has it."""
+    """The model of that name with a UNet for inpainting or editing, loaded by us and as diffusers has it."""
 
     @functools.cache
-    def build(name):
-        folder = tmp_path_factory.mktemp(f"{name}-inpainting")
-        theirs = tenants.nine_channels(both(name)[1], folder)
+    def build(name, widen=tenants.nine_channels):
+        folder = tmp_path_factory.mktemp(f"{name}-{widen.__name__}")
+        theirs = widen(both(name)[1], folder)
         return ldm.load(folder, ldm.Placement("cpu")), theirs
 
     return build
