@@ -83,8 +83,11 @@ def load_models(choice: ModelChoice, placement: Placement) -> Models:
         vae=choice.vae,
         unet=choice.unet,
         text_encoder=choice.text_encoder,
+        embeddings=choice.embeddings,
     )
-    refiner = None if choice.refiner is None else load(choice.refiner, placement, vae=choice.vae)  # which decodes
+    refiner = None
+    if choice.refiner is not None:  # it decodes
+        refiner = load(choice.refiner, placement, vae=choice.vae, embeddings=choice.embeddings)
     return Models(base, refiner)
 
 

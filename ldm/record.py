@@ -15,7 +15,7 @@ from ldm.config import option
 from ldm.control import Control
 from ldm.diffusion.denoiser import Prediction
 from ldm.diffusion.samplers import conventions
-from ldm.loading import BUNDLED, locate
+from ldm.loading import BUNDLED, locate, named_file
 from ldm.pictures import a1111_parameters, read_texts
 from ldm.placement.memory import Placement
 from ldm.refiner import HANDOVER, check_handover
@@ -46,6 +46,9 @@ class ModelChoice:
     vae: str | None = option(None, "a file or folder to take the VAE from")
     unet: str | None = option(None, "a file or folder to take the UNet from")
     text_encoder: str | None = option(None, "a file or folder to take the text encoder from")
+    embeddings: tuple[str, ...] = option(
+        (), "a textual inversion; its name is the file's, or give NAME=FILE; can be repeated", "--embedding"
+    )
     refiner: str | None = option(None, "an SDXL refiner for the last steps: a folder or .safetensors file")
     handover: float = option(HANDOVER, "with --refiner: the share of the timesteps that the base model runs")
 
@@ -57,9 +60,10 @@ class ModelChoice:
 
     @property
     def paths(self) -> dict[str, Path]:
-        """The files and folders of the model, its replaced parts and the refiner, by the name of the field."""
+        """The files and folders of the model, by field: its replaced parts, the refiner, embedding_1 and so on."""
         named = {n: getattr(self, n) for n in ("model", "vae", "unet", "text_encoder", "refiner")}
-        return {name: locate(path) for name, path in named.items() if path is not None}
+        learned = {f"embedding_{i}": named_file(word)[1] for i, word in enumerate(self.embeddings, 1)}
+        return {name: locate(path) for name, path in named.items() if path is not None} | learned
 
 
 @dataclass(frozen=True)

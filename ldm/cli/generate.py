@@ -78,6 +78,8 @@ def _generate(args: argparse.Namespace) -> None:
     seconds: dict[str, float] = {}
     with jobs.timed("load", seconds):
         models = load_models(job.model, job.placement)
+    if job.model.embeddings:
+        _report_embeddings(models.base, job.request)
     with previews(models.base) as previewed:
         result = jobs.run(job, models, outputs, lambda steps, total: _watch(previewed(steps), total))
     results = {
@@ -103,6 +105,15 @@ def load_models(choice: ModelChoice, placement: ldm.Placement) -> jobs.Models:
         if pipe is not None and path != BUNDLED:
             print(f"ldm: {path}: {pipe.config.name}; {pipe.why}", file=sys.stderr)
     return models
+
+
+def _report_embeddings(pipe: ldm.Pipeline, request: Request) -> None:
+    """Print on stderr which embeddings the prompts use."""
+    from ldm.checkpoint.embeddings import words_used
+
+    used = words_used(pipe.text_encoder, [*request.prompts, request.negative_prompt or ""])
+    words = ", ".join(f"{name!r} ({count} vector{'s' * (count > 1)})" for name, count in used.items())
+    print(f"ldm: embeddings in the prompts: {words or 'none'}", file=sys.stderr)
 
 
 def _watch(steps: Iterator[Step], total: int) -> jobs.Steps:
@@ -170,11 +181,13 @@ def _read_job(args: argparse.Namespace) -> jobs.Job:
     _compare(record.environment, environment(find_device(placement.device)), args.repeated)
     choice, sha256 = record.model, dict(record.sha256)
     if "model" in model:  # another model, without the recorded model's replaced parts and digests
-        kept = {name for name in sha256 if name in ("source", "mask") or name.startswith("control")}
-        choice, sha256 = ModelChoice(), {name: sha256[name] for name in kept}
+        kept = {name for name in sha256 if name in ("source", "mask") or name.startswith(("control", "embedding"))}
+        choice, sha256 = ModelChoice(embeddings=choice.embeddings), {name: sha256[name] for name in kept}
     new = {*model, *(name for name, table in (("source", source), ("mask", mask)) if "image" in table)}
     if controls is not None:  # the recorded digests are of other files
         sha256 = {name: expected for name, expected in sha256.items() if not name.startswith("control")}
+    if "embeddings" in model:
+        sha256 = {name: expected for name, expected in sha256.items() if not name.startswith("embedding")}
     return jobs.Job(
         dataclasses.replace(request, **asked),
         dataclasses.replace(choice, **model),

@@ -18,7 +18,7 @@ import transformers
 
 import ldm
 from ldm.models.tokens import Tokenizer
-from tests.parity import compare, controls, golden, reference, tenants
+from tests.parity import compare, controls, golden, inversions, reference, tenants
 from tests.parity.compare import TIMESTEPS
 from tests.parity.reference import FAMILIES, SCHEDULERS
 
@@ -83,6 +83,12 @@ latents of a text-to-image model. "9 channels" is the same UNet with 5 more inpu
 mask and the masked picture. The pictures are compared before the kept pixels are pasted. DDIM ends at level 0 in both:
 at its own last level, 0.03, diffusers removes the noise of the kept latents, and this package does not.
 """
+INVERSIONS = """\
+## Textual inversion
+
+The same text encoders with two embeddings, of one vector and of three. The table holds the largest difference of the
+context, and of the pooled text where the model has one, divided by the largest value.
+"""
 FULL_SIZE = """\
 ## At full size
 
@@ -114,7 +120,7 @@ golden lists are written with five decimals. A sampler takes any list of levels,
 def document(command: str, device: str, *, full: bool) -> str:
     """Measure everything and return it as Markdown."""
     dtypes = [torch.bfloat16, torch.float16] if device != "cpu" else [torch.bfloat16]
-    networks, pictures, files, tenancies, controlled, inpainted = [], [], [], [], [], []
+    networks, pictures, files, tenancies, controlled, inpainted, inverted = [], [], [], [], [], [], []
     for name, family in FAMILIES.items():
         print(name, file=sys.stderr)
         task = compare.small_size(name)
@@ -127,6 +133,8 @@ def document(command: str, device: str, *, full: bool) -> str:
             files.append((name, compare.saved(name, folder, *both)))
             if family.makes_pictures:
                 tenancies.append([name, *_image_to_image(*both)])
+            if name in inversions.FAMILIES:
+                inverted.append([name, *(f"{value:.1e}" for value in inversions.differences(folder, both[1]))])
             if name in controls.FAMILIES:
                 controlled.append([name, *_controlled(*both, folder)])
                 inpainted.append([f"{name}, 4 channels", *_inpainting(*both)])
@@ -147,6 +155,8 @@ def document(command: str, device: str, *, full: bool) -> str:
         _table(["model", *controls.CASES], controlled),
         INPAINTING,
         _table(["model", *SCHEDULERS], inpainted),
+        INVERSIONS,
+        _table(["model", "context", "pooled text"], inverted),
     ]
     if full:
         parts += [FULL_SIZE, _differences(_full_size(device, dtypes))]
