@@ -19,6 +19,7 @@ from ldm.loading import BUNDLED, locate, named_file
 from ldm.pictures import a1111_parameters, read_texts
 from ldm.placement.memory import Placement
 from ldm.refiner import HANDOVER, check_handover
+from ldm.regions import RegionalPrompt
 from ldm.request import Plan, Request
 from ldm.sizes import Sizes
 from ldm.source import Source
@@ -32,7 +33,7 @@ OTHERS = {  # the keys of other programs' text chunks
     "sd-metadata": "InvokeAI",
 }
 MODEL_AND_PARTS = ("model", "prediction", "ema", "vae", "unet", "text_encoder")  # all but the refiner
-PARTS = {kind.__name__: kind for kind in (Sizes, Source, Control)}  # of a request
+PARTS = {kind.__name__: kind for kind in (Sizes, Source, Control, RegionalPrompt)}  # of a request
 UNRECORDED = ("offload", "cuda_graph")  # fields of a Placement that do not change the results
 
 
@@ -81,8 +82,8 @@ class Record:
     """How a picture was made: the request, the model, and the defaults that the model filled in.
 
     resolved: the main fields of the `Plan`. name, why: the name of the identified model, and how it was identified.
-    sha256: the digest of each path in `model.paths`, of the source picture and its mask, and of each ControlNet and its
-      picture: "controlnet_1", "control_1" and so on.
+    sha256: the digest of each path in `model.paths`, of the source picture and its mask, of each ControlNet and its
+      picture: "controlnet_1", "control_1" and so on, and of the masks of regions: "region_1" and so on.
     placement: its fields, with device and dtypes as text. picture: the index of the picture; None: a grid of all.
     """
 
@@ -107,6 +108,8 @@ class Record:
         )
         for control, held in zip(self.request.controls, table["request"].get("controls", ()), strict=True):
             held |= {"model": str(control.model), "image": str(control.image)}
+        for region in table["request"].get("regions", ()):
+            region["mask"] = str(region["mask"])
         source = table["request"].get("source", {})
         for picture in (source, source.get("mask", {})):
             if "image" in picture:

@@ -29,26 +29,28 @@ PACKAGES = {  # what each part of ldm may import of ldm, beside itself; "ldm" is
     "diagnosis": "request",
     "masks": "geometry pictures",
     "source": "config pictures",
+    "regions": "conditioning config diffusion images masks pipeline request",
+    "parts": "control regions request sizes source",
     "sizes": "config",
-    "request": "config control diffusion geometry masks prompts phases sizes source",
+    "request": "config control diffusion geometry masks parts prompts phases regions sizes source",
     "phases": "conditioning diffusion",
     "prompts": "conditioning models phases",
     "inpainting": "diffusion images masks request",
     "control": "checkpoint conditioning config diffusion geometry images models pictures pipeline request",
     "pipeline": "checkpoint conditioning config control diagnosis diffusion geometry images inpainting models phases "
-    "placement prompts request",
+    "placement prompts regions request",
     "loading": "checkpoint diffusion pipeline placement",
     "refiner": "config diffusion pipeline request sizes",
     "outputs": "pictures",
     "pictures": "atomic",
     "previews": "config diffusion geometry images models pictures pipeline",
-    "record": "config control diffusion ldm loading pictures placement refiner request sizes source strict",
+    "record": "config control diffusion ldm loading pictures placement refiner regions request sizes source strict",
     "jobs": "diffusion geometry loading outputs pipeline placement record refiner request",
     "training": "atomic checkpoint conditioning config control diffusion geometry images models pictures presets "
     "strict",
-    "cli": "checkpoint config control diffusion jobs ldm loading outputs pipeline placement previews record request "
-    "sizes source training",
-    "ldm": "config control loading pipeline placement presets refiner request sizes source",
+    "cli": "checkpoint config control diffusion jobs ldm loading outputs pipeline placement previews record regions "
+    "request sizes source training",
+    "ldm": "config control loading pipeline placement presets refiner regions request sizes source",
 }
 THIRD_PARTY = {"torch", "safetensors", "tokenizers", "einops", "numpy", "PIL", "tqdm"}
 OPTIONAL = {"cv2"}  # of the extra `control`

@@ -15,6 +15,7 @@ from ldm import jobs
 from ldm.cli.controls import add_controls, read_controls
 from ldm.cli.options import Commands, add_options, given
 from ldm.cli.previews import add_previews, read_previews
+from ldm.cli.regions import add_regions
 from ldm.diffusion.samplers import Step
 from ldm.loading import BUNDLED
 from ldm.outputs import Outputs
@@ -50,6 +51,7 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     for kind in (ModelChoice, Request, Sizes, ldm.Placement):
         add_options(command, kind)
     add_controls(command)
+    add_regions(command)
     command.add_argument("--out", type=Path, help="the PNG to write; several pictures get numbers (default: out.png)")
     command.add_argument("--overwrite", action="store_true", help="replace files that exist")
     add_previews(command)
@@ -75,6 +77,8 @@ def _generate(args: argparse.Namespace) -> None:
         _ = job.request.source.picture, job.request.region
     for control in job.request.controls:
         _ = control.picture
+    for region in job.request.regions:
+        _ = region.picture
     seconds: dict[str, float] = {}
     with jobs.timed("load", seconds):
         models = load_models(job.model, job.placement)
@@ -111,7 +115,8 @@ def _report_embeddings(pipe: ldm.Pipeline, request: Request) -> None:
     """Print on stderr which embeddings the prompts use."""
     from ldm.checkpoint.embeddings import words_used
 
-    used = words_used(pipe.text_encoder, [*request.prompts, request.negative_prompt or ""])
+    texts = [*request.prompts, request.negative_prompt or "", *(region.prompt for region in request.regions)]
+    used = words_used(pipe.text_encoder, texts)
     words = ", ".join(f"{name!r} ({count} vector{'s' * (count > 1)})" for name, count in used.items())
     print(f"ldm: embeddings in the prompts: {words or 'none'}", file=sys.stderr)
 
@@ -147,6 +152,8 @@ def _read_job(args: argparse.Namespace) -> jobs.Job:
     recorded = None if args.repeated is None else recall(args.repeated)
     if (controls := read_controls(args, recorded.request.controls if recorded else ())) is not None:
         asked["controls"] = controls
+    if args.regions is not None:
+        asked["regions"] = tuple(args.regions)
     if recorded is None:
         if "prompt" not in asked:
             words = "a picture and a prompt" if hasattr(args, "image") else "a prompt in quotes"
@@ -181,13 +188,16 @@ def _read_job(args: argparse.Namespace) -> jobs.Job:
     _compare(record.environment, environment(find_device(placement.device)), args.repeated)
     choice, sha256 = record.model, dict(record.sha256)
     if "model" in model:  # another model, without the recorded model's replaced parts and digests
-        kept = {name for name in sha256 if name in ("source", "mask") or name.startswith(("control", "embedding"))}
+        kept = {
+            name for name in sha256 if name in ("source", "mask") or name.startswith(("control", "region", "embedding"))
+        }
         choice, sha256 = ModelChoice(embeddings=choice.embeddings), {name: sha256[name] for name in kept}
     new = {*model, *(name for name, table in (("source", source), ("mask", mask)) if "image" in table)}
     if controls is not None:  # the recorded digests are of other files
         sha256 = {name: expected for name, expected in sha256.items() if not name.startswith("control")}
-    if "embeddings" in model:
-        sha256 = {name: expected for name, expected in sha256.items() if not name.startswith("embedding")}
+    for part, changed in (("embedding", "embeddings" in model), ("region", args.regions is not None)):
+        if changed:
+            sha256 = {name: expected for name, expected in sha256.items() if not name.startswith(part)}
     return jobs.Job(
         dataclasses.replace(request, **asked),
         dataclasses.replace(choice, **model),

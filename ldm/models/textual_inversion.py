@@ -9,6 +9,7 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from itertools import groupby
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -101,7 +102,8 @@ def add_embedding(text_encoder: TextEncoder, name: str, parts: Sequence[Tensor])
             f"{' and '.join(str(len(part)) for part in used)}"
         )
     for tower, part in zip(towers, used, strict=True):
-        embedding, names = tower.token_embedding, getattr(tower.tokenizer, "names", {})
+        embedding: Any = tower.token_embedding
+        names = getattr(tower.tokenizer, "names", {})
         if (name := normal(name)) in names:
             raise ValueError(f"two embeddings have the name {name!r}: write NAME=FILE to choose another name")
         if isinstance(embedding, AddedVectors):

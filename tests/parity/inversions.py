@@ -48,12 +48,12 @@ def ours(folder: Path, files: list[Path]) -> Condition:
         return pipe.text_encoder.encode(TEXTS)
 
 
-def differences(folder: Path, pipe: Any) -> list[float]:
+def differences(folder: Path, pipe: Any, into: Path) -> list[float]:
     """Return the largest difference of the context, and of the pooled text if any, divided by the largest value.
 
-    folder: the model, which `pipe` of diffusers holds. The embeddings are written beside it.
+    folder: the model, which `pipe` of diffusers holds. into: the folder where the embeddings are written.
     """
-    files = write(folder.parent, pipe)
+    files = write(into, pipe)
     (context, pooled), made = theirs(folder, files), ours(folder, files)
     pairs = [(made.context, context), (made.vector, pooled)]
     return [compare.relative(got, expected) for got, expected in pairs if got is not None and expected is not None]

@@ -134,7 +134,8 @@ def document(command: str, device: str, *, full: bool) -> str:
             if family.makes_pictures:
                 tenancies.append([name, *_image_to_image(*both)])
             if name in inversions.FAMILIES:
-                inverted.append([name, *(f"{value:.1e}" for value in inversions.differences(folder, both[1]))])
+                cells = [f"{value:.1e}" for value in inversions.differences(folder, both[1], folder)]
+                inverted.append([name, *cells, *[""] * (2 - len(cells))])
             if name in controls.FAMILIES:
                 controlled.append([name, *_controlled(*both, folder)])
                 inpainted.append([f"{name}, 4 channels", *_inpainting(*both)])

@@ -13,7 +13,7 @@ pytestmark = test_parity.pytestmark
 )
 def test_the_context_of_a_prompt_with_embeddings_equals_that_of_diffusers(name, folder, both, tmp_path):
     pipe, theirs = both(name)
-    differences = inversions.differences(folder(name), theirs)
+    differences = inversions.differences(folder(name), theirs, tmp_path)
     print(name, [f"{value:.1e}" for value in differences])
     assert len(differences) == 1 + (name == "sdxl-base")
     assert max(differences) <= RELATIVE
