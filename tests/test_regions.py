@@ -156,12 +156,12 @@ def test_regions_work_with_a_controlnet_and_with_inpainting():
 @pytest.mark.parametrize("seed", range(3))
 def test_each_region_shows_the_ground_of_its_prompt(seed):
     pipe = ldm.load()
-    prompts = ("a frog on a red background", "a frog on a blue background")
-    request = ldm.Request(prompts[0], steps=10, seed=seed)
-    red, blue = (pixels(pipe, dataclasses.replace(request, prompt=prompt)) for prompt in prompts)
+    prompts = ("a frog on the grass", "a frog in the snow")
+    request = ldm.Request(prompts[0], steps=8, seed=seed)
+    grass, snow = (pixels(pipe, dataclasses.replace(request, prompt=prompt)) for prompt in prompts)
     both = pixels(pipe, dataclasses.replace(request, regions=(RegionalPrompt("left=0.5,width=0.5", prompts[1]),)))
     half = both.shape[1] // 2
-    for part, own, other in ((np.s_[:, :half], red, blue), (np.s_[:, half:], blue, red)):
+    for part, own, other in ((np.s_[:, :half], grass, snow), (np.s_[:, half:], snow, grass)):
         near, far = (np.abs(both[part].mean((0, 1)) - each[part].mean((0, 1))).sum() for each in (own, other))
         print(f"{near:.0f} {far:.0f}")
         assert near < far / 2

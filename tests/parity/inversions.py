@@ -30,13 +30,20 @@ def write(folder: Path, pipe: Any) -> list[Path]:
 
 
 def theirs(folder: Path, files: list[Path]) -> tuple[Tensor, Tensor | None]:
-    """Encode TEXTS with diffusers, as context and pooled text. Each tower gets its own part of the vectors."""
+    """Encode TEXTS with diffusers, as context and pooled text. Each tower gets its own part of the vectors.
+
+    The published configs name a wrong end token. transformers then pools at the largest id, which is an embedding's; it
+    is told the right end token here.
+    """
     pipe = reference.load(folder)
     for name, file in zip(COUNTS, files, strict=True):
         stored = load_file(file)
         keys = [name] if len(stored) == 1 else ["clip_l", "clip_g"]
         for key, (_, tokenizer, model) in zip(keys, reference.towers(pipe), strict=True):
             pipe.load_textual_inversion({name: stored[key]}, token=name, tokenizer=tokenizer, text_encoder=model)
+    for _, tokenizer, model in reference.towers(pipe):
+        for module in (model, getattr(model, "text_model", model)):
+            module.eos_token_id = module.config.eos_token_id = tokenizer.eos_token_id
     return reference.encode(pipe, TEXTS)
 
 

@@ -87,7 +87,8 @@ INVERSIONS = """\
 ## Textual inversion
 
 The same text encoders with two embeddings, of one vector and of three. The table holds the largest difference of the
-context, and of the pooled text where the model has one, divided by the largest value.
+context, and of the pooled text where the model has one, divided by the largest value. diffusers pools at the largest id
+of a prompt, which is that of an embedding; for this table it was told the end token, where this package pools.
 """
 FULL_SIZE = """\
 ## At full size
