@@ -7,6 +7,7 @@ from ldm.pipeline import Pipeline
 from ldm.placement.memory import Placement
 from ldm.presets import PRESETS, SD15, SD21, SD21_BASE, SD_TURBO, SDXL_BASE, SDXL_REFINER, SDXL_TURBO, TINY
 from ldm.refiner import refine
+from ldm.regions import RegionalPrompt
 from ldm.request import Request
 from ldm.sizes import Sizes
 from ldm.source import Mask, Source
@@ -29,6 +30,7 @@ __all__ = [
     "ModelConfig",
     "Pipeline",
     "Placement",
+    "RegionalPrompt",
     "Request",
     "Sizes",
     "Source",

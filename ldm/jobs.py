@@ -47,11 +47,13 @@ class Job:
 
     @property
     def paths(self) -> dict[str, Path]:
-        """The files and folders that the job reads, by name: models, source picture, mask, ControlNets and hints."""
+        """The files and folders that the job reads, by name: models, source picture, masks, ControlNets, hints."""
         source = self.request.source
         files = {"source": source and source.image, "mask": source and source.mask and source.mask.image}
         for i, control in enumerate(self.request.controls, 1):
             files |= {f"controlnet_{i}": control.model, f"control_{i}": control.image}
+        for i, region in enumerate(self.request.regions, 1):
+            files |= {f"region_{i}": None if region.box else region.mask}
         own = {name: Path(path) for name, path in files.items() if isinstance(path, str | Path)}
         return self.model.paths | own
 
@@ -83,8 +85,11 @@ def load_models(choice: ModelChoice, placement: Placement) -> Models:
         vae=choice.vae,
         unet=choice.unet,
         text_encoder=choice.text_encoder,
+        embeddings=choice.embeddings,
     )
-    refiner = None if choice.refiner is None else load(choice.refiner, placement, vae=choice.vae)  # which decodes
+    refiner = None
+    if choice.refiner is not None:  # it decodes
+        refiner = load(choice.refiner, placement, vae=choice.vae, embeddings=choice.embeddings)
     return Models(base, refiner)
 
 

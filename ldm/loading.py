@@ -1,6 +1,7 @@
 """From a path to a `Pipeline`: identify the model, read the weights, and move the networks to the device."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from ldm.checkpoint import files
@@ -21,6 +22,7 @@ def load(
     vae: str | Path | None = None,
     unet: str | Path | None = None,
     text_encoder: str | Path | None = None,
+    embeddings: Sequence[str | Path] = (),
 ) -> Pipeline:
     """Load a model from a folder in diffusers' layout, or from a single .safetensors file in the official layout.
 
@@ -29,9 +31,10 @@ def load(
     prediction: what the UNet predicts, if the file says nothing or is wrong.
     ema: take the averaged copy (EMA) of the UNet from a file that holds both copies.
     vae, unet, text_encoder: a file or folder to take this part from, instead of from `path`.
+    embeddings: files of textual inversion, or "NAME=FILE" to choose the name that stands for the embedding in prompts.
     The weights do not require gradients. Call `pipe.unet.requires_grad_()` to train.
     Raises ValueError for a model that is absent, damaged or not supported, for parts that do not fit together, and for
-    a placement that this machine does not support.
+    a placement that this machine does not support, and for an embedding that is damaged or made for another model.
     """
     if placement is not None and not isinstance(placement, Placement):
         raise ValueError(
@@ -49,6 +52,10 @@ def load(
         vae_dtype=placement.vae_dtype,
         device="cpu" if placement.offload else find_device(placement.device),
     )
+    if embeddings:
+        from ldm.checkpoint.embeddings import load_embeddings  # few prompts use embeddings
+
+        load_embeddings(model.text_encoder, [named_file(word) for word in embeddings])
     networks = {"unet": model.unet, "vae": model.vae, "text_encoder": model.text_encoder}
     for network in networks.values():
         network.requires_grad_(False)
@@ -69,3 +76,11 @@ def locate(path: str | Path) -> Path:
             if (root / BUNDLED).is_dir():
                 return root / BUNDLED
     return Path(path)
+
+
+def named_file(word: str | Path) -> tuple[str | None, Path]:
+    """Read "NAME=FILE" or "FILE", which has no name. A file whose own name holds "=" counts as FILE."""
+    if not isinstance(word, str | os.PathLike):
+        raise ValueError(f"an embedding is given as FILE or 'NAME=FILE', got {word!r}")
+    name, equals, file = str(word).partition("=")
+    return (name, Path(file)) if equals and not Path(word).exists() else (None, Path(word))

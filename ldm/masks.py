@@ -76,7 +76,7 @@ def region(source: Any, width: int | None, height: int | None) -> Region:
         mask = Image.new("L", picture.size, 0)
     else:
         image = source.image if given.image is None else given.image
-        mask = _read(image, given.repaint)
+        mask = read_mask(image, given.repaint)
         if mask.size != picture.size:
             raise ValueError(
                 f"the mask must have the size of the picture, {_size(picture)} pixels, got {_size(mask)}: resize one"
@@ -112,7 +112,7 @@ def sides(text: str) -> Box:
     return left, top, right, bottom
 
 
-def _read(image: str | Path | Image.Image, repaint: str) -> Image.Image:
+def read_mask(image: str | Path | Image.Image, repaint: str) -> Image.Image:
     """Read a mask as levels of gray, in which 255 is repainted."""
     if isinstance(image, Image.Image):
         return _levels(image, repaint)

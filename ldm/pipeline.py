@@ -172,6 +172,10 @@ class Pipeline:
 
         bind: makes the network of a condition (default: `binding()`, with the ControlNets of the request).
         """
+        if plan.request.regions:
+            from ldm.regions import regional
+
+            return regional(self, plan, conditions, bind)
         if plan.changes:
             from ldm.phases import in_turn
 

@@ -115,6 +115,8 @@ def chunks(prompt: str, tokenizer: Tokenizer, room: int) -> list[list[Token]]:
             late = range(room - 1, max(room - 1 - BACKTRACK, -1), -1)
             commas = (i + 1 for i in late if tokens[i][0] == comma)
             end = room if tokens[room][0] == comma else next(commas, room)
+            while tokens[end][0] in tokenizer.following:  # the vectors of an embedding stay together
+                end -= 1
             found.append(tokens[:end])
             tokens = tokens[end:]
         found.append(tokens)

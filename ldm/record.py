@@ -15,10 +15,11 @@ from ldm.config import option
 from ldm.control import Control
 from ldm.diffusion.denoiser import Prediction
 from ldm.diffusion.samplers import conventions
-from ldm.loading import BUNDLED, locate
+from ldm.loading import BUNDLED, locate, named_file
 from ldm.pictures import a1111_parameters, read_texts
 from ldm.placement.memory import Placement
 from ldm.refiner import HANDOVER, check_handover
+from ldm.regions import RegionalPrompt
 from ldm.request import Plan, Request
 from ldm.sizes import Sizes
 from ldm.source import Source
@@ -33,7 +34,7 @@ OTHERS = {  # the keys of other programs' text chunks
     "sd-metadata": "InvokeAI",
 }
 MODEL_AND_PARTS = ("model", "prediction", "ema", "vae", "unet", "text_encoder")  # all but the refiner
-PARTS = {kind.__name__: kind for kind in (Sizes, Source, Control, Variation)}  # of a request
+PARTS = {kind.__name__: kind for kind in (Sizes, Source, Control, RegionalPrompt, Variation)}  # of a request
 UNRECORDED = ("offload", "cuda_graph")  # fields of a Placement that do not change the results
 
 
@@ -47,6 +48,9 @@ class ModelChoice:
     vae: str | None = option(None, "a file or folder to take the VAE from")
     unet: str | None = option(None, "a file or folder to take the UNet from")
     text_encoder: str | None = option(None, "a file or folder to take the text encoder from")
+    embeddings: tuple[str, ...] = option(
+        (), "a textual inversion; its name is the file's, or give NAME=FILE; can be repeated", "--embedding"
+    )
     refiner: str | None = option(None, "an SDXL refiner for the last steps: a folder or .safetensors file")
     handover: float = option(HANDOVER, "with --refiner: the share of the timesteps that the base model runs")
 
@@ -58,9 +62,10 @@ class ModelChoice:
 
     @property
     def paths(self) -> dict[str, Path]:
-        """The files and folders of the model, its replaced parts and the refiner, by the name of the field."""
+        """The files and folders of the model, by field: its replaced parts, the refiner, embedding_1 and so on."""
         named = {n: getattr(self, n) for n in ("model", "vae", "unet", "text_encoder", "refiner")}
-        return {name: locate(path) for name, path in named.items() if path is not None}
+        learned = {f"embedding_{i}": named_file(word)[1] for i, word in enumerate(self.embeddings, 1)}
+        return {name: locate(path) for name, path in named.items() if path is not None} | learned
 
 
 @dataclass(frozen=True)
@@ -78,8 +83,8 @@ class Record:
     """How a picture was made: the request, the model, and the defaults that the model filled in.
 
     resolved: the main fields of the `Plan`. name, why: the name of the identified model, and how it was identified.
-    sha256: the digest of each path in `model.paths`, of the source picture and its mask, and of each ControlNet and its
-      picture: "controlnet_1", "control_1" and so on.
+    sha256: the digest of each path in `model.paths`, of the source picture and its mask, of each ControlNet and its
+      picture: "controlnet_1", "control_1" and so on, and of the masks of regions: "region_1" and so on.
     placement: its fields, with device and dtypes as text. picture: the index of the picture; None: a grid of all.
     """
 
@@ -104,6 +109,8 @@ class Record:
         )
         for control, held in zip(self.request.controls, table["request"].get("controls", ()), strict=True):
             held |= {"model": str(control.model), "image": str(control.image)}
+        for region in table["request"].get("regions", ()):
+            region["mask"] = str(region["mask"])
         source = table["request"].get("source", {})
         for picture in (source, source.get("mask", {})):
             if "image" in picture:

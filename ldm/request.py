@@ -16,6 +16,7 @@ from ldm.diffusion.schedule import NoiseSchedule, Spacing
 
 if TYPE_CHECKING:
     from ldm.control import Control
+    from ldm.regions import RegionalPrompt
     from ldm.sizes import Sizes
     from ldm.source import Source
     from ldm.variations import Variation
@@ -67,6 +68,7 @@ class Request:
     source: "Source | None" = None  # None: start from noise
     controls: "tuple[Control, ...]" = ()
     variation: "Variation | None" = None
+    regions: "tuple[RegionalPrompt, ...]" = ()
 
     def __post_init__(self) -> None:
         """Check what can be checked without a model, and draw a random seed for a negative one."""
@@ -87,27 +89,16 @@ class Request:
         for name, number in self.sampler_options.items():
             check_number(f"the sampler's {name}", number)
         object.__setattr__(self, "sampler_options", dict(self.sampler_options))  # the caller may change theirs
-        if (self.sizes, self.source, self.variation, self.controls) != (None, None, None, ()):
-            self._check_parts()
+        if (self.sizes, self.source, self.variation, self.controls, self.regions) != (None, None, None, (), ()):
+            from ldm.parts import check_parts  # most requests have no parts
+
+            check_parts(self)
         if self.seed < 0:
             object.__setattr__(self, "seed", secrets.randbelow(2**32))
         if self.seed + self.images > 2**64:
             raise ValueError(
                 f"seeds must lie below 2^64 = {2**64}, got {self.seed} for the first of {self.images} pictures"
             )
-
-    def _check_parts(self) -> None:
-        from ldm.control import Control  # imported here, because most requests have no parts
-        from ldm.sizes import Sizes
-        from ldm.source import Source
-        from ldm.variations import Variation
-
-        for name, kind in (("sizes", Sizes), ("source", Source), ("variation", Variation)):
-            if not isinstance(value := getattr(self, name), kind | None):
-                raise ValueError(f"{name} must be an ldm.{kind.__name__}, got {value!r}")
-        if not isinstance(self.controls, tuple | list) or not all(isinstance(c, Control) for c in self.controls):
-            raise ValueError(f"controls must be a tuple of ldm.Control, got {self.controls!r}")
-        object.__setattr__(self, "controls", tuple(self.controls))
 
     @property
     def seeds(self) -> list[int]:

@@ -408,7 +408,7 @@ def test_every_word_about_the_model_reaches_load(monkeypatch, capsys, command):
     monkeypatch.setattr(objects, "emoji_sprites", lambda font, fluent: {"flat": {}})
     monkeypatch.setattr(evaluate, "fixed_scenes", lambda concepts, styles: {})
     words = ["--model", "m", "--vae", "v", "--unet", "u", "--text-encoder", "t", "--ema"]
-    prompt = ["a frog"] if command == "txt2img" else []
+    prompt = ["a frog", "--embedding", "e", "--embedding", "n=f"] if command == "txt2img" else []
     assert main([command, *prompt, *words, "--prediction", "x0", "--device", "cpu"]) == 2
     assert asked == {
         "path": "m",
@@ -418,6 +418,7 @@ def test_every_word_about_the_model_reaches_load(monkeypatch, capsys, command):
         "vae": "v",
         "unet": "u",
         "text_encoder": "t",
+        "embeddings": ("e", "n=f") if prompt else (),
     }
 
 

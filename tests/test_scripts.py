@@ -26,7 +26,7 @@ def run(path: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
 
 
 def test_a_sampling_script_has_at_most_80_lines():
-    for name in ("txt2img", "img2img", "inpaint", "edit", "sdxl_refiner", "controlnet"):
+    for name in ("txt2img", "img2img", "inpaint", "edit", "sdxl_refiner", "controlnet", "regions"):
         assert len((FOLDER / f"{name}.py").read_text().splitlines()) <= 80
 
 
@@ -89,6 +89,21 @@ def test_controlnet_equals_the_pipeline_bit_for_bit(tmp_path, monkeypatch, confi
     pipe = ldm.Pipeline(config, *networks)
     assert np.array_equal(Image.open(out), pipe.generate(request)[0])
     assert not np.array_equal(Image.open(out), pipe.generate(dataclasses.replace(request, controls=()))[0])
+
+
+@pytest.mark.parametrize("config", [TINY_RANDOM, TINY_SDXL], ids=lambda c: c.name)
+def test_regions_equals_the_pipeline_bit_for_bit(tmp_path, monkeypatch, config):
+    networks = random_networks(config)
+    monkeypatch.setattr(files, "load", lambda *_, **__: Model(config, *networks))
+    mask, out = tmp_path / "mask.png", tmp_path / "frog.png"
+    Image.radial_gradient("L").resize((50, 30)).save(mask)
+    given = [(str(mask), "a fox"), ("left=0.3,width=0.5", "a cat")]
+    words = ["a frog", "--steps", "3", "--guidance", "4", "--negative", "bad", "--device", "cpu", "--out", str(out)]
+    run(FOLDER / "regions.py", monkeypatch, *words, *(word for each in given for word in ("--region", *each)))
+    request = ldm.Request("a frog", "bad", 3, 4.0, regions=[ldm.RegionalPrompt(*each) for each in given])
+    pipe = ldm.Pipeline(config, *networks)
+    assert np.array_equal(Image.open(out), pipe.generate(request)[0])
+    assert not np.array_equal(Image.open(out), pipe.generate(dataclasses.replace(request, regions=()))[0])
 
 
 @pytest.mark.parametrize("config", [TINY_RANDOM, TINY_SDXL], ids=lambda c: c.name)

@@ -1,4 +1,6 @@
-"""PyTorch pickles (.ckpt, .pt, .pth, .bin), read without running the code in them. Only `ldm convert` uses this.
+"""PyTorch pickles (.ckpt, .pt, .pth, .bin), read without running the code in them.
+
+Only `ldm convert` and `ldm.checkpoint.embeddings` use this.
 
 A pickle is a program. torch.load(weights_only=True) runs only the instructions that build tensors and containers.
 Classes that training frameworks save beside the tensors are replaced by an empty class; all others are refused.
@@ -6,7 +8,7 @@ Classes that training frameworks save beside the tensors are replaced by an empt
 
 import re
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ TORCH_NEEDED = "2.10"  # earlier versions let a pickle corrupt memory in spite o
 NESTS = ("state_dict", "model", "module")  # names under which training loops keep the tensors
 
 # Classes and functions that harmless files name: callbacks of Lightning and numpy's scalars (in the official Stable
-# Diffusion files), ParameterDict (in embeddings). None of them is imported: `_Inert` replaces them.
+# Diffusion files). None of them is imported: `_Inert` replaces them.
 INERT = (
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
     "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint",
@@ -29,8 +31,8 @@ INERT = (
     "numpy.core.multiarray.scalar",
     "numpy._core.multiarray.scalar",
     "numpy.dtype",
-    "torch.nn.modules.container.ParameterDict",
 )
+PARAMETERS = "torch.nn.modules.container.ParameterDict"  # in old embeddings; `_Parameters` replaces it
 _WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")  # of DistributedDataParallel, torch.compile
 _FOREIGN = re.compile(r"GLOBAL (\S+)")  # in messages of torch.load
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -45,22 +47,31 @@ class _Inert:
     def __setstate__(self, state: object) -> None: ...
 
 
+class _Parameters(dict[object, object]):
+    """The parameters of a pickled ParameterDict by name."""
+
+    def __setstate__(self, state: object) -> None:
+        found = state.get("_parameters") if isinstance(state, dict) else None
+        self.update(found if isinstance(found, dict) else {})
+
+
 class PickledTensors(Tensors):
     """The tensors of one pickle.
 
     Zip files are memory-mapped; the format from before torch 1.6 is read whole. metadata: "global_step", if present.
+    nests: the names under which dictionaries of tensors are looked for.
     Raises ValueError for a file that is not a complete pickle of named tensors, and for one that names code.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, nests: Sequence[str] = NESTS) -> None:
         self.paths = (path,)
         self.metadata = {}
         self._tensors: dict[str, Tensor] = {}
-        for name, value in self._unwrap(_load(path)).items():
+        for name, value in self._unwrap(_load(path), nests).items():
             if isinstance(value, dict) and any(isinstance(inner, Tensor) for inner in value.values()):
                 raise ValueError(
                     f"{path} holds tensors under {str(name)[:100]!r}; only those at the top or under "
-                    f"{', '.join(NESTS)} are read: save them in a file of their own"
+                    f"{', '.join(nests)} are read: save them in a file of their own"
                 )
             if not isinstance(value, Tensor):
                 continue
@@ -85,15 +96,15 @@ class PickledTensors(Tensors):
             if name in wanted:
                 yield name, value.contiguous() if mapped else value.clone(memory_format=torch.contiguous_format)
 
-    def _unwrap(self, found: object) -> dict[object, object]:
-        """Return the dictionary of tensors, which training loops nest in others under the names in NESTS."""
+    def _unwrap(self, found: object, nests: Sequence[str]) -> dict[object, object]:
+        """Return the dictionary of tensors, which may lie in others under the names in `nests`."""
         for _ in range(8):
             if not isinstance(found, dict):
                 break
             found = dict(found)  # a pickled OrderedDict may carry an attribute `items`
             if type(step := found.get("global_step")) is int:
                 self.metadata = {"global_step": str(step)}
-            nest = next((name for name in NESTS if isinstance(found.get(name), dict)), None)
+            nest = next((name for name in nests if isinstance(found.get(name), dict)), None)
             if nest is None:
                 return found
             found = found[nest]
@@ -121,7 +132,7 @@ def _load(path: Path) -> Any:
             f"{path} is a pickle, which torch reads safely from {TORCH_NEEDED} on (CVE-2026-24747), this is "
             f"{torch.__version__}: upgrade torch, or give the model's .safetensors file"
         )
-    with safe_globals([(_Inert, name) for name in INERT]):
+    with safe_globals([*((_Inert, name) for name in INERT), (_Parameters, PARAMETERS)]):
         try:
             zipped = zipfile.is_zipfile(path)
             foreign = get_unsafe_globals_in_checkpoint(path) if zipped else []

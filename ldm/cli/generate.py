@@ -15,6 +15,7 @@ from ldm import jobs
 from ldm.cli.controls import add_controls, read_controls
 from ldm.cli.options import Commands, add_options, given
 from ldm.cli.previews import add_previews, read_previews
+from ldm.cli.regions import add_regions
 from ldm.diffusion.samplers import Step
 from ldm.loading import BUNDLED
 from ldm.outputs import Outputs
@@ -58,6 +59,7 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     for kind in (ModelChoice, Request, Variation, Sizes, ldm.Placement):
         add_options(command, kind)
     add_controls(command)
+    add_regions(command)
     command.add_argument("--out", type=Path, help="the PNG to write; several pictures get numbers (default: out.png)")
     command.add_argument("--overwrite", action="store_true", help="replace files that exist")
     add_previews(command)
@@ -83,9 +85,13 @@ def _generate(args: argparse.Namespace) -> None:
         _ = job.request.source.picture, job.request.region
     for control in job.request.controls:
         _ = control.picture
+    for region in job.request.regions:
+        _ = region.picture
     seconds: dict[str, float] = {}
     with jobs.timed("load", seconds):
         models = load_models(job.model, job.placement)
+    if job.model.embeddings:
+        _report_embeddings(models.base, job.request)
     with previews(models.base) as previewed:
         result = jobs.run(job, models, outputs, lambda steps, total: _watch(previewed(steps), total))
     results = {
@@ -111,6 +117,16 @@ def load_models(choice: ModelChoice, placement: ldm.Placement) -> jobs.Models:
         if pipe is not None and path != BUNDLED:
             print(f"ldm: {path}: {pipe.config.name}; {pipe.why}", file=sys.stderr)
     return models
+
+
+def _report_embeddings(pipe: ldm.Pipeline, request: Request) -> None:
+    """Print on stderr which embeddings the prompts use."""
+    from ldm.checkpoint.embeddings import words_used
+
+    texts = [*request.prompts, request.negative_prompt or "", *(region.prompt for region in request.regions)]
+    used = words_used(pipe.text_encoder, texts)
+    words = ", ".join(f"{name!r} ({count} vector{'s' * (count > 1)})" for name, count in used.items())
+    print(f"ldm: embeddings in the prompts: {words or 'none'}", file=sys.stderr)
 
 
 def _watch(steps: Iterator[Step], total: int) -> jobs.Steps:
@@ -147,6 +163,8 @@ def _read_job(args: argparse.Namespace) -> jobs.Job:
         source = {"image_guidance": 1.5, "mask": None} | source
     if (controls := read_controls(args, recorded.request.controls if recorded else ())) is not None:
         asked["controls"] = controls
+    if args.regions is not None:
+        asked["regions"] = tuple(args.regions)
     if recorded is None:
         if "prompt" not in asked or (hasattr(args, "image") and "image" not in source):
             words = "a picture and a prompt" if hasattr(args, "image") else "a prompt in quotes"
@@ -188,13 +206,18 @@ def _read_job(args: argparse.Namespace) -> jobs.Job:
     _compare(record.environment, environment(find_device(placement.device)), args.repeated)
     choice, sha256 = record.model, dict(record.sha256)
     if "model" in model:  # another model, without the recorded model's replaced parts and digests
-        kept = {name for name in sha256 if name in ("source", "mask") or name.startswith("control")}
-        choice, sha256 = ModelChoice(), {name: sha256[name] for name in kept}
+        kept = {
+            name for name in sha256 if name in ("source", "mask") or name.startswith(("control", "region", "embedding"))
+        }
+        choice, sha256 = ModelChoice(embeddings=choice.embeddings), {name: sha256[name] for name in kept}
     if source.get("mask", old) is None:
         sha256.pop("mask", None)
     new = {*model, *(name for name, table in (("source", source), ("mask", mask)) if "image" in table)}
     if controls is not None:  # the recorded digests are of other files
         sha256 = {name: expected for name, expected in sha256.items() if not name.startswith("control")}
+    for part, changed in (("embedding", "embeddings" in model), ("region", args.regions is not None)):
+        if changed:
+            sha256 = {name: expected for name, expected in sha256.items() if not name.startswith(part)}
     return jobs.Job(
         dataclasses.replace(request, **asked),
         dataclasses.replace(choice, **model),

@@ -19,13 +19,15 @@ def add_options(parser: argparse.ArgumentParser, kind: type, only: Collection[st
     for field in _options(kind, only):
         flag = field.metadata["flag"] or f"--{field.name.replace('_', '-')}"
         hint, text = _without_none(field.type), field.metadata["help"]
-        if field.default is not None and field.default is not dataclasses.MISSING and hint is not bool:
+        if field.default not in (None, (), dataclasses.MISSING) and hint is not bool:
             text += f" (default: {field.default})"
         if get_origin(hint) is Literal:
             text += f"; one of {', '.join(get_args(hint))}"
         metavar: str | tuple[str, ...] = flag[2:].upper()
         if hint is bool:
             parser.add_argument(flag, dest=field.name, action=argparse.BooleanOptionalAction, help=text)
+        elif hint == tuple[str, ...]:
+            parser.add_argument(flag, dest=field.name, action="append", metavar="FILE", help=text)
         elif get_origin(hint) is tuple:
             parser.add_argument(flag, dest=field.name, type=float, nargs=2, metavar=("LOW", "HIGH"), help=text)
         elif get_origin(hint) is Mapping:
@@ -39,7 +41,7 @@ def given(args: argparse.Namespace, kind: type, only: Collection[str] | None = N
     """Return the fields of `kind` whose flags were given, with their values."""
     values = {field.name: getattr(args, field.name, None) for field in _options(kind, only)}
     return {
-        name: dict(value) if value and isinstance(value, list) and isinstance(value[0], tuple) else value
+        name: (dict(value) if isinstance(value[0], tuple) else tuple(value)) if isinstance(value, list) else value
         for name, value in values.items()
         if value is not None
     }

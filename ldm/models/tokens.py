@@ -1,7 +1,7 @@
 """CLIP's tokenizer: byte-pair encoding with OpenAI's vocabulary or another, and added tokens."""
 
 import gzip
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from importlib import resources
 from reprlib import repr as short
@@ -22,6 +22,8 @@ class Tokenizer:
     too. `ldm.models.token_files` reads and writes tokenizers.
     Raises ValueError for an inconsistent vocabulary, merges or added tokens.
     """
+
+    following: Collection[int] = ()  # ids that stay in the chunk of the id before, see `ldm.models.textual_inversion`
 
     def __init__(
         self, vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], added: Mapping[int, AddedToken] | None = None
@@ -75,8 +77,7 @@ def official_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     lines = gzip.decompress(packed).decode("utf-8").split("\n")
     # Line 0 is a header. CLIP has 49,152 tokens of 256 bytes, 256 bytes that end a word, merges, and 2 special tokens,
     # so it does not use the last lines.
-    pairs = (line.split() for line in lines[1 : 49152 - 256 - 2 + 1])
-    merges = [(left, right) for left, right in pairs]
+    merges = [(left, right) for left, right in map(str.split, lines[1 : 49152 - 256 - 2 + 1])]
     alphabet = byte_alphabet()
     tokens = alphabet + [c + "</w>" for c in alphabet] + [a + b for a, b in merges] + [BOS, EOS]
     return {token: i for i, token in enumerate(tokens)}, merges

@@ -278,7 +278,7 @@ def test_sizes_that_are_written_wrong_are_refused(which, legacy, tmp_path):
         (WEIGHTS["a"], "holds a Tensor and no tensors by name"),
         ([WEIGHTS], "holds a list and no tensors by name"),
         ({}, "holds no tensors by name"),
-        ({"string_to_param": nn.ParameterDict({"*": torch.ones(2)}), "name": "x"}, "holds no tensors by name"),
+        ({"string_to_param": nn.ParameterDict({"*": torch.ones(2)})}, "holds tensors under 'string_to_param'; only "),
         ({i: i for i in range(20)}, "holds no tensors by name"),
         ({"objective": WEIGHTS, "step": 3}, "holds tensors under 'objective'; only those at the top or under"),
     ],

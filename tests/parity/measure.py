@@ -18,7 +18,7 @@ import transformers
 
 import ldm
 from ldm.models.tokens import Tokenizer
-from tests.parity import compare, controls, golden, reference, tenants
+from tests.parity import compare, controls, golden, inversions, reference, tenants
 from tests.parity.compare import TIMESTEPS
 from tests.parity.reference import FAMILIES, SCHEDULERS
 
@@ -89,6 +89,13 @@ EDITING = """\
 The same pictures edited by models with 4 more input channels of random weights, for the latents of the picture:
 InstructPix2Pix. All steps, 10 of them, with an image guidance of 1.5.
 """
+INVERSIONS = """\
+## Textual inversion
+
+The same text encoders with two embeddings, of one vector and of three. The table holds the largest difference of the
+context, and of the pooled text where the model has one, divided by the largest value. diffusers pools at the largest id
+of a prompt, which is that of an embedding; for this table it was told the end token, where this package pools.
+"""
 FULL_SIZE = """\
 ## At full size
 
@@ -120,7 +127,7 @@ golden lists are written with five decimals. A sampler takes any list of levels,
 def document(command: str, device: str, *, full: bool) -> str:
     """Measure everything and return it as Markdown."""
     dtypes = [torch.bfloat16, torch.float16] if device != "cpu" else [torch.bfloat16]
-    networks, pictures, files, tenancies, controlled, inpainted, edited = [], [], [], [], [], [], []
+    networks, pictures, files, tenancies, controlled, inpainted, edited, inverted = ([] for _ in range(8))
     for name, family in FAMILIES.items():
         print(name, file=sys.stderr)
         task = compare.small_size(name)
@@ -133,6 +140,9 @@ def document(command: str, device: str, *, full: bool) -> str:
             files.append((name, compare.saved(name, folder, *both)))
             if family.makes_pictures:
                 tenancies.append([name, *_image_to_image(*both)])
+            if name in inversions.FAMILIES:
+                cells = [f"{value:.1e}" for value in inversions.differences(folder, both[1], folder)]
+                inverted.append([name, *cells, *[""] * (2 - len(cells))])
             if name in controls.FAMILIES:
                 controlled.append([name, *_controlled(*both, folder)])
                 inpainted.append([f"{name}, 4 channels", *_inpainting(*both)])
@@ -158,6 +168,8 @@ def document(command: str, device: str, *, full: bool) -> str:
         _table(["model", *SCHEDULERS], inpainted),
         EDITING,
         _table(["model", *SCHEDULERS], edited),
+        INVERSIONS,
+        _table(["model", "context", "pooled text"], inverted),
     ]
     if full:
         parts += [FULL_SIZE, _differences(_full_size(device, dtypes))]
