@@ -16,6 +16,7 @@ from ldm.diffusion.schedule import NoiseSchedule, Spacing
 
 if TYPE_CHECKING:
     from ldm.control import Control
+    from ldm.image_prompt import ImagePrompt
     from ldm.sizes import Sizes
     from ldm.source import Source
 
@@ -65,6 +66,7 @@ class Request:
     sizes: "Sizes | None" = None  # None: the model's defaults
     source: "Source | None" = None  # None: start from noise
     controls: "tuple[Control, ...]" = ()
+    image_prompts: "tuple[ImagePrompt, ...]" = ()
 
     def __post_init__(self) -> None:
         """Check what can be checked without a model, and draw a random seed for a negative one."""
@@ -85,7 +87,7 @@ class Request:
         for name, number in self.sampler_options.items():
             check_number(f"the sampler's {name}", number)
         object.__setattr__(self, "sampler_options", dict(self.sampler_options))  # the caller may change theirs
-        if (self.sizes, self.source, self.controls) != (None, None, ()):
+        if (self.sizes, self.source, self.controls, self.image_prompts) != (None, None, (), ()):
             self._check_parts()
         if self.seed < 0:
             object.__setattr__(self, "seed", secrets.randbelow(2**32))
@@ -96,15 +98,17 @@ class Request:
 
     def _check_parts(self) -> None:
         from ldm.control import Control  # imported here, because most requests have no parts
+        from ldm.image_prompt import ImagePrompt
         from ldm.sizes import Sizes
         from ldm.source import Source
 
         for name, kind in (("sizes", Sizes), ("source", Source)):
             if not isinstance(value := getattr(self, name), kind | None):
                 raise ValueError(f"{name} must be an ldm.{kind.__name__}, got {value!r}")
-        if not isinstance(self.controls, tuple | list) or not all(isinstance(c, Control) for c in self.controls):
-            raise ValueError(f"controls must be a tuple of ldm.Control, got {self.controls!r}")
-        object.__setattr__(self, "controls", tuple(self.controls))
+        for name, part in (("controls", Control), ("image_prompts", ImagePrompt)):
+            if type(value := getattr(self, name)) not in (tuple, list) or not all(isinstance(v, part) for v in value):
+                raise ValueError(f"{name} must be a tuple of ldm.{part.__name__}, got {value!r}")
+            object.__setattr__(self, name, tuple(value))
 
     @property
     def seeds(self) -> list[int]:
@@ -164,7 +168,8 @@ class Request:
             sizes = resolved_sizes(self.sizes, config, width, height)
         negative = sizes | {"aesthetic_score": sizes.get("negative_aesthetic_score", 0)}
         rows = [*[sizes] * len(self.prompts), negative][: len(texts) if config.micro_conditioning else 0]
-        factor = config.vae.factor
+        factor, final = config.vae.factor, conventions(sampler).final
+        levels = partial(schedule.steps, steps, spacing, offset=config.diffusion.offset, final=final)
         plan = Plan(
             request=self,
             texts=tuple(texts),
@@ -176,7 +181,7 @@ class Request:
             guidance_interval=self.guidance_interval or (0.0, math.inf),
             sampler=sampler,
             spacing=spacing,
-            sigmas=self._sigmas(schedule, sampler, spacing, steps, config.diffusion.offset),
+            sigmas=self.source.sigmas(levels, steps) if self.source else levels(),
             width=width,
             height=height,
             latent_shape=(config.vae.latent_channels, height // factor, width // factor),
@@ -205,11 +210,6 @@ class Request:
                     f"nearest: {' or '.join(map(str, near))}"
                 )
         return found
-
-    def _sigmas(self, schedule: NoiseSchedule, sampler: str, spacing: Spacing, steps: int, offset: int) -> Tensor:
-        """Return the noise levels of the steps that run: all, or for image to image often only the last ones."""
-        levels = partial(schedule.steps, steps, spacing, offset=offset, final=conventions(sampler).final)
-        return self.source.sigmas(levels, steps) if self.source else levels()
 
 
 @dataclass(frozen=True, eq=False)

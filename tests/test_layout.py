@@ -30,11 +30,12 @@ PACKAGES = {  # what each part of ldm may import of ldm, beside itself; "ldm" is
     "masks": "geometry pictures",
     "source": "config pictures",
     "sizes": "config",
-    "request": "config control diffusion geometry masks prompts phases sizes source",
+    "request": "config control diffusion geometry image_prompt masks prompts phases sizes source",
     "phases": "conditioning diffusion",
     "prompts": "conditioning models phases",
     "inpainting": "diffusion images masks request",
-    "control": "checkpoint conditioning config diffusion geometry images models pictures pipeline request",
+    "control": "checkpoint conditioning config diffusion geometry image_prompt images models pictures pipeline request",
+    "image_prompt": "checkpoint config images models pictures pipeline",
     "pipeline": "checkpoint conditioning config control diagnosis diffusion geometry images inpainting models phases "
     "placement prompts request",
     "loading": "checkpoint diffusion pipeline placement",
@@ -42,16 +43,17 @@ PACKAGES = {  # what each part of ldm may import of ldm, beside itself; "ldm" is
     "outputs": "pictures",
     "pictures": "atomic",
     "previews": "config diffusion geometry images models pictures pipeline",
-    "record": "config control diffusion ldm loading pictures placement refiner request sizes source strict",
+    "record": "config control diffusion image_prompt ldm loading pictures placement refiner request sizes source "
+    "strict",
     "jobs": "diffusion geometry loading outputs pipeline placement record refiner request",
     "training": "atomic checkpoint conditioning config control diffusion geometry images models pictures presets "
     "strict",
-    "cli": "checkpoint config control diffusion jobs ldm loading outputs pipeline placement previews record request "
-    "sizes source training",
-    "ldm": "config control loading pipeline placement presets refiner request sizes source",
+    "cli": "checkpoint config control diffusion image_prompt jobs ldm loading outputs pipeline placement previews "
+    "record request sizes source training",
+    "ldm": "config control image_prompt loading pipeline placement presets refiner request sizes source",
 }
 THIRD_PARTY = {"torch", "safetensors", "tokenizers", "einops", "numpy", "PIL", "tqdm"}
-OPTIONAL = {"cv2"}  # of the extra `control`
+OPTIONAL = {"cv2", "transformers"}  # of the extras `control` and `vision`
 
 
 def part_of(module):

@@ -13,6 +13,7 @@ from tqdm import tqdm
 import ldm
 from ldm import jobs
 from ldm.cli.controls import add_controls, read_controls
+from ldm.cli.image_prompts import add_image_prompts, read_image_prompts
 from ldm.cli.options import Commands, add_options, given
 from ldm.cli.previews import add_previews, read_previews
 from ldm.diffusion.samplers import Step
@@ -23,6 +24,8 @@ from ldm.record import Environment, ModelChoice, environment, recall
 from ldm.request import Request
 from ldm.sizes import Sizes
 from ldm.source import Mask, Source
+
+CONTROL, IMAGE_PROMPT = ("control",), ("ip_adapter", "image_")  # the digests of a record begin with these
 
 
 def add(commands: Commands) -> None:
@@ -50,6 +53,7 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     for kind in (ModelChoice, Request, Sizes, ldm.Placement):
         add_options(command, kind)
     add_controls(command)
+    add_image_prompts(command)
     command.add_argument("--out", type=Path, help="the PNG to write; several pictures get numbers (default: out.png)")
     command.add_argument("--overwrite", action="store_true", help="replace files that exist")
     add_previews(command)
@@ -75,6 +79,8 @@ def _generate(args: argparse.Namespace) -> None:
         _ = job.request.source.picture, job.request.region
     for control in job.request.controls:
         _ = control.picture
+    for prompt in job.request.image_prompts:
+        _ = prompt.picture
     seconds: dict[str, float] = {}
     with jobs.timed("load", seconds):
         models = load_models(job.model, job.placement)
@@ -136,6 +142,8 @@ def _read_job(args: argparse.Namespace) -> jobs.Job:
     recorded = None if args.repeated is None else recall(args.repeated)
     if (controls := read_controls(args, recorded.request.controls if recorded else ())) is not None:
         asked["controls"] = controls
+    if (prompts := read_image_prompts(args, recorded.request.image_prompts if recorded else ())) is not None:
+        asked["image_prompts"] = prompts
     if recorded is None:
         if "prompt" not in asked:
             words = "a picture and a prompt" if hasattr(args, "image") else "a prompt in quotes"
@@ -170,11 +178,12 @@ def _read_job(args: argparse.Namespace) -> jobs.Job:
     _compare(record.environment, environment(find_device(placement.device)), args.repeated)
     choice, sha256 = record.model, dict(record.sha256)
     if "model" in model:  # another model, without the recorded model's replaced parts and digests
-        kept = {name for name in sha256 if name in ("source", "mask") or name.startswith("control")}
+        kept = {name for name in sha256 if name.startswith(("source", "mask", *CONTROL, *IMAGE_PROMPT))}
         choice, sha256 = ModelChoice(), {name: sha256[name] for name in kept}
     new = {*model, *(name for name, table in (("source", source), ("mask", mask)) if "image" in table)}
-    if controls is not None:  # the recorded digests are of other files
-        sha256 = {name: expected for name, expected in sha256.items() if not name.startswith("control")}
+    for changed, names in ((controls, CONTROL), (prompts, IMAGE_PROMPT)):
+        if changed is not None:  # the recorded digests are of other files
+            sha256 = {name: expected for name, expected in sha256.items() if not name.startswith(names)}
     return jobs.Job(
         dataclasses.replace(request, **asked),
         dataclasses.replace(choice, **model),
