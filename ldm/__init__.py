@@ -2,6 +2,7 @@
 
 from ldm.config import ModelConfig
 from ldm.control import Control
+from ldm.image_prompt import ImagePrompt
 from ldm.loading import load
 from ldm.pipeline import Pipeline
 from ldm.placement.memory import Placement
@@ -26,6 +27,7 @@ __all__ = [
     "SD_TURBO",
     "TINY",
     "Control",
+    "ImagePrompt",
     "Mask",
     "ModelConfig",
     "Pipeline",

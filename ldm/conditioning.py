@@ -16,7 +16,7 @@ class Condition:
 
     context: b n d, the hidden states of the text. vector: b p, pooled text and sizes (SDXL), or None.
     guidance: b, the guidance scale - 1, for a UNet that takes the scale as an input (LCM), or None.
-    is_prompt: b, whether the row is the prompt's, for ControlNets that act on the prompt only. None: all rows are.
+    is_prompt: b, whether the row is the prompt's, for image prompts and ControlNets in guess mode. None: all rows are.
     """
 
     context: Tensor

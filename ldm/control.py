@@ -12,12 +12,12 @@ step of this range begins; Heun's second prediction of a step counts for the lev
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -133,10 +133,10 @@ def all_at_work(pipe: "Pipeline", name: str, controls: Sequence[Control]) -> Ite
 
 
 def controlled(pipe: "Pipeline", plan: "Plan", conditions: Sequence[Condition]) -> Denoiser:
-    """Make the denoiser of `Pipeline.denoiser` with the ControlNets of the request.
+    """Make the denoiser of `Pipeline.denoiser` with the ControlNets and image prompts of the request.
 
     conditions: the prompt's first.
-    Raises ValueError as `networks`, `hint` and `levels` do.
+    Raises ValueError as `networks`, `hint`, `levels` and `ldm.image_prompt.prompted` do.
     """
     controls = plan.request.controls
     bounds = [levels(control, plan.sigmas) for control in controls]
@@ -148,18 +148,27 @@ def controlled(pipe: "Pipeline", plan: "Plan", conditions: Sequence[Condition]) 
         return tuple(i for i, (low, high) in enumerate(bounds) if low < sigma <= high)
 
     made: dict[tuple[int, ...], Denoiser] = {}  # one denoiser for each set of ControlNets that act together
-    with all_at_work(pipe, "unet", controls):
+    with _prompted(pipe, plan) as base, all_at_work(pipe, "unet", controls):
         weight, nets = next(pipe.unet.parameters()), networks(pipe, controls)
         applied = [
             Applied(net, picture.to(weight), control.weight, control.guess)
             for control, net, picture in zip(controls, nets, hints, strict=True)
         ]
         for chosen in dict.fromkeys(map(acting, plan.sigmas[:-1].tolist())):
-            unet = Controlled(pipe.unet, [applied[i] for i in chosen]) if chosen else None
+            unet = Controlled(base, [applied[i] for i in chosen]) if chosen else base
             made[chosen] = pipe.denoiser(plan, marked, pipe.binding(unet))
     if len(made) == 1:
         return next(iter(made.values()))
     return lambda x, sigma: made[acting(float(sigma))](x, sigma)
+
+
+def _prompted(pipe: "Pipeline", plan: "Plan") -> AbstractContextManager[Any]:
+    """Return a context manager that yields the UNet of `pipe`, with the image prompts of the request."""
+    if not plan.request.image_prompts:
+        return nullcontext(pipe.unet)
+    from ldm.image_prompt import prompted
+
+    return prompted(pipe, plan.request.image_prompts)
 
 
 def levels(control: Control, sigmas: Tensor) -> tuple[float, float]:

@@ -47,13 +47,16 @@ class Job:
 
     @property
     def paths(self) -> dict[str, Path]:
-        """The files and folders that the job reads, by name: models, source picture, masks, ControlNets, hints."""
+        """The files and folders that the job reads, by name: models, pictures, masks, ControlNets, IP-Adapters."""
         source = self.request.source
         files = {"source": source and source.image, "mask": source and source.mask and source.mask.image}
         for i, control in enumerate(self.request.controls, 1):
             files |= {f"controlnet_{i}": control.model, f"control_{i}": control.image}
         for i, region in enumerate(self.request.regions, 1):
             files |= {f"region_{i}": None if region.box else region.mask}
+        for i, prompt in enumerate(self.request.image_prompts, 1):
+            files |= {f"ip_adapter_{i}": prompt.model, f"image_prompt_{i}": prompt.image}
+            files |= {f"image_encoder_{i}": prompt.encoder}
         own = {name: Path(path) for name, path in files.items() if isinstance(path, str | Path)}
         return self.model.paths | own
 
@@ -110,6 +113,9 @@ def run(job: Job, models: Models, outputs: Outputs, watch: Watch = lambda steps,
                 what, how = option.replace("_", " "), f"with --{option.replace('_', '-')}"
                 if name.startswith("control"):
                     what, how = f"{what}{' picture' * (option == 'control')}", "with --controlnet and --control"
+                if name.startswith(("ip_adapter", "image_")):
+                    what = what.replace("ip adapter", "IP-Adapter")
+                    how = "with --ip-adapter, --image-prompt and --image-encoder"
                 if name == "source":
                     what, how = "source picture", f"as the PICTURE of ldm {request.task}"
                 elif name == "mask":

@@ -43,7 +43,7 @@ class Pipeline:
     schedule: the noise schedule of the UNet's training. why: how `config` and its prediction type were found.
     placement: device, precision and memory. `load` has applied it to the networks (default: leave them as they are).
     paths: the file or folder of "unet", "vae" and "text_encoder", if known.
-    controlnets: the ControlNets by `Control.model`, loaded at their first use.
+    controlnets, adapters: the networks of controls and image prompts by their paths, loaded at their first use.
 
     All stages except `decode` support gradients, `encode_image` only with the whole VAE. Weights from `load` do not
     require gradients.
@@ -63,7 +63,7 @@ class Pipeline:
         self.paths = dict(paths or {})
         self.unet, self.vae, self.text_encoder = unet, vae, text_encoder
         self.schedule = NoiseSchedule.from_config(config.diffusion)
-        self.controlnets: dict[str, Any] = {}
+        self.controlnets, self.adapters = dict[str, Any](), dict[str, Any]()
         self._at_work: dict[str, tuple[nn.Module, AbstractContextManager[object]]] = {}
 
     @torch.no_grad()
@@ -170,7 +170,7 @@ class Pipeline:
     def denoiser(self, plan: Plan, conditions: Sequence[Condition], bind: Bind | None = None) -> Denoiser:
         """Make the denoiser (x, sigma) -> x0 from the UNet, the conditions and the guidance of `plan`.
 
-        bind: makes the network of a condition (default: `binding()`, with the ControlNets of the request).
+        bind: makes the network of a condition (default: `binding()`, with the request's controls and image prompts).
         """
         if plan.request.regions:
             from ldm.regions import regional
@@ -180,8 +180,8 @@ class Pipeline:
             from ldm.phases import in_turn
 
             return in_turn(self.denoiser, plan, conditions)
-        if plan.request.controls and bind is None:
-            from ldm.control import controlled  # only ControlNets need it
+        if bind is None and (plan.request.controls or plan.request.image_prompts):
+            from ldm.control import controlled  # only ControlNets and image prompts need it
 
             return controlled(self, plan, conditions)
         weight, kind = next(self.unet.parameters()), self.config.diffusion.prediction

@@ -15,6 +15,7 @@ from ldm.config import option
 from ldm.control import Control
 from ldm.diffusion.denoiser import Prediction
 from ldm.diffusion.samplers import conventions
+from ldm.image_prompt import ImagePrompt
 from ldm.loading import BUNDLED, locate, named_file
 from ldm.pictures import a1111_parameters, read_texts
 from ldm.placement.memory import Placement
@@ -34,7 +35,9 @@ OTHERS = {  # the keys of other programs' text chunks
     "sd-metadata": "InvokeAI",
 }
 MODEL_AND_PARTS = ("model", "prediction", "ema", "vae", "unet", "text_encoder")  # all but the refiner
-PARTS = {kind.__name__: kind for kind in (Sizes, Source, Control, RegionalPrompt, Variation)}  # of a request
+PARTS = {
+    kind.__name__: kind for kind in (Sizes, Source, Control, ImagePrompt, RegionalPrompt, Variation)
+}  # of a request
 UNRECORDED = ("offload", "cuda_graph")  # fields of a Placement that do not change the results
 
 
@@ -84,7 +87,8 @@ class Record:
 
     resolved: the main fields of the `Plan`. name, why: the name of the identified model, and how it was identified.
     sha256: the digest of each path in `model.paths`, of the source picture and its mask, of each ControlNet and its
-      picture: "controlnet_1", "control_1" and so on, and of the masks of regions: "region_1" and so on.
+      picture: "controlnet_1", "control_1" and so on, of the files of each image prompt: "ip_adapter_1",
+      "image_prompt_1", "image_encoder_1" and so on, and of the masks of regions: "region_1" and so on.
     placement: its fields, with device and dtypes as text. picture: the index of the picture; None: a grid of all.
     """
 
@@ -107,8 +111,9 @@ class Record:
         table = dataclasses.asdict(
             self, dict_factory=lambda pairs: {k: v for k, v in pairs if v is not None and v not in ({}, ())}
         )
-        for control, held in zip(self.request.controls, table["request"].get("controls", ()), strict=True):
-            held |= {"model": str(control.model), "image": str(control.image)}
+        for name in ("controls", "image_prompts"):
+            for part, held in zip(getattr(self.request, name), table["request"].get(name, ()), strict=True):
+                held |= {key: str(getattr(part, key)) for key in ("model", "image", "encoder") if key in held}
         for region in table["request"].get("regions", ()):
             region["mask"] = str(region["mask"])
         source = table["request"].get("source", {})

@@ -52,6 +52,7 @@ def plan_both(base: Pipeline, refiner: Pipeline, request: Request, *, handover: 
     shared = dataclasses.replace(
         _with_own_sizes(request, refiner.config, base.config),
         controls=(),  # a ControlNet fits one of the two UNets, and the base model decides the composition
+        image_prompts=(),  # so does an IP-Adapter
         **{name: getattr(plan, name) for name in ("steps", "sampler", "spacing", "width", "height")},
     )
     cutoff = round(len(base.schedule) - handover * len(base.schedule))

@@ -16,6 +16,7 @@ from ldm.diffusion.schedule import NoiseSchedule, Spacing
 
 if TYPE_CHECKING:
     from ldm.control import Control
+    from ldm.image_prompt import ImagePrompt
     from ldm.regions import RegionalPrompt
     from ldm.sizes import Sizes
     from ldm.source import Source
@@ -67,8 +68,9 @@ class Request:
     sizes: "Sizes | None" = None  # None: the model's defaults
     source: "Source | None" = None  # None: start from noise
     controls: "tuple[Control, ...]" = ()
-    variation: "Variation | None" = None
+    image_prompts: "tuple[ImagePrompt, ...]" = ()
     regions: "tuple[RegionalPrompt, ...]" = ()
+    variation: "Variation | None" = None
 
     def __post_init__(self) -> None:
         """Check what can be checked without a model, and draw a random seed for a negative one."""
@@ -89,7 +91,8 @@ class Request:
         for name, number in self.sampler_options.items():
             check_number(f"the sampler's {name}", number)
         object.__setattr__(self, "sampler_options", dict(self.sampler_options))  # the caller may change theirs
-        if (self.sizes, self.source, self.variation, self.controls, self.regions) != (None, None, None, (), ()):
+        parts = self.sizes, self.source, self.controls, self.image_prompts, self.regions, self.variation
+        if parts != (None, None, (), (), (), None):
             from ldm.parts import check_parts  # most requests have no parts
 
             check_parts(self)
@@ -163,7 +166,8 @@ class Request:
             sizes = resolved_sizes(self.sizes, config, width, height)
         negative = sizes | {"aesthetic_score": sizes.get("negative_aesthetic_score", 0)}
         rows = [*[sizes] * len(self.prompts), negative][: len(texts) if config.micro_conditioning else 0]
-        factor = config.vae.factor
+        factor, final = config.vae.factor, conventions(sampler).final
+        levels = partial(schedule.steps, steps, spacing, offset=config.diffusion.offset, final=final)
         plan = Plan(
             request=self,
             texts=tuple(texts),
@@ -175,7 +179,7 @@ class Request:
             guidance_interval=self.guidance_interval or (0.0, math.inf),
             sampler=sampler,
             spacing=spacing,
-            sigmas=self._sigmas(schedule, sampler, spacing, steps, config.diffusion.offset),
+            sigmas=self.source.sigmas(levels, steps) if self.source else levels(),
             width=width,
             height=height,
             latent_shape=(config.vae.latent_channels, height // factor, width // factor),
@@ -204,11 +208,6 @@ class Request:
                     f"nearest: {' or '.join(map(str, near))}"
                 )
         return found
-
-    def _sigmas(self, schedule: NoiseSchedule, sampler: str, spacing: Spacing, steps: int, offset: int) -> Tensor:
-        """Return the noise levels of the steps that run: all, or for image to image often only the last ones."""
-        levels = partial(schedule.steps, steps, spacing, offset=offset, final=conventions(sampler).final)
-        return self.source.sigmas(levels, steps) if self.source else levels()
 
 
 @dataclass(frozen=True, eq=False)

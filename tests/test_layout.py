@@ -30,15 +30,17 @@ PACKAGES = {  # what each part of ldm may import of ldm, beside itself; "ldm" is
     "masks": "geometry pictures",
     "source": "config geometry pictures",
     "regions": "conditioning config diffusion images masks pipeline request",
-    "parts": "control regions request sizes source variations",
+    "parts": "control image_prompt regions request sizes source variations",
     "sizes": "config",
     "variations": "conditioning config diffusion pipeline request",
-    "request": "config control diffusion geometry masks parts phases prompts regions sizes source variations",
+    "request": "config control diffusion geometry image_prompt masks parts phases prompts regions sizes source "
+    "variations",
     "phases": "conditioning diffusion",
     "prompts": "conditioning models phases",
     "inpainting": "diffusion images masks request",
     "editing": "conditioning diffusion request",
-    "control": "checkpoint conditioning config diffusion geometry images models pictures pipeline request",
+    "control": "checkpoint conditioning config diffusion geometry image_prompt images models pictures pipeline request",
+    "image_prompt": "checkpoint config images models pictures pipeline",
     "pipeline": "checkpoint conditioning config control diagnosis diffusion editing geometry images inpainting "
     "models phases placement prompts regions request",
     "loading": "checkpoint diffusion pipeline placement",
@@ -46,17 +48,18 @@ PACKAGES = {  # what each part of ldm may import of ldm, beside itself; "ldm" is
     "outputs": "pictures",
     "pictures": "atomic",
     "previews": "config diffusion geometry images models pictures pipeline",
-    "record": "config control diffusion ldm loading pictures placement refiner regions request sizes source "
-    "strict variations",
+    "record": "config control diffusion image_prompt ldm loading pictures placement refiner regions request sizes "
+    "source strict variations",
     "jobs": "diffusion geometry loading outputs pipeline placement record refiner request",
     "training": "atomic checkpoint conditioning config control diffusion geometry images models pictures presets "
     "strict",
-    "cli": "checkpoint config control diffusion geometry jobs ldm loading outputs pictures pipeline placement "
-    "previews record regions request sizes source training variations",
-    "ldm": "config control loading pipeline placement presets refiner regions request sizes source variations",
+    "cli": "checkpoint config control diffusion geometry image_prompt jobs ldm loading outputs pictures pipeline "
+    "placement previews record regions request sizes source training variations",
+    "ldm": "config control image_prompt loading pipeline placement presets refiner regions request sizes source "
+    "variations",
 }
 THIRD_PARTY = {"torch", "safetensors", "tokenizers", "einops", "numpy", "PIL", "tqdm"}
-OPTIONAL = {"cv2"}  # of the extra `control`
+OPTIONAL = {"cv2", "transformers"}  # of the extras `control` and `vision`
 
 
 def part_of(module):

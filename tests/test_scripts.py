@@ -10,11 +10,20 @@ import pytest
 from PIL import Image
 
 import ldm
-from ldm.checkpoint import files
+from ldm.checkpoint import files, ip_adapters
 from ldm.checkpoint.controlnets import save_controlnet
 from ldm.checkpoint.parts import Model
 from ldm.models.unet import UNet
-from tests.tiny import TINY_RANDOM, TINY_REFINER, TINY_SDXL, random_controlnet, random_networks
+from tests.tiny import (
+    TINY_RANDOM,
+    TINY_REFINER,
+    TINY_SDXL,
+    Tower,
+    random_controlnet,
+    random_ip_adapter,
+    random_networks,
+    save_ip_adapter,
+)
 
 FOLDER = Path(__file__).parents[1] / "scripts"
 SCRIPTS = sorted(FOLDER.glob("*.py"))
@@ -26,7 +35,7 @@ def run(path: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
 
 
 def test_a_sampling_script_has_at_most_80_lines():
-    for name in ("txt2img", "img2img", "inpaint", "edit", "sdxl_refiner", "controlnet", "regions"):
+    for name in ("txt2img", "img2img", "inpaint", "edit", "sdxl_refiner", "controlnet", "ip_adapter", "regions"):
         assert len((FOLDER / f"{name}.py").read_text().splitlines()) <= 80
 
 
@@ -89,6 +98,24 @@ def test_controlnet_equals_the_pipeline_bit_for_bit(tmp_path, monkeypatch, confi
     pipe = ldm.Pipeline(config, *networks)
     assert np.array_equal(Image.open(out), pipe.generate(request)[0])
     assert not np.array_equal(Image.open(out), pipe.generate(dataclasses.replace(request, controls=()))[0])
+
+
+@pytest.mark.parametrize(("config", "plus"), [(TINY_RANDOM, False), (TINY_SDXL, True)], ids=["plain", "sdxl plus"])
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_ip_adapter_equals_the_pipeline_bit_for_bit(tmp_path, monkeypatch, config, plus, guidance):
+    networks = random_networks(config)
+    monkeypatch.setattr(files, "load", lambda *_, **__: Model(config, *networks))
+    monkeypatch.setattr(ip_adapters, "load_image_encoder", lambda *_, **__: Tower())
+    save_ip_adapter(random_ip_adapter(config, plus=plus), tmp_path / "ip.safetensors")
+    Image.linear_gradient("L").resize((50, 30)).rotate(20).save(tmp_path / "in.png")
+    adapter, picture, out = (str(tmp_path / name) for name in ("ip.safetensors", "in.png", "frog.png"))
+    words = ["--weight", "0.7", "--steps", "3", "--guidance", str(guidance), "--model", "random", "--device", "cpu"]
+    run(FOLDER / "ip_adapter.py", monkeypatch, "a frog", adapter, "tower", picture, *words, "--out", out)
+    prompts = (ldm.ImagePrompt(adapter, picture, "tower", 0.7),)
+    request = ldm.Request("a frog", steps=3, guidance_scale=guidance, image_prompts=prompts)
+    pipe = ldm.Pipeline(config, *networks)
+    assert np.array_equal(Image.open(out), pipe.generate(request)[0])
+    assert not np.array_equal(Image.open(out), pipe.generate(dataclasses.replace(request, image_prompts=()))[0])
 
 
 @pytest.mark.parametrize("config", [TINY_RANDOM, TINY_SDXL], ids=lambda c: c.name)

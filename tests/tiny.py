@@ -1,12 +1,18 @@
 """Random models that are small, complete and well scaled: their pictures are neither flat nor saturated."""
 
 import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import nn
 
+from ldm.checkpoint.ip_adapters import RULES
+from ldm.checkpoint.parts import collect
+from ldm.checkpoint.tensors import write_tensors
 from ldm.config import ModelConfig, TextConfig, UNetConfig, VAEConfig
 from ldm.models.controlnet import ControlNet
+from ldm.models.ip_adapter import ImageProjection, IPAdapter, Resampler, cross_attentions
 from ldm.models.text import TextEncoder
 from ldm.models.tokens import BOS, EOS, Tokenizer, byte_alphabet
 from ldm.models.unet import UNet
@@ -74,6 +80,42 @@ def random_controlnet(config: ModelConfig = TINY_RANDOM, seed: int = 1, *, poole
         layer.weight.normal_(0, 0.1)
         layer.bias.normal_(0, 0.1)
     return network
+
+
+def random_ip_adapter(
+    config: ModelConfig = TINY_RANDOM, seed: int = 1, *, plus: bool = False, image_dim: int = 24
+) -> IPAdapter:
+    """Build an IP-Adapter for the UNet of `config`, seeded, for image features of width `image_dim`."""
+    torch.manual_seed(seed)
+    with torch.device("meta"):
+        widths = [attention.to_k.out_features for attention in cross_attentions(UNet(config.unet))]
+    dim = config.unet.context_dim
+    projection = ImageProjection(image_dim, dim, 4)
+    if plus:
+        projection = Resampler(image_dim, dim, 5, dim=64, mlp=80, layers=2)
+    return IPAdapter(projection, image_dim, dim, widths).eval().requires_grad_(False)
+
+
+def save_ip_adapter(adapter: IPAdapter, path: Path) -> Path:
+    """Write an IP-Adapter as its authors do, and return the path."""
+    write_tensors(collect(adapter, RULES), path)
+    return path
+
+
+class Tower(nn.Module):
+    """Stands for transformers' `CLIPVisionModelWithProjection`: linear, with one hidden state for each quarter."""
+
+    def __init__(self, width: int = 24) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.config = SimpleNamespace(hidden_size=width, projection_dim=width, image_size=8)
+        self.patches = nn.Conv2d(3, width, 4, stride=4)
+        self.requires_grad_(False)
+
+    def forward(self, pixels: torch.Tensor, output_hidden_states: bool = False) -> SimpleNamespace:
+        """Map pixels: b 3 8 8 to an embedding of the picture, and to hidden states: b 4 width."""
+        states = self.patches(pixels).flatten(2).transpose(1, 2)
+        return SimpleNamespace(image_embeds=states.mean(1), hidden_states=(0 * states, states, 0 * states))
 
 
 def _scale(layer: nn.Conv2d, output: torch.Tensor, std: float) -> None:

@@ -20,6 +20,7 @@ from ldm.checkpoint.tensors import DTYPES, PICKLE_STARTS, Tensors, read_header, 
 
 TORCH_NEEDED = "2.10"  # earlier versions let a pickle corrupt memory in spite of weights_only
 NESTS = ("state_dict", "model", "module")  # names under which training loops keep the tensors
+GROUPS = ("image_proj", "ip_adapter")  # dictionaries side by side, in IP-Adapters; their names become prefixes
 
 # Classes and functions that harmless files name: callbacks of Lightning and numpy's scalars (in the official Stable
 # Diffusion files). None of them is imported: `_Inert` replaces them.
@@ -106,6 +107,9 @@ class PickledTensors(Tensors):
                 self.metadata = {"global_step": str(step)}
             nest = next((name for name in nests if isinstance(found.get(name), dict)), None)
             if nest is None:
+                for group in GROUPS:
+                    if isinstance(found.get(group), dict):
+                        found |= {f"{group}.{name}": value for name, value in dict(found.pop(group)).items()}
                 return found
             found = found[nest]
         raise ValueError(f"{self} holds a {type(found).__name__} and no tensors by name")

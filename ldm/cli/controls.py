@@ -8,10 +8,11 @@ from typing import Any
 from ldm.control import Control
 
 CANNY = "canny:"
+NAMES = {"controls": ("ControlNet", "--controlnet"), "image_prompts": ("image prompt", "--ip-adapter")}
 
 
-class _Option(argparse.Action):
-    """Store the value in the last dictionary of `namespace.controls`; --controlnet begins a dictionary."""
+class Repeated(argparse.Action):
+    """Store the value in the last dictionary of a list; the option of the name "model" begins a dictionary."""
 
     def __call__(
         self,
@@ -20,21 +21,23 @@ class _Option(argparse.Action):
         values: Any,
         option_string: str | None = None,
     ) -> None:
-        controls: list[dict[str, Any]] = [*(namespace.controls or [])]
+        """Store the value."""
+        parts: list[dict[str, Any]] = [*(getattr(namespace, self.dest) or [])]
         name = str(self.const)
-        if name == "model" or not controls:
-            controls.append({})
-        if name in controls[-1]:
-            raise ValueError(f"{option_string} is given twice for one ControlNet: name each with --controlnet first")
-        controls[-1][name] = True if self.nargs == 0 else values
-        namespace.controls = controls
+        if name == "model" or not parts:
+            parts.append({})
+        if name in parts[-1]:
+            what, first = NAMES[self.dest]
+            raise ValueError(f"{option_string} is given twice for one {what}: name each with {first} first")
+        parts[-1][name] = True if self.nargs == 0 else values
+        setattr(namespace, self.dest, parts)
 
 
 def add_controls(command: argparse.ArgumentParser) -> None:
     """Add the options."""
 
     def add(flag: str, name: str, text: str, **more: Any) -> None:
-        command.add_argument(flag, dest="controls", action=_Option, const=name, help=text, **more)
+        command.add_argument(flag, dest="controls", action=Repeated, const=name, help=text, **more)
 
     add("--controlnet", "model", "a ControlNet: a folder or .safetensors file; can be repeated", metavar="FILE")
     add("--control", "image", "the picture for this ControlNet; canny:PICTURE takes its edges", metavar="PICTURE")

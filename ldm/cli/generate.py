@@ -13,6 +13,7 @@ from tqdm import tqdm
 import ldm
 from ldm import jobs
 from ldm.cli.controls import add_controls, read_controls
+from ldm.cli.image_prompts import add_image_prompts, read_image_prompts
 from ldm.cli.options import Commands, add_options, given
 from ldm.cli.previews import add_previews, read_previews
 from ldm.cli.regions import add_regions
@@ -27,6 +28,8 @@ from ldm.source import Mask, Source
 from ldm.variations import Variation
 
 FROM_PICTURE = ("strength", "exact_steps", "start_sigma", "resize")
+
+CONTROL, IMAGE_PROMPT = ("control",), ("ip_adapter", "image_")  # the digests of a record begin with these
 
 
 def add(commands: Commands) -> None:
@@ -60,6 +63,7 @@ def _add_common(command: argparse.ArgumentParser) -> None:
         add_options(command, kind)
     add_controls(command)
     add_regions(command)
+    add_image_prompts(command)
     command.add_argument("--out", type=Path, help="the PNG to write; several pictures get numbers (default: out.png)")
     command.add_argument("--overwrite", action="store_true", help="replace files that exist")
     add_previews(command)
@@ -87,6 +91,8 @@ def _generate(args: argparse.Namespace) -> None:
         _ = control.picture
     for region in job.request.regions:
         _ = region.picture
+    for prompt in job.request.image_prompts:
+        _ = prompt.picture
     seconds: dict[str, float] = {}
     with jobs.timed("load", seconds):
         models = load_models(job.model, job.placement)
@@ -165,6 +171,8 @@ def _read_job(args: argparse.Namespace) -> jobs.Job:
         asked["controls"] = controls
     if args.regions is not None:
         asked["regions"] = tuple(args.regions)
+    if (prompts := read_image_prompts(args, recorded.request.image_prompts if recorded else ())) is not None:
+        asked["image_prompts"] = prompts
     if recorded is None:
         if "prompt" not in asked or (hasattr(args, "image") and "image" not in source):
             words = "a picture and a prompt" if hasattr(args, "image") else "a prompt in quotes"
@@ -207,17 +215,23 @@ def _read_job(args: argparse.Namespace) -> jobs.Job:
     choice, sha256 = record.model, dict(record.sha256)
     if "model" in model:  # another model, without the recorded model's replaced parts and digests
         kept = {
-            name for name in sha256 if name in ("source", "mask") or name.startswith(("control", "region", "embedding"))
+            name
+            for name in sha256
+            if name.startswith(("source", "mask", "region", "embedding", *CONTROL, *IMAGE_PROMPT))
         }
         choice, sha256 = ModelChoice(embeddings=choice.embeddings), {name: sha256[name] for name in kept}
     if source.get("mask", old) is None:
         sha256.pop("mask", None)
     new = {*model, *(name for name, table in (("source", source), ("mask", mask)) if "image" in table)}
-    if controls is not None:  # the recorded digests are of other files
-        sha256 = {name: expected for name, expected in sha256.items() if not name.startswith("control")}
-    for part, changed in (("embedding", "embeddings" in model), ("region", args.regions is not None)):
-        if changed:
-            sha256 = {name: expected for name, expected in sha256.items() if not name.startswith(part)}
+    changed = {
+        CONTROL: controls is not None,
+        IMAGE_PROMPT: prompts is not None,
+        ("embedding",): "embeddings" in model,
+        ("region",): args.regions is not None,
+    }
+    for names, given_anew in changed.items():
+        if given_anew:  # the recorded digests are of other files
+            sha256 = {name: expected for name, expected in sha256.items() if not name.startswith(names)}
     return jobs.Job(
         dataclasses.replace(request, **asked),
         dataclasses.replace(choice, **model),

@@ -12,10 +12,11 @@ from ldm.models.attention import Attend, sdpa
 
 
 class KeysValues(NamedTuple):
-    """The keys and values of a cross-attention, b h m d each. They are the same at every sampling step."""
+    """Keys and values of a cross-attention, b h m d each, for all sampling steps. added: those of image prompts."""
 
     keys: Tensor
     values: Tensor
+    added: tuple[tuple[Tensor, Tensor], ...] = ()
 
 
 class Attention(nn.Module):
@@ -44,10 +45,12 @@ class Attention(nn.Module):
         """Map x: b n d with context: b m context_dim, or its keys and values, to b n d."""
         if not isinstance(context, KeysValues):
             context = self.project(x if context is None else context)
-        q, (k, v) = self._split(self.to_q(x)), context
+        q, (k, v, added) = self._split(self.to_q(x)), context
         if self.upcast and x.dtype == torch.float16:  # bf16 has the range of fp32
             q, k, v = q.float(), k.float(), v.float()
         attended = self.attend(q, k, v).to(x.dtype)
+        for keys, values in added:
+            attended = attended + self.attend(q, keys.to(q.dtype), values.to(q.dtype)).to(x.dtype)
         return self.to_out(rearrange(attended, "b h n d -> b n (h d)"))
 
     def _split(self, x: Tensor) -> Tensor:

@@ -140,7 +140,7 @@ class Encoder(nn.Module):
 
     def encode(self, x: Tensor, emb: Tensor, context: Context) -> tuple[Tensor, list[Tensor]]:
         """Run `down` and `mid` on x: b c h w. Return the output of `mid`, and one skip per `down` stage."""
-        *contexts, middle = _per_stage(context, len(self.down) + 1)
+        *contexts, middle = [context] * (len(self.down) + 1) if isinstance(context, Tensor) else context
         skips = []
         for stage, stage_context in zip(self.down, contexts, strict=True):
             x = stage(x, emb, stage_context)
@@ -220,7 +220,7 @@ class UNet(Encoder):
         guidance: b, the guidance scale - 1, for models with `guidance_dim` (LCM).
         Raises ValueError if a vector or guidance is missing that the model needs.
         """
-        contexts = _per_stage(context, len(self.stages()))
+        contexts = [context] * len(self.stages()) if isinstance(context, Tensor) else context
         emb = self.embed(timesteps, vector, x.dtype, guidance)
         x, skips = self.encode(x, emb, contexts[: -len(self.up)])
 
@@ -236,7 +236,3 @@ class UNet(Encoder):
 
 def _embedding(in_dim: int, out_dim: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(in_dim, out_dim), nn.SiLU(), nn.Linear(out_dim, out_dim))
-
-
-def _per_stage(context: Context, stages: int) -> Sequence[StageContext]:
-    return [context] * stages if isinstance(context, Tensor) else context

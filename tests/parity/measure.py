@@ -18,7 +18,7 @@ import transformers
 
 import ldm
 from ldm.models.tokens import Tokenizer
-from tests.parity import compare, controls, golden, inversions, reference, tenants
+from tests.parity import compare, controls, golden, inversions, ip_adapters, reference, tenants
 from tests.parity.compare import TIMESTEPS
 from tests.parity.reference import FAMILIES, SCHEDULERS
 
@@ -75,6 +75,13 @@ The same models with small random ControlNets. Each cell is the largest differen
 in levels of 255, with Euler's method and 20 steps. "Shares" are two ControlNets that act in a part of the steps each.
 "Shuffle" has averaged outputs.
 """
+IP_ADAPTERS = """\
+## Image prompts
+
+The same models with small random IP-Adapters in the files of their authors, and a small vision tower. Each cell is the
+largest difference of {images} pictures from diffusers, in levels of 255, with Euler's method and 20 steps. "Both" are a
+plain and a Plus IP-Adapter at the same time.
+"""
 INPAINTING = """\
 ## Inpainting
 
@@ -127,7 +134,7 @@ golden lists are written with five decimals. A sampler takes any list of levels,
 def document(command: str, device: str, *, full: bool) -> str:
     """Measure everything and return it as Markdown."""
     dtypes = [torch.bfloat16, torch.float16] if device != "cpu" else [torch.bfloat16]
-    networks, pictures, files, tenancies, controlled, inpainted, edited, inverted = ([] for _ in range(8))
+    networks, pictures, files, tenancies, controlled, prompted, inpainted, edited, inverted = ([] for _ in range(9))
     for name, family in FAMILIES.items():
         print(name, file=sys.stderr)
         task = compare.small_size(name)
@@ -143,6 +150,8 @@ def document(command: str, device: str, *, full: bool) -> str:
             if name in inversions.FAMILIES:
                 cells = [f"{value:.1e}" for value in inversions.differences(folder, both[1], folder)]
                 inverted.append([name, *cells, *[""] * (2 - len(cells))])
+            if name in ip_adapters.FAMILIES:
+                prompted.append([name, *_image_prompts(*both, folder)])
             if name in controls.FAMILIES:
                 controlled.append([name, *_controlled(*both, folder)])
                 inpainted.append([f"{name}, 4 channels", *_inpainting(*both)])
@@ -164,6 +173,8 @@ def document(command: str, device: str, *, full: bool) -> str:
         _table(["model", *SCHEDULERS], tenancies + _two_stages()),
         CONTROLS.format(images=IMAGES),
         _table(["model", *controls.CASES], controlled),
+        IP_ADAPTERS.format(images=IMAGES),
+        _table(["model", *ip_adapters.CASES], prompted),
         INPAINTING,
         _table(["model", *SCHEDULERS], inpainted),
         EDITING,
@@ -192,6 +203,14 @@ def _controlled(ours: ldm.Pipeline, theirs: Any, folder: Path) -> Iterator[str]:
     for case in controls.CASES.values():
         request = tenants.request(images=IMAGES, controls=case(networks, controls.hints(2)))
         yield str(compare.levels(tenants.ours(ours, request)[0], controls.theirs(theirs, request)))
+
+
+def _image_prompts(ours: ldm.Pipeline, theirs: Any, folder: Path) -> Iterator[str]:
+    """Yield the largest difference for each case of `ip_adapters.CASES`."""
+    ip_adapters.build(folder / "ip", theirs)
+    for case in ip_adapters.CASES:
+        request = tenants.request(images=IMAGES, image_prompts=ip_adapters.prompts(folder / "ip", case))
+        yield str(compare.levels(tenants.ours(ours, request)[0], ip_adapters.theirs(theirs, request)))
 
 
 def _inpainting(ours: ldm.Pipeline, theirs: Any) -> Iterator[str]:
