@@ -38,6 +38,7 @@ COUNTS = {  # centers of several equal objects
     "four": ((0.28, 0.29), (0.72, 0.29), (0.28, 0.71), (0.72, 0.71)),
 }
 GROUP_SIZE = 0.42  # side of each of several objects / side of the picture
+GRID = 16  # cells along each side of the picture, as many as the latents have pixels
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,10 @@ class Painter:
         return pixels
 
     def paint(self, scene: Scene, rng: np.random.Generator) -> NDArray[np.uint8]:
-        """Draw `scene` as h w 3. Sizes and places vary a little at random, and so does a style that is not given."""
+        """Draw `scene` as h w 3. Sizes and places vary a little at random, and so does a style that is not given.
+
+        Objects fill whole cells of the GRID. A moved object then has the same latents, moved: a model learns it faster.
+        """
         style = scene.style or pick(rng, self.sprites)
         ground = GROUNDS[scene.ground]
         pixels = ground.paint(self.side, rng)
@@ -110,12 +114,13 @@ class Painter:
         size = SIZES[scene.size] if len(centers) == 1 else GROUP_SIZE
         placed = []
         for name, (x, y) in zip(names, centers, strict=True):
-            side = round(self.side * size * rng.uniform(0.92, 1.08))
-            jitter = rng.uniform(-0.025, 0.025, 2)
+            cells = round(GRID * size * rng.uniform(0.92, 1.08))
+            jitter = rng.uniform(-0.04, 0.04, 2)
             left, top = (
-                int(np.clip(round(self.side * c - side / 2), 0, self.side - side))
+                round(np.clip(round(GRID * c - cells / 2), 0, GRID - cells) * self.side / GRID)
                 for c in (x + jitter[0], y + jitter[1])
             )
+            side = round(cells * self.side / GRID)
             placed.append((self.scaled(style, name, side), left, top))
         if ground.floor:
             for sprite, left, top in placed:

@@ -38,8 +38,8 @@ def test_the_checker_sees_object_style_and_ground(checker, ground, style):
 @pytest.mark.parametrize("size", ["small", ""])
 def test_the_checker_measures_place_and_size(checker, place, size):
     (found,) = checker.look(draw(Scene(("kite",), "beach", size=size, place=place))).objects
-    assert math.dist((found.x, found.y), PLACES[place]) < 0.06  # jitter is 0.025 along each axis
-    assert 0.85 < found.size / SIZES[size] < 1.18  # jitter is 8 %, scales are 9 % apart
+    assert math.dist((found.x, found.y), PLACES[place]) < 0.1  # jitter is 0.04 and half a cell 0.03 along each axis
+    assert 0.8 < found.size / SIZES[size] < 1.25  # jitter is 8 %, half a cell 9 % at most, scales are 9 % apart
 
 
 @pytest.mark.parametrize("side", [64, 128, 100])
@@ -89,7 +89,7 @@ def test_equal_objects_are_each_found_once(checker, name, count):
     assert [one.name for one in found] == [name] * number
     assert extra.name != name
     for center in COUNTS[count]:
-        assert min(math.dist(center, (one.x, one.y)) for one in found) < 0.1  # a quarter of the distance
+        assert min(math.dist(center, (one.x, one.y)) for one in found) < 0.13  # less than a third of the distance
 
 
 def test_many_red_objects_are_no_red_ground(checker):

@@ -272,7 +272,7 @@ def test_places_and_counts_are_what_their_words_say():
 
 
 def assert_near(center, expected):
-    assert np.abs(np.subtract(center, expected)).max() < 0.05  # jitter is 0.025 and a pixel 0.016
+    assert np.abs(np.subtract(center, expected)).max() < 0.075  # jitter is 0.04 and half a cell 0.03
 
 
 @pytest.mark.parametrize("style", SPRITES)
@@ -288,7 +288,8 @@ def test_an_object_is_where_its_place_says(style, place, size):
 def test_an_object_is_as_large_as_its_size_says(style, size):
     _, sides = box(mask_of(Scene(("apple",), "sky", style, size)))
     for side in sides:
-        assert 0.85 < side / (SIZES[size] * 88 / 96) < 1.18  # the apple fills 88 of 96 pixels; 8 % jitter, soft edges
+        # the apple fills 88 of 96 pixels; 8 % jitter, half a cell, soft edges
+        assert abs(side - SIZES[size] * 88 / 96) < 0.08 * SIZES[size] + 0.04
 
 
 @pytest.mark.parametrize("style", SPRITES)
@@ -311,7 +312,7 @@ def test_as_many_objects_are_drawn_as_the_count_says(style, count):
     for i, expected in enumerate(COUNTS[count]):
         center, sides = box(mask & (nearest == i))
         assert_near(center, expected)
-        assert all(0.85 < side / (GROUP_SIZE * 88 / 96) < 1.18 for side in sides)
+        assert all(0.8 < side / (GROUP_SIZE * 88 / 96) < 1.4 for side in sides)  # parts of a neighbor may count, too
 
 
 def test_a_style_that_is_not_given_is_chosen_at_random():
