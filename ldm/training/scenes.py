@@ -17,7 +17,8 @@ from torch import Tensor
 from ldm.training.grounds import GROUNDS, Pixels
 from ldm.training.objects import MANY, MASS, NAMES, Sprites, plural
 
-SIZES = {"small": 0.34, "": 0.54, "big": 0.78}  # side of the object / side of the picture
+GRID = 16  # cells along each side of the picture, as many as the latents have pixels
+SIZES = {"small": 5 / GRID, "": 9 / GRID, "big": 13 / GRID}  # side of the object / side of the picture
 SIZE_WORDS = {"small": ("small", "little", "tiny"), "": ("",), "big": ("big", "large", "huge")}
 PLACES = {
     "": (0.5, 0.5),  # x and y of the object's center / side of the picture
@@ -37,8 +38,7 @@ COUNTS = {  # centers of several equal objects
     "three": ((0.5, 0.29), (0.27, 0.7), (0.73, 0.7)),
     "four": ((0.28, 0.29), (0.72, 0.29), (0.28, 0.71), (0.72, 0.71)),
 }
-GROUP_SIZE = 0.42  # side of each of several objects / side of the picture
-GRID = 16  # cells along each side of the picture, as many as the latents have pixels
+GROUP_SIZE = 7 / GRID  # side of each of several objects / side of the picture
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Painter:
         return pixels
 
     def paint(self, scene: Scene, rng: np.random.Generator) -> NDArray[np.uint8]:
-        """Draw `scene` as h w 3. Sizes and places vary a little at random, and so does a style that is not given.
+        """Draw `scene` as h w 3. Places vary a little at random, and so does a style that is not given.
 
         Objects fill whole cells of the GRID. A moved object then has the same latents, moved: a model learns it faster.
         """
@@ -113,14 +113,13 @@ class Painter:
         centers = RELATIONS[scene.relation] if scene.relation else COUNTS.get(scene.count, (PLACES[scene.place],))
         size = SIZES[scene.size] if len(centers) == 1 else GROUP_SIZE
         placed = []
+        cells, side = round(GRID * size), round(self.side * size)
         for name, (x, y) in zip(names, centers, strict=True):
-            cells = round(GRID * size * rng.uniform(0.92, 1.08))
             jitter = rng.uniform(-0.04, 0.04, 2)
             left, top = (
                 round(np.clip(round(GRID * c - cells / 2), 0, GRID - cells) * self.side / GRID)
                 for c in (x + jitter[0], y + jitter[1])
             )
-            side = round(cells * self.side / GRID)
             placed.append((self.scaled(style, name, side), left, top))
         if ground.floor:
             for sprite, left, top in placed:
