@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from ldm.checkpoint import tables
@@ -23,7 +22,7 @@ from ldm.checkpoint.known import NAMES, kind_of
 from ldm.checkpoint.parts import TOWERS
 from ldm.checkpoint.tensors import FLOATS, TensorFiles, Tensors, parse_object, some
 from ldm.config import UNetConfig, check_number
-from ldm.models.lora import Change, Factors, product, rank
+from ldm.models.lora import Change, Factors, rank, shape, sized_axis
 
 KINDS = "LoRA, LoCon, LoHa, LoKr, DoRA and whole differences"
 FOLDER_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # of diffusers; of PEFT
@@ -66,7 +65,7 @@ _NUMBERED = {  # cloneofsimo's files: the classes of diffusers whose layers they
 }
 _EMBEDDED = "<embed>"  # in their metadata, for a learned word
 
-_Shape = tuple[int, ...]
+_Shape = tuple[int, int]
 
 
 class Target(NamedTuple):
@@ -111,11 +110,11 @@ def read_lora(path: str | Path, networks: Mapping[str, nn.Module], config: UNetC
         factors = {role: held[stored] for role, stored in roles.items() if role != "alpha"}
         if "size of outputs" in factors:  # PEFT's, which has the shape of the layer's output
             factors["size"] = factors.pop("size of outputs").flatten()
-        shape = _shape(factors, f"{path}: {name}")
+        sides = _shape(factors, f"{path}: {name}")
         candidates = names.get(name, [])
-        target = next((target for target in candidates if _fits(factors, shape, layers[target])), None)
+        target = next((target for target in candidates if _fits(factors, sides, layers[target])), None)
         if target is None:
-            (misfits if candidates else unknown).append((name, shape))
+            (misfits if candidates else unknown).append((name, sides))
         elif target in changes:
             raise ValueError(f"{path} changes {target.layer} twice, the second time as {name}: save one change alone")
         else:
@@ -234,45 +233,34 @@ def _by_layer(tensors: Tensors) -> tuple[dict[str, dict[str, str]], tuple[str, .
 
 
 def _shape(factors: Factors, where: str) -> _Shape:
-    """Return the shape of the change: o i, o i h w or o (i h w), or that of the bias if nothing else changes.
+    """Return the sides of the change as a matrix: o and i h w; o and 1 if only a bias changes.
 
     Raises ValueError for factors that are incomplete, of two kinds, or do not fit together.
     """
-    hollow = {name: torch.empty(value.shape, device="meta") for name, value in factors.items()}
-    others = factors.keys() - {"size", "diff_b"}
-    kinds = {"lora" if name in ("up", "down", "mid") else name[:4] for name in others}
+    kinds = {"lora" if name in ("up", "down", "mid") else name[:4] for name in factors.keys() - {"size", "diff_b"}}
     try:
-        change = product(hollow)
-        if change is None:
-            change = hollow.pop("diff_b")
-        if len(kinds) <= 1 and (kinds or "size" not in factors) and change.dim() > 0:
-            return tuple(change.shape)
+        found = shape(factors)
+        if len(kinds) <= 1 and (kinds or "size" not in factors):
+            return found
         reason = "are of two kinds"
-    except (IndexError, KeyError, RuntimeError, ValueError):
+    except (IndexError, KeyError, ValueError):
         reason = "do not fit together"
     shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in factors.items())
     raise ValueError(f"{where} has factors that {reason}: {shapes or 'none'}; fetch the file again")
 
 
-def _fits(factors: Factors, shape: _Shape, layer: Any) -> bool:
+def _fits(factors: Factors, sides: _Shape, layer: Any) -> bool:
     """Return whether a change of this shape fits the weight and the bias of `layer`."""
     weight, bias = _weight_shape(layer), 0 if layer.bias is None else len(layer.bias)
-    of_bias, size = factors.get("diff_b"), factors.get("size")
-    if of_bias is not None and of_bias.numel() != bias:
+    size = factors.get("size")
+    if "diff_b" in factors and factors["diff_b"].numel() != bias:
         return False
-    if len(factors) == 1 and of_bias is not None:
-        return True
-    if size is not None and (len(weight) < 2 or size.numel() != weight[_inputs_first(size)]):
+    if size is not None and (len(weight) < 2 or size.numel() != weight[sized_axis(size)]):
         return False
-    return (shape[0], math.prod(shape)) == (weight[0], math.prod(weight))
+    return factors.keys() == {"diff_b"} or sides == (weight[0], math.prod(weight[1:]))
 
 
-def _inputs_first(size: Tensor) -> int:
-    """Return the dimension of the weight that `size` is for: 0, the outputs, or 1, the inputs."""
-    return 1 if size.dim() > 1 and size.shape[0] == 1 else 0
-
-
-def _weight_shape(layer: Any) -> _Shape:
+def _weight_shape(layer: Any) -> tuple[int, ...]:
     """Return the shape of the weight, which a packed layer does not have as a parameter."""
     if isinstance(layer, nn.Linear):
         return layer.out_features, layer.in_features
@@ -322,11 +310,11 @@ class _Alphas:
 
 def _for_whom(config: UNetConfig, misfits: list[tuple[str, _Shape]], unknown: list[tuple[str, _Shape]]) -> str:
     """Say for which model the LoRA is, or how it does not fit."""
-    widths = [shape[1] for name, shape in misfits + unknown if _TO_TEXT.search(name) and len(shape) > 1]
+    widths = [sides[1] for name, sides in misfits + unknown if _TO_TEXT.search(name)]
     if widths and widths[0] != config.context_dim:
         theirs, ours = (f"{NAMES.get(w, 'a custom model')}, {w} wide" for w in (widths[0], config.context_dim))
         return f"is a LoRA for {theirs}; the model is {ours}: give a LoRA for this model"
     if misfits:
-        shapes = [f"{name} {list(shape)}" for name, shape in misfits]
+        shapes = [f"{name} {list(sides)}" for name, sides in misfits]
         return f"has {len(misfits)} changes of another size than the model's layers: {some(shapes)}; give another LoRA"
     return f"changes none of the model's layers, but {some([name for name, _ in unknown])}: give a LoRA for this model"

@@ -10,6 +10,7 @@
 s is alpha / rank. LoCon, LoHa and LoKr: Yeh et al. 2023 (LyCORIS).
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -43,25 +44,36 @@ class Change:
 def product(factors: Factors) -> Tensor | None:
     """Multiply the factors. Returns the change of the weight without s and DoRA: o i, o i h w or o (i h w).
 
-    Returns None if only the bias changes. Raises RuntimeError for factors that do not fit together, and KeyError if one
-    is missing.
+    Returns None if only the bias changes.
     """
     if "up" in factors:
         return _pair(factors["up"], factors["down"], factors.get("mid"))
     if "hada_w1_a" in factors:
-        first, second = (
-            _product_of(factors[f"hada_w{i}_a"], factors[f"hada_w{i}_b"], factors.get(f"hada_t{i}")) for i in (1, 2)
-        )
+        first, second = (_whole(factors, f"hada_w{i}", f"hada_t{i}") for i in (1, 2))
         return first * second
     if "lokr_w1" in factors or "lokr_w1_a" in factors:
-        first, second = (
-            factors[f"lokr_w{i}"]
-            if f"lokr_w{i}" in factors
-            else _product_of(factors[f"lokr_w{i}_a"], factors[f"lokr_w{i}_b"], factors.get(f"lokr_t{i}"))
-            for i in (1, 2)
-        )
+        first, second = (_whole(factors, f"lokr_w{i}", f"lokr_t{i}") for i in (1, 2))
         return torch.kron(first, second.flatten(1))
     return factors.get("diff")
+
+
+def shape(factors: Factors) -> tuple[int, int]:
+    """Return the sides of the product as a matrix, o and i h w, without computing it; for a bias o and 1.
+
+    Raises ValueError for factors that do not fit together, and KeyError if one is missing.
+    """
+    if "up" in factors:
+        return _pair_shape(factors["up"], factors["down"], factors.get("mid"))
+    if "hada_w1_a" in factors:
+        first, second = (_shape_of(factors, f"hada_w{i}", f"hada_t{i}") for i in (1, 2))
+        if first != second:
+            raise ValueError
+        return first
+    if "lokr_w1" in factors or "lokr_w1_a" in factors:
+        first, second = (_shape_of(factors, f"lokr_w{i}", f"lokr_t{i}") for i in (1, 2))
+        return first[0] * second[0], first[1] * second[1]
+    whole = factors["diff"] if "diff" in factors else factors["diff_b"]
+    return whole.shape[0], math.prod(whole.shape[1:])
 
 
 def rank(factors: Factors) -> int | None:
@@ -77,15 +89,36 @@ def _pair(up: Tensor, down: Tensor, core: Tensor | None = None) -> Tensor:
     return torch.einsum("mn...,om,ni->oi...", core, up.flatten(1), down.flatten(1))
 
 
-def _product_of(a: Tensor, b: Tensor, core: Tensor | None) -> Tensor:
-    """Multiply factors of LyCORIS. a: o r, but r o if there is a core."""
-    return _pair(a, b) if core is None else _pair(a.T, b, core)
+def _whole(factors: Factors, name: str, core: str) -> Tensor:
+    """Return a matrix of LyCORIS, which may be the product of a: o r and b. With a core a is r o."""
+    if name in factors:
+        return factors[name]
+    a, b = factors[f"{name}_a"], factors[f"{name}_b"]
+    return _pair(a.T, b, factors[core]) if core in factors else _pair(a, b)
+
+
+def _shape_of(factors: Factors, name: str, core: str) -> tuple[int, int]:
+    if name in factors:
+        return factors[name].shape[0], math.prod(factors[name].shape[1:])
+    a, b = factors[f"{name}_a"], factors[f"{name}_b"]
+    return _pair_shape(a.T if core in factors else a, b, factors.get(core))
+
+
+def _pair_shape(up: Tensor, down: Tensor, core: Tensor | None) -> tuple[int, int]:
+    middle = (down if core is None else core).shape
+    if math.prod(up.shape[1:]) != middle[0] or (core is not None and middle[1] != down.shape[0]):
+        raise ValueError
+    return up.shape[0], math.prod(down.shape[1:]) * (1 if core is None else math.prod(middle[2:]))
+
+
+def sized_axis(size: Tensor) -> int:
+    """Return the dimension of the weight whose norms `size` holds: 0, outputs: o or o 1 1 1; 1, inputs: 1 i 1 1."""
+    return 1 if size.dim() > 1 and size.shape[0] == 1 else 0
 
 
 def _resized(weight: Tensor, change: Tensor, size: Tensor) -> Tensor:
-    """Return the change that gives weight + change the norms `size`: o or o 1 .. for outputs, 1 i .. for inputs."""
-    merged = weight + change
-    axis = 1 if size.dim() > 1 and size.shape[0] == 1 else 0
+    """Return the change that gives weight + change the norms `size`."""
+    merged, axis = weight + change, sized_axis(size)
     norms = merged.transpose(0, axis).flatten(1).norm(dim=1).clamp(min=torch.finfo(torch.float32).eps)
     shape = [1] * merged.dim()
     shape[axis] = -1
