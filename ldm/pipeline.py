@@ -43,11 +43,8 @@ class Pipeline:
     schedule: the noise schedule of the UNet's training. why: how `config` and its prediction type were found.
     placement: device, precision and memory. `load` has applied it to the networks (default: leave them as they are).
     paths: the file or folder of "unet", "vae" and "text_encoder", if known.
-<<<<<<< HEAD
     controlnets, adapters: the networks of controls and image prompts by their paths, loaded at their first use.
-=======
-    controlnets: the ControlNets by `Control.model`, loaded at their first use. loras: see `ldm.lora.set_loras`.
->>>>>>> d678df4 (LoRAs are read by the key tables and merged into the weights, which are restored bit for bit)
+    loras: the LoRAs in the weights, see `ldm.lora.set_loras`.
 
     All stages except `decode` support gradients, `encode_image` only with the whole VAE. Weights from `load` do not
     require gradients.
@@ -67,12 +64,8 @@ class Pipeline:
         self.paths = dict(paths or {})
         self.unet, self.vae, self.text_encoder = unet, vae, text_encoder
         self.schedule = NoiseSchedule.from_config(config.diffusion)
-<<<<<<< HEAD
         self.controlnets, self.adapters = dict[str, Any](), dict[str, Any]()
-=======
-        self.controlnets: dict[str, Any] = {}
         self.loras: Any = None
->>>>>>> d678df4 (LoRAs are read by the key tables and merged into the weights, which are restored bit for bit)
         self._at_work: dict[str, tuple[nn.Module, AbstractContextManager[object]]] = {}
 
     @torch.no_grad()

@@ -1,14 +1,17 @@
 """LoRAs in a pipeline: the weights are those of the formula, and removing a LoRA restores their bits."""
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import ldm
 from ldm.checkpoint.loras import layers_of
+from ldm.cli import main
 from ldm.lora import Lora, set_loras
 from ldm.placement import packing
 
@@ -60,8 +63,6 @@ def assert_same(ours, theirs):
 
 def differences(path):
     """The changes at weight 1, by the formula: alpha / rank is 1/2."""
-    from safetensors.torch import load_file
-
     held = load_file(path)
     pairs = [(held[f"{name}.lora_up.weight"], held[f"{name}.lora_down.weight"]) for name in (Q, CONV, TEXT)]
     return [0.5 * torch.einsum("or,ri...->oi...", up.flatten(1), down) for up, down in pairs]
@@ -194,11 +195,95 @@ def test_all_weights_stay_without_gradients(model_folder, lora):
 
 
 def test_the_report_names_what_was_not_used(model_folder, lora, tmp_path):
-    from safetensors.torch import load_file
-
     more = load_file(lora) | {f"lora_unet_x.lora_{n}.weight": torch.zeros(4, 4) for n in ("up", "down")}
     save_file(more, tmp_path / "more.safetensors")
     (applied,) = set_loras(ldm.load(model_folder, PLAIN), [tmp_path / "more.safetensors"])
     assert str(applied).endswith("more.safetensors: LoRA with weight 1, 3 of 4 modules; the model has no lora_unet_x")
     text = str(applied._replace(words=("<s1>",)))
     assert text.endswith("; its learned words are not used: <s1>")
+
+
+# ------------------------------------------------------------------ the command
+
+
+@pytest.fixture
+def run(model_folder, capsys, tmp_path, monkeypatch):
+    """Run `ldm txt2img` in a folder with two LoRAs; returns exit code, stdout, and what stderr says of LoRAs."""
+    monkeypatch.chdir(tmp_path)
+    lora_file(Path("a.safetensors"))
+    Path("loras", "styles").mkdir(parents=True)
+    lora_file(Path("loras", "styles", "my.style.safetensors"), seed=1)
+
+    def run(*words):
+        given = [] if "--from" in words else ["--model", str(model_folder), "--device", "cpu", "--steps", "1"]
+        code = main(["txt2img", *given, *words])
+        out, err = capsys.readouterr()
+        return code, out, [line for line in err.splitlines() if "LoRA" in line or "error" in line]
+
+    return run
+
+
+def pixels(name):
+    return Image.open(name).tobytes()
+
+
+def test_the_command_reports_its_loras_and_the_record_repeats_the_picture(run, model_folder):
+    words = ["--lora", "a.safetensors:0.5", "--lora", "loras/styles/my.style.safetensors"]
+    code, out, err = run("a frog", "--seed", "1", *words, "--out", "a.png", "--json")
+    assert (code, err) == (
+        0,
+        [
+            "ldm: a.safetensors: LoRA with weight 0.5, 3 of 3 modules",
+            "ldm: loras/styles/my.style.safetensors: LoRA with weight 1, 3 of 3 modules",
+        ],
+    )
+    settings = json.loads(out)["settings"]
+    assert settings["model"]["loras"] == words[1::2]
+    assert {"lora_1", "lora_2"} <= settings["sha256"].keys()
+    assert run("--from", "a.png", "--out", "b.png")[::2] == (0, err)
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+    run("--from", "a.png", "--lora", "a.safetensors:0.5", "--out", "c.png")
+    run("a frog", "--seed", "1", "--out", "d.png")
+    assert len({pixels(f"{name}.png") for name in "acd"}) == 3
+    assert run("--from", "a.png", "--model", str(model_folder), "--out", "e.png")[2] == err
+    assert pixels("e.png") == pixels("a.png")
+    lora_file(Path("a.safetensors"), seed=7)
+    message = "a.safetensors is not the LoRA that made the picture; to use it all the same, name it with --lora"
+    assert run("--from", "a.png", "--out", "f.png")[::2] == (2, [*err, f"ldm: error: {message}"])
+
+
+def test_names_in_the_prompt_are_files_of_the_folder(run):
+    code, out, err = run("a frog <lora:my.style:0.5>", "--lora-dir", "loras", "--seed", "1", "--out", "a.png", "--json")
+    assert (code, err) == (0, ["ldm: loras/styles/my.style.safetensors: LoRA with weight 0.5, 3 of 3 modules"])
+    settings = json.loads(out)["settings"]
+    assert settings["request"]["prompt"] == "a frog"
+    assert settings["model"]["loras"] == ["loras/styles/my.style.safetensors:0.5"]
+    run("a frog", "--lora", "loras/styles/my.style.safetensors:0.5", "--seed", "1", "--out", "b.png")
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+    run("--prompts", "a <lora:my.style> frog", "a dog<lora:my.style>", "--lora-dir", "loras", "--out", "c.png")
+    assert Path("c-00001.png").is_file()
+    assert run("--from", "a.png", "--out", "d.png")[0] == 0
+    assert Path("a.png").read_bytes() == Path("d.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["a <lora:my.style:0.5>"], "the prompt names the LoRA 'my.style': add --lora-dir with the folder of its file"),
+        (
+            ["a <lora:x>", "--lora-dir", "loras"],
+            "the prompt names the LoRA 'x', and loras holds only my.style: correct",
+        ),
+        (["a <lora:../a>", "--lora-dir", "loras"], "the prompt names the LoRA '../a', and loras holds only my.style"),
+        (["a <lora:a:b>", "--lora-dir", "."], "the weight of <lora:a:b> must be one number, such as 0.8"),
+        (["a <lora:a>", "--lora-dir", "none"], "--lora-dir none is not a folder"),
+        (["a", "--negative", "<lora:a>"], "<lora:a> acts on the whole picture: write it into the prompt"),
+        (["--prompts", "a <lora:a>", "b", "--lora-dir", "."], "the pictures of one run share their LoRAs: write the"),
+        (["a", "--lora", "none.safetensors"], "none.safetensors does not exist"),
+    ],
+)
+def test_wrong_words_are_one_sentence_and_no_picture(words, message, run):
+    code, out, err = run(*words)
+    assert (code, out, len(err)) == (2, "", 1)
+    assert err[0].startswith(f"ldm: error: {message}")
+    assert not Path("out.png").exists()
