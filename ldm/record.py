@@ -68,7 +68,7 @@ class ModelChoice:
 
     @property
     def paths(self) -> dict[str, Path]:
-        """The files and folders of the model, by field: its replaced parts, the refiner, embedding_1, lora_1 and others."""
+        """The files and folders of the model by field: replaced parts, the refiner, embedding_1, lora_1 and so on."""
         named = {n: getattr(self, n) for n in ("model", "vae", "unet", "text_encoder", "refiner")}
         learned = {f"embedding_{i}": named_file(word)[1] for i, word in enumerate(self.embeddings, 1)}
         if self.loras:
