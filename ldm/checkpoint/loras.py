@@ -290,13 +290,16 @@ class _Alphas:
         if rank is None:
             return 1.0
         if alpha is not None:
-            if alpha.numel() != 1 or not alpha.isfinite():
-                raise ValueError(f"the alpha of {name} must be one finite number, got {alpha.tolist()}")
+            if alpha.numel() != 1 or not math.isfinite(float(alpha)):
+                raise ValueError(f"the alpha of {name} must be one finite number, got {alpha.float().tolist()}")
             return (float(alpha) or rank) / rank
         above = "" if self.peft else f"{part}."
         own = name.removeprefix(PEFT_PREFIX if self.peft else above)
         found = self.table.get(f"{above}lora_alpha")
-        for pattern, value in (self.table.get(f"{above}alpha_pattern") or {}).items():
+        patterns = self.table.get(f"{above}alpha_pattern") or {}
+        if not isinstance(patterns, dict):
+            raise ValueError(f"{self.where}: alpha_pattern must be a JSON object, got {patterns!r}")
+        for pattern, value in patterns.items():
             if not re.fullmatch(r"\^?[\w.]+", pattern):
                 raise ValueError(f"{self.where}: alpha_pattern must name layers, got the pattern {pattern!r}")
             if own == pattern.removeprefix("^") or own.endswith(f".{pattern}"):

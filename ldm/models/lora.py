@@ -42,7 +42,7 @@ class Change:
 
 
 def product(factors: Factors) -> Tensor | None:
-    """Multiply the factors. Returns the change of the weight without s and DoRA: o i, o i h w or o (i h w).
+    """Multiply the factors. Returns the change of the weight without s and DoRA: o (i h w), or whole.
 
     Returns None if only the bias changes.
     """
@@ -67,7 +67,7 @@ def shape(factors: Factors) -> tuple[int, int]:
     if "hada_w1_a" in factors:
         first, second = (_shape_of(factors, f"hada_w{i}", f"hada_t{i}") for i in (1, 2))
         if first != second:
-            raise ValueError
+            raise ValueError("the factors do not fit together")
         return first
     if "lokr_w1" in factors or "lokr_w1_a" in factors:
         first, second = (_shape_of(factors, f"lokr_w{i}", f"lokr_t{i}") for i in (1, 2))
@@ -83,10 +83,10 @@ def rank(factors: Factors) -> int | None:
 
 
 def _pair(up: Tensor, down: Tensor, core: Tensor | None = None) -> Tensor:
-    """Multiply up: o r or o r 1 1, core: r r h w and down: r i h w or r i, into o (i h w), or with a core o i h w."""
+    """Multiply up: o r or o r 1 1, core: r r h w and down: r i h w or r i, into o (i h w)."""
     if core is None:
         return up.flatten(1) @ down.flatten(1)
-    return torch.einsum("mn...,om,ni->oi...", core, up.flatten(1), down.flatten(1))
+    return torch.einsum("mn...,om,ni->oi...", core, up.flatten(1), down.flatten(1)).flatten(1)
 
 
 def _whole(factors: Factors, name: str, core: str) -> Tensor:
@@ -99,15 +99,24 @@ def _whole(factors: Factors, name: str, core: str) -> Tensor:
 
 def _shape_of(factors: Factors, name: str, core: str) -> tuple[int, int]:
     if name in factors:
-        return factors[name].shape[0], math.prod(factors[name].shape[1:])
+        rows, *columns = factors[name].shape
+        if not columns:
+            raise ValueError("the factors do not fit together")
+        return rows, math.prod(columns)
     a, b = factors[f"{name}_a"], factors[f"{name}_b"]
+    if a.dim() != 2:
+        raise ValueError("the factors do not fit together")
     return _pair_shape(a.T if core in factors else a, b, factors.get(core))
 
 
 def _pair_shape(up: Tensor, down: Tensor, core: Tensor | None) -> tuple[int, int]:
     middle = (down if core is None else core).shape
-    if math.prod(up.shape[1:]) != middle[0] or (core is not None and middle[1] != down.shape[0]):
-        raise ValueError
+    if (
+        min(up.dim(), down.dim()) < 2
+        or math.prod(up.shape[1:]) != middle[0]
+        or (core is not None and middle[1] != down.shape[0])
+    ):
+        raise ValueError("the factors do not fit together")
     return up.shape[0], math.prod(down.shape[1:]) * (1 if core is None else math.prod(middle[2:]))
 
 
