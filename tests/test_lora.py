@@ -203,6 +203,46 @@ def test_the_report_names_what_was_not_used(model_folder, lora, tmp_path):
     assert text.endswith("; its learned words are not used: <s1>")
 
 
+def test_quantized_weights_take_no_lora(model_folder, lora):
+    class Quantized(torch.Tensor):
+        pass
+
+    pipe = ldm.load(model_folder, PLAIN)
+    layer = pipe.unet.down[3].res.conv1
+    layer.weight = torch.nn.Parameter(layer.weight.detach().as_subclass(Quantized), requires_grad=False)
+    before = weights(pipe)
+    with pytest.raises(
+        ValueError, match=r"the weight of down.3.res.conv1 is quantized: set the LoRAs before you quant"
+    ):
+        set_loras(pipe, [lora])
+    assert all(torch.equal(a, b) for a, b in zip(weights(pipe), before, strict=True))
+
+
+@pytest.mark.slow
+def test_compiled_blocks_use_the_new_weights(model_folder, lora):
+    from ldm.placement.compiled import compile_blocks
+
+    pipe, expected = ldm.load(model_folder, PLAIN), ldm.load(model_folder, PLAIN, loras=[lora])
+    compile_blocks(pipe.unet, backend="eager")
+    before = bytes_of(pipe)
+    set_loras(pipe, [lora])
+    assert bytes_of(pipe) == bytes_of(expected) != before
+    set_loras(pipe, [])
+    assert bytes_of(pipe) == before
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"offload": "model"}, {"offload": "blocks"}, {"cuda_graph": True}], ids=str)
+def test_on_a_gpu_loras_come_and_go_without_another_load(options, model_folder, lora):
+    placement = ldm.Placement(device="cuda", dtype="float32", **options)
+    plain, pipe, later = (ldm.load(model_folder, placement, loras=loras) for loras in ([], [lora], []))
+    before = bytes_of(plain)
+    set_loras(later, [lora])
+    assert bytes_of(later) == bytes_of(pipe) != before
+    set_loras(pipe, [])
+    assert bytes_of(pipe) == before
+
+
 # ------------------------------------------------------------------ the command
 
 

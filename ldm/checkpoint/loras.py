@@ -35,7 +35,7 @@ _ROLES = {  # the end of a tensor's name, after the layer's -> the factor's name
     r"lora_mid\.weight": "mid",
     r"alpha": "alpha",
     r"dora_scale": "size",
-    r"lora_magnitude_vector(\.\w+)?": "size of outputs",
+    r"lora_magnitude_vector(\.\w+){0,2}": "size of outputs",
     r"diff|w_norm": "diff",
     r"diff_b|b_norm": "diff_b",
     **{name: name for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")},
