@@ -151,7 +151,8 @@ def _merge(
         base = original.to(held.device, torch.float32)
         found = [weight * part for weight, change in changes if (part := change.of(name, base)) is not None]
         if found:
-            originals.setdefault(key, held.cpu())
+            if key not in originals:
+                originals[key] = held.cpu()
             new = torch.empty_like(held).copy_(base + torch.stack(found).sum(dim=0))
             if not new.isfinite().all():
                 raise ValueError(f"the {name} of {target.layer} is not finite with the LoRA: give a lower weight")
