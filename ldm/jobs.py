@@ -89,6 +89,7 @@ def load_models(choice: ModelChoice, placement: Placement) -> Models:
         unet=choice.unet,
         text_encoder=choice.text_encoder,
         embeddings=choice.embeddings,
+        loras=choice.loras,
     )
     refiner = None
     if choice.refiner is not None:  # it decodes
@@ -110,7 +111,7 @@ def run(job: Job, models: Models, outputs: Outputs, watch: Watch = lambda steps,
         for name, sha256 in job.sha256.items():
             if digests[name].result() != sha256:
                 option = name.rstrip("_0123456789")  # control_1 is the first --control
-                what, how = option.replace("_", " "), f"with --{option.replace('_', '-')}"
+                what, how = option.replace("_", " ").replace("lora", "LoRA"), f"with --{option.replace('_', '-')}"
                 if name.startswith("control"):
                     what, how = f"{what}{' picture' * (option == 'control')}", "with --controlnet and --control"
                 if name.startswith(("ip_adapter", "image_")):

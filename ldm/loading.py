@@ -3,12 +3,16 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ldm.checkpoint import files
 from ldm.diffusion.denoiser import Prediction
 from ldm.pipeline import Pipeline
 from ldm.placement.choice import find_device
 from ldm.placement.memory import Placement
+
+if TYPE_CHECKING:
+    from ldm.lora import Lora
 
 BUNDLED = "weights/tiny"
 
@@ -23,6 +27,7 @@ def load(
     unet: str | Path | None = None,
     text_encoder: str | Path | None = None,
     embeddings: Sequence[str | Path] = (),
+    loras: "Sequence[str | Path | Lora]" = (),
 ) -> Pipeline:
     """Load a model from a folder in diffusers' layout, or from a single .safetensors file in the official layout.
 
@@ -32,9 +37,10 @@ def load(
     ema: take the averaged copy (EMA) of the UNet from a file that holds both copies.
     vae, unet, text_encoder: a file or folder to take this part from, instead of from `path`.
     embeddings: files of textual inversion, or "NAME=FILE" to choose the name that stands for the embedding in prompts.
+    loras: LoRAs to merge into the weights, as FILE, FILE:WEIGHT or `ldm.lora.Lora`.
     The weights do not require gradients. Call `pipe.unet.requires_grad_()` to train.
-    Raises ValueError for a model that is absent, damaged or not supported, for parts that do not fit together, and for
-    a placement that this machine does not support, and for an embedding that is damaged or made for another model.
+    Raises ValueError for a model that is absent, damaged or not supported, for parts that do not fit together, for a
+    placement that this machine does not support, and for an embedding or a LoRA that is damaged or for another model.
     """
     if placement is not None and not isinstance(placement, Placement):
         raise ValueError(
@@ -59,8 +65,13 @@ def load(
     networks = {"unet": model.unet, "vae": model.vae, "text_encoder": model.text_encoder}
     for network in networks.values():
         network.requires_grad_(False)
+    pipe = Pipeline(model.config, model.unet, model.vae, model.text_encoder, model.why, placement, paths)
+    if loras:
+        from ldm.lora import set_loras  # few pictures use LoRAs
+
+        set_loras(pipe, loras)
     placement.apply(networks)
-    return Pipeline(model.config, model.unet, model.vae, model.text_encoder, model.why, placement, paths)
+    return pipe
 
 
 def locate(path: str | Path) -> Path:

@@ -44,6 +44,7 @@ class Pipeline:
     placement: device, precision and memory. `load` has applied it to the networks (default: leave them as they are).
     paths: the file or folder of "unet", "vae" and "text_encoder", if known.
     controlnets, adapters: the networks of controls and image prompts by their paths, loaded at their first use.
+    loras: the LoRAs in the weights, see `ldm.lora.set_loras`.
 
     All stages except `decode` support gradients, `encode_image` only with the whole VAE. Weights from `load` do not
     require gradients.
@@ -64,6 +65,7 @@ class Pipeline:
         self.unet, self.vae, self.text_encoder = unet, vae, text_encoder
         self.schedule = NoiseSchedule.from_config(config.diffusion)
         self.controlnets, self.adapters = dict[str, Any](), dict[str, Any]()
+        self.loras: Any = None
         self._at_work: dict[str, tuple[nn.Module, AbstractContextManager[object]]] = {}
 
     @torch.no_grad()

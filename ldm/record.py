@@ -54,6 +54,9 @@ class ModelChoice:
     embeddings: tuple[str, ...] = option(
         (), "a textual inversion; its name is the file's, or give NAME=FILE; can be repeated", "--embedding"
     )
+    loras: tuple[str, ...] = option(
+        (), "a LoRA, as FILE or FILE:WEIGHT such as a.safetensors:0.8; can be repeated", "--lora"
+    )
     refiner: str | None = option(None, "an SDXL refiner for the last steps: a folder or .safetensors file")
     handover: float = option(HANDOVER, "with --refiner: the share of the timesteps that the base model runs")
 
@@ -65,9 +68,13 @@ class ModelChoice:
 
     @property
     def paths(self) -> dict[str, Path]:
-        """The files and folders of the model, by field: its replaced parts, the refiner, embedding_1 and so on."""
+        """The files and folders of the model by field: replaced parts, the refiner, embedding_1, lora_1 and so on."""
         named = {n: getattr(self, n) for n in ("model", "vae", "unet", "text_encoder", "refiner")}
         learned = {f"embedding_{i}": named_file(word)[1] for i, word in enumerate(self.embeddings, 1)}
+        if self.loras:
+            from ldm.lora import Lora  # few pictures use LoRAs
+
+            learned |= {f"lora_{i}": Path(Lora.parse(word).path) for i, word in enumerate(self.loras, 1)}
         return {name: locate(path) for name, path in named.items() if path is not None} | learned
 
 

@@ -407,7 +407,7 @@ def test_every_word_about_the_model_reaches_load(monkeypatch, capsys, command):
     monkeypatch.setattr("ldm.jobs.load", load)
     monkeypatch.setattr(objects, "emoji_sprites", lambda font, fluent: {"flat": {}})
     monkeypatch.setattr(evaluate, "fixed_scenes", lambda concepts, styles: {})
-    words = ["--model", "m", "--vae", "v", "--unet", "u", "--text-encoder", "t", "--ema"]
+    words = ["--model", "m", "--vae", "v", "--unet", "u", "--text-encoder", "t", "--ema", "--lora", "l:0.5"]
     prompt = ["a frog", "--embedding", "e", "--embedding", "n=f"] if command == "txt2img" else []
     assert main([command, *prompt, *words, "--prediction", "x0", "--device", "cpu"]) == 2
     assert asked == {
@@ -419,6 +419,7 @@ def test_every_word_about_the_model_reaches_load(monkeypatch, capsys, command):
         "unet": "u",
         "text_encoder": "t",
         "embeddings": ("e", "n=f") if prompt else (),
+        "loras": ("l:0.5",),
     }
 
 

@@ -43,12 +43,13 @@ PACKAGES = {  # what each part of ldm may import of ldm, beside itself; "ldm" is
     "image_prompt": "checkpoint config images models pictures pipeline",
     "pipeline": "checkpoint conditioning config control diagnosis diffusion editing geometry images inpainting "
     "models phases placement prompts regions request",
-    "loading": "checkpoint diffusion pipeline placement",
+    "loading": "checkpoint diffusion lora pipeline placement",
+    "lora": "checkpoint config models pipeline",
     "refiner": "config diffusion pipeline request sizes",
     "outputs": "pictures",
     "pictures": "atomic",
     "previews": "config diffusion geometry images models pictures pipeline",
-    "record": "config control diffusion image_prompt ldm loading pictures placement refiner regions request sizes "
+    "record": "config control diffusion image_prompt ldm loading lora pictures placement refiner regions request sizes "
     "source strict variations",
     "jobs": "diffusion geometry loading outputs pipeline placement record refiner request",
     "training": "atomic checkpoint conditioning config control diffusion geometry images models pictures presets "

@@ -13,6 +13,7 @@ from ldm import jobs
 from ldm.cli.controls import add_controls
 from ldm.cli.image_prompts import add_image_prompts
 from ldm.cli.job import read_job
+from ldm.cli.loras import add_loras
 from ldm.cli.options import Commands, add_options
 from ldm.cli.previews import add_previews, read_previews
 from ldm.cli.regions import add_regions
@@ -60,6 +61,7 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     add_controls(command)
     add_regions(command)
     add_image_prompts(command)
+    add_loras(command)
     command.add_argument("--out", type=Path, help="the PNG to write; several pictures get numbers (default: out.png)")
     command.add_argument("--overwrite", action="store_true", help="replace files that exist")
     add_previews(command)
@@ -113,11 +115,13 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def load_models(choice: ModelChoice, placement: ldm.Placement) -> jobs.Models:
-    """Load the models. Print on stderr what each model was identified as, and why."""
+    """Load the models. Print on stderr what each was identified as, and how many modules of each LoRA were applied."""
     models = jobs.load_models(choice, placement)
     for path, pipe in zip((choice.model, choice.refiner), models, strict=True):
         if pipe is not None and path != BUNDLED:
             print(f"ldm: {path}: {pipe.config.name}; {pipe.why}", file=sys.stderr)
+    for applied in models.base.loras.applied if choice.loras else ():
+        print(f"ldm: {applied}", file=sys.stderr)
     return models
 
 

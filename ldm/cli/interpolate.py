@@ -20,6 +20,7 @@ from ldm.request import Request
 from ldm.sizes import Sizes
 from ldm.variations import between
 
+CHOSEN = (*MODEL_AND_PARTS, "loras")
 ASKED = {field.name for field in dataclasses.fields(Request)} - {"seed", "images"}
 
 
@@ -32,7 +33,7 @@ def add(commands: Commands) -> None:
     command.add_argument("--frames", type=int, default=16, help="number of pictures (default: 16)")
     command.add_argument("--fps", type=float, default=8.0, help="pictures per second (default: 8)")
     command.add_argument("--grid", action="store_true", help="a PNG with all the pictures, not an animation")
-    add_options(command, ModelChoice, MODEL_AND_PARTS)
+    add_options(command, ModelChoice, CHOSEN)
     add_options(command, Request, ASKED)
     add_options(command, Sizes)
     add_options(command, ldm.Placement)
@@ -53,7 +54,7 @@ def _interpolate(args: argparse.Namespace) -> None:
     endings = (".png",) if args.grid else (".png", ".webp")
     outputs = Outputs(args.out, 1, args.overwrite, not args.no_metadata, write, endings)
     outputs.check()
-    choice = ModelChoice(**given(args, ModelChoice, MODEL_AND_PARTS))
+    choice = ModelChoice(**given(args, ModelChoice, CHOSEN))
     pipe = load_models(choice, ldm.Placement.fast(**given(args, ldm.Placement))).base
     pictures = [pipe.generate(each)[0] for each in tqdm(requests, unit="picture", disable=None)]
     sha256 = {name: digest(path) for name, path in choice.paths.items()}

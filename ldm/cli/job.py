@@ -9,6 +9,7 @@ from typing import Any
 import ldm
 from ldm.cli.controls import read_controls
 from ldm.cli.image_prompts import read_image_prompts
+from ldm.cli.loras import read_loras
 from ldm.cli.options import given
 from ldm.jobs import Job
 from ldm.placement.choice import find_device
@@ -21,7 +22,7 @@ from ldm.variations import Variation
 Fields = dict[str, Any]
 # The digests of a record begin with these.
 PICTURES, CONTROLS, IMAGE_PROMPTS = ("source", "mask"), ("control",), ("ip_adapter", "image_")
-EMBEDDINGS, REGIONS = ("embedding",), ("region",)
+EMBEDDINGS, LORAS, REGIONS = ("embedding",), ("lora",), ("region",)
 
 
 def read_job(args: argparse.Namespace) -> Job:
@@ -57,7 +58,10 @@ def _request_fields(args: argparse.Namespace, record: Record | None) -> Fields:
         asked["image_prompts"] = prompts
     if args.regions is not None:
         asked["regions"] = tuple(args.regions)
-    return asked
+    without, loras = read_loras(args, asked)
+    if loras:
+        args.loras = [*(args.loras or ()), *loras]
+    return asked | without
 
 
 def _source_fields(args: argparse.Namespace, record: Record | None) -> Fields:
@@ -118,7 +122,9 @@ def _repeated(args: argparse.Namespace, record: Record, asked: Fields, source: F
     named = {name for name, fields in (("source", source), ("mask", mask)) if "image" in fields}
     if source.get("mask", old) is None:
         named.add("mask")
-    choice = ModelChoice(embeddings=record.model.embeddings) if "model" in model else record.model
+    choice = record.model
+    if "model" in model:
+        choice = ModelChoice(embeddings=choice.embeddings, loras=choice.loras)
     return Job(
         dataclasses.replace(request, **asked),
         dataclasses.replace(choice, **model),
@@ -146,12 +152,13 @@ def _expected(record: Record, asked: Fields, model: Fields, named: set[str]) -> 
     """
     kept = dict(record.sha256)
     if "model" in model:
-        others = (*PICTURES, *CONTROLS, *IMAGE_PROMPTS, *EMBEDDINGS, *REGIONS)
+        others = (*PICTURES, *CONTROLS, *IMAGE_PROMPTS, *EMBEDDINGS, *LORAS, *REGIONS)
         kept = {name: sha256 for name, sha256 in kept.items() if name.startswith(others)}
     for field, names in (
         ("controls", CONTROLS),
         ("image_prompts", IMAGE_PROMPTS),
         ("embeddings", EMBEDDINGS),
+        ("loras", LORAS),
         ("regions", REGIONS),
     ):
         if field in asked or field in model:

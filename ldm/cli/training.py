@@ -30,7 +30,7 @@ def add(commands: Commands) -> None:
 
     command = commands.add_parser("evaluate", help="measure how often a model of emoji scenes draws its prompts")
     command.set_defaults(run=_evaluate)
-    add_options(command, ModelChoice, MODEL_AND_PARTS)
+    add_options(command, ModelChoice, (*MODEL_AND_PARTS, "loras"))
     command.add_argument("--font", type=Path, help="the font of the flat emoji that the model was trained with")
     command.add_argument("--fluent", type=Path, help="the archive of the 3D emoji, see docs/training.md")
     other = command.add_mutually_exclusive_group()

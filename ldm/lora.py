@@ -1,0 +1,164 @@
+"""LoRAs in a pipeline: merged into the weights, so that a step costs nothing more, and removed exactly.
+
+    W' = W + w_1 C_1 + w_2 C_2 + ...       in fp32, rounded once to the dtype of W
+
+Each change C_i is computed from the original weight W, so their order does not matter beyond rounding. For DoRA, whose
+C_i depends on W, a weight below 1 lies between W and the whole change. The original weights of changed layers are kept
+in CPU memory: removing a LoRA restores them bit for bit, and another w_i starts from them. For a model on the CPU they
+are the memory-mapped file itself, if its dtype is that of the model.
+
+`ldm.load(..., loras=["style.safetensors:0.8"])` merges before the weights are compiled, packed or pinned for offload.
+`set_loras` works after these, too: packed weights are packed again, and CUDA graphs are recorded in each run.
+Call it between runs, because a running one has computed its keys and values.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ldm.checkpoint.loras import Target, layers_of, read_lora
+from ldm.checkpoint.parts import TOWERS
+from ldm.checkpoint.tensors import some
+from ldm.config import check_number
+from ldm.models.lora import Change
+
+if TYPE_CHECKING:
+    from ldm.pipeline import Pipeline
+
+_NUMBER = r"[+-]?(\d+\.?\d*|\.\d+)"
+_WORD = re.compile(rf"(?P<path>.+?)(:(?P<weight>{_NUMBER}))?(:(?P<blocks>[\w.]+={_NUMBER}(,[\w.]+={_NUMBER})*))?")
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA with its weight: 0 has no effect, 1 the full one.
+
+    blocks: factors of the weight for parts of the model, such as {"text_encoder": 0, "down": 0.5, "up.3": 1}. A part is
+      "text_encoder", "text_encoder_2", or a module of the UNet; the longest name counts.
+    """
+
+    path: str | Path
+    weight: float = 1.0
+    blocks: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        for name, number in {"the weight": self.weight, **self.blocks}.items():
+            check_number(f"{name} of the LoRA {self.path}", number)
+
+    @classmethod
+    def parse(cls, word: "str | Path | Lora") -> "Lora":
+        """Read FILE, FILE:WEIGHT or FILE:WEIGHT:PART=FACTOR,...; a file that has such a name counts as FILE."""
+        match = _WORD.fullmatch(str(word))
+        if isinstance(word, Lora) or match is None or Path(str(word)).exists():
+            return word if isinstance(word, Lora) else cls(word)
+        blocks = (pair.split("=") for pair in (match["blocks"] or "").split(",") if pair)
+        return cls(match["path"], float(match["weight"] or 1), {name: float(number) for name, number in blocks})
+
+    def check_blocks(self, targets: Iterable[Target]) -> None:
+        """Raise ValueError for a part that none of these layers is in."""
+        names = [_name(target) for target in targets]
+        for part in self.blocks:
+            if not any(f"{name}.".startswith(f"{part}.") for name in names):
+                tops = ", ".join(dict.fromkeys(name.split(".")[0] for name in names))
+                raise ValueError(f"the LoRA {self.path} has a factor for {part!r}, and the model has {tops}")
+
+    def weight_of(self, target: Target) -> float:
+        """Return the weight for a layer."""
+        above = [part for part in self.blocks if f"{_name(target)}.".startswith(f"{part}.")]
+        return self.weight * (self.blocks[max(above, key=len)] if above else 1.0)
+
+
+def _name(target: Target) -> str:
+    return target.layer if target.part == "unet" else f"{target.part}.{target.layer}"
+
+
+class Applied(NamedTuple):
+    """A LoRA that was merged."""
+
+    lora: Lora
+    applied: int  # how many layers it changes
+    total: int  # how many layers its file names
+    unknown: tuple[str, ...]  # names of layers in the file that the model does not have
+    words: tuple[str, ...]  # learned words in the file, which are not used
+
+    def __str__(self) -> str:
+        parts = [f"{self.lora.path}: LoRA with weight {self.lora.weight:g}, {self.applied} of {self.total} modules"]
+        if self.unknown:
+            parts.append(f"the model has no {some(self.unknown)}")
+        if self.words:
+            parts.append(f"its learned words are not used: {some(self.words)}")
+        return "; ".join(parts)
+
+
+class Merged(NamedTuple):
+    """The LoRAs in a pipeline, and the original weights, on the CPU: layer and "weight" or "bias" -> value."""
+
+    applied: tuple[Applied, ...]
+    originals: dict[tuple[Target, str], Tensor]
+    networks: Mapping[str, nn.Module]
+
+
+def set_loras(pipe: "Pipeline", loras: "Sequence[str | Path | Lora]") -> tuple[Applied, ...]:
+    """Let these LoRAs replace those in the networks of `pipe`; none restores the weights as they were loaded.
+
+    loras: `Lora`, or as text FILE or FILE:WEIGHT. `pipe.loras.applied` holds the result, too.
+    Raises ValueError as `read_lora` does, before anything changes; for quantized weights; and for weights that would
+    not be finite, after which the pipeline has no LoRA.
+    """
+    networks = {"unet": pipe.unet, **dict(zip(TOWERS, pipe.text_encoder.towers, strict=False))}
+    layers = layers_of(networks)
+    wanted = [Lora.parse(word) for word in loras]
+    applied = []
+    changes: dict[Target, list[tuple[float, Change]]] = defaultdict(list)
+    for lora in wanted:
+        file = read_lora(lora.path, networks, pipe.config.unet)
+        lora.check_blocks(layers)
+        applied.append(Applied(lora, len(file.changes), file.count, file.unknown, file.words))
+        for target, change in file.changes.items():
+            changes[target].append((lora.weight_of(target), change))
+    old = pipe.loras or Merged((), {}, networks)
+    originals = {
+        key: value for key, value in old.originals.items() if old.networks[key[0].part] is networks[key[0].part]
+    }
+    pipe.loras = Merged(tuple(applied), originals, networks)
+    try:
+        for target in changes | {target: None for target, _ in originals}:
+            _merge(layers[target], target, changes.get(target, []), originals)
+    except ValueError:
+        pipe.loras = Merged((), originals, networks)
+        set_loras(pipe, [])
+        raise
+    return pipe.loras.applied
+
+
+@torch.no_grad()
+def _merge(
+    layer: nn.Module, target: Target, changes: list[tuple[float, Change]], originals: dict[tuple[Target, str], Tensor]
+) -> None:
+    """Give `layer` its original weight and bias plus the changes. `originals` keeps those that differ then."""
+    for name, held in layer.state_dict().items():  # of packed layers, too, in plain format
+        key = target, name
+        if type(held) is not Tensor or not held.is_floating_point():
+            raise ValueError(f"the {name} of {target.layer} is quantized: set the LoRAs before you quantize the model")
+        original = originals.get(key, held)
+        base = original.to(held.device, torch.float32)
+        found = [weight * part for weight, change in changes if (part := change.of(name, base)) is not None]
+        if found:
+            if key not in originals:
+                originals[key] = held.cpu()
+            new = torch.empty_like(held).copy_(base + torch.stack(found).sum(dim=0))
+            if not new.isfinite().all():
+                raise ValueError(f"the {name} of {target.layer} is not finite with the LoRA: give a lower weight")
+        elif key in originals:
+            new = torch.empty_like(held).copy_(originals.pop(key))
+        else:
+            continue
+        new = new.pin_memory() if held.is_pinned() else new  # for offload
+        layer.load_state_dict({name: new}, strict=False, assign=True)

@@ -1,0 +1,181 @@
+"""LoRAs give the weights of `lycoris-lora`, and through diffusers and `peft` the same predictions and pictures."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import ldm
+from ldm.checkpoint.loras import read_lora
+from ldm.lora import set_loras
+from tests.parity import compare, reference, tenants, test_parity
+from tests.parity.reference import FAMILIES
+from tests.parity.test_parity import LEVELS, RELATIVE
+from tests.tiny import TINY_RANDOM, random_networks
+
+pytestmark = [*test_parity.pytestmark, pytest.mark.slow]
+STAGE = "lora_unet_input_blocks_3_"
+LAYERS = {  # names in files, and in the tiny random model
+    f"{STAGE}1_transformer_blocks_0_attn2_to_q": "3.transformer.blocks.0.attn2.to_q",
+    f"{STAGE}0_in_layers_2": "3.res.conv1",
+    f"{STAGE}1_proj_in": "3.transformer.proj_in",
+}
+OPTIONS = {
+    "locon": [{}, {"use_tucker": True}, {"weight_decompose": True}, {"weight_decompose": True, "wd_on_out": False}],
+    "loha": [{}, {"use_tucker": True}, {"weight_decompose": True}],
+    "lokr": [
+        {},
+        {"use_tucker": True},
+        {"decompose_both": True},
+        {"full_matrix": True},
+        {"weight_decompose": True, "wd_on_out": False},
+    ],
+    "full": [{}],
+    "norms": [{}],
+}
+CASES = [pytest.param(kind, given, id=f"{kind} {given}") for kind, options in OPTIONS.items() for given in options]
+
+
+def effective(kind, module, layer):
+    """The weight and bias that LyCORIS trains with. Its merging applies the scale of LoHa twice, its training once."""
+    if kind == "loha":
+        merged = layer.weight + module.get_weight(layer.weight.shape)
+        return (module.apply_weight_decompose(merged) if module.wd else merged), None
+    if kind == "full":
+        return layer.weight + module.weight, None if layer.bias is None else layer.bias + module.bias
+    if kind == "norms":
+        return layer.weight + module.w_norm, layer.bias + module.b_norm
+    return module.get_merged_weight(shape=layer.weight.shape)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("kind", "options"), CASES)
+def test_the_weights_are_those_of_lycoris(kind, options, tmp_path):
+    pytest.importorskip("lycoris")
+    from lycoris.modules import full, locon, loha, lokr, norms
+
+    made = {
+        "locon": locon.LoConModule,
+        "loha": loha.LohaModule,
+        "lokr": lokr.LokrModule,
+        "full": full.FullModule,
+        "norms": norms.NormModule,
+    }
+    unet, _, text = random_networks()
+    layers = {f"{STAGE}0_in_layers_0": "3.res.norm1"} if kind == "norms" else LAYERS
+    tensors, expected = {}, {}
+    torch.manual_seed(0)
+    for name, ours in layers.items():
+        layer = unet.down.get_submodule(ours).requires_grad_(False)
+        module = made[kind](name, layer, 1.0, 4, 2, factor=4, **options)
+        for parameter in module.parameters():
+            parameter.data += 0.3 * torch.rand_like(parameter)
+        with torch.no_grad():
+            expected[ours] = effective(kind, module, layer)
+            held = module.custom_state_dict()
+            if kind == "full":  # until the module is used, its parameters are the differences
+                held = {"diff": module.weight, "diff_b": module.bias}
+            tensors |= {f"{name}.{key}": v.detach().clone().contiguous() for key, v in held.items() if v is not None}
+    save_file(tensors, tmp_path / "a.safetensors")
+    found = read_lora(tmp_path / "a.safetensors", {"unet": unet, "text_encoder": text.towers[0]}, TINY_RANDOM.unet)
+    assert len(found.changes) == len(layers)
+    for target, change in found.changes.items():
+        weight, bias = expected[target.layer.removeprefix("down.")]
+        layer = unet.get_submodule(target.layer)
+        merged = layer.weight + change.of("weight", layer.weight)
+        assert (merged - layer.weight).abs().max() > 1e-3
+        print(kind, options, target.layer, f"{(merged - weight).abs().max():.1e} of {weight.abs().max():.1f}")
+        torch.testing.assert_close(merged, weight, rtol=1e-5, atol=1e-5)
+        if bias is not None:
+            torch.testing.assert_close(layer.bias + change.of("bias", layer.bias), bias, rtol=1e-5, atol=1e-5)
+
+
+def drawn(shape, seed):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def kohya(theirs, path):
+    """Write a LoRA of kohya's names, for the attentions and convolutions of the UNet and for the text encoders."""
+    tensors = {}
+    single = not hasattr(theirs, "text_encoder_2")
+    parts = {"lora_unet": theirs.unet, ("lora_te" if single else "lora_te1"): theirs.text_encoder}
+    parts |= {} if single else {"lora_te2": theirs.text_encoder_2}
+    for prefix, network in parts.items():
+        for i, (name, layer) in enumerate(network.named_modules()):
+            named = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "ff.net.2", "conv1", "q_proj", "out_proj", "fc1")
+            if not name.endswith(named) or not isinstance(layer, nn.Linear | nn.Conv2d):
+                continue
+            stem = f"{prefix}_{name.replace('.', '_')}"
+            out, inside, *kernel = layer.weight.shape
+            tensors[f"{stem}.lora_down.weight"] = drawn((4, inside, *kernel), i) / inside**0.5
+            tensors[f"{stem}.lora_up.weight"] = 0.2 * drawn((out, 4, *(1 for _ in kernel)), i + 1)
+            tensors[f"{stem}.alpha"] = torch.tensor(2.0)
+    save_file(tensors, path)
+    return len(tensors) // 3
+
+
+def assert_same(name, ours, theirs, before):
+    """The networks predict the same, the picture is the same, and both differ from those without a LoRA."""
+    given = compare.draw(reference.small(FAMILIES[name]), 0, 64)
+    got, expected = compare.of_ours(ours, given), compare.of_diffusers(theirs, given)
+    differences = {what: compare.relative(got[what], expected[what]) for what in expected}
+    moved = {what: compare.relative(got[what], before[what]) for what in expected}
+    print(name, {what: f"{value:.1e} (moved {moved[what]:.1e})" for what, value in differences.items()})
+    assert max(differences.values()) < RELATIVE, differences
+    assert max(moved.values()) > 0.01
+    request = tenants.request(steps=4)
+    pictures = ours.generate(request), reference.pictures(theirs, request)[0]
+    assert compare.levels(tenants._array(pictures[0]), pictures[1]) <= LEVELS
+    return got
+
+
+@pytest.fixture
+def pair(folder):
+    """A model in both libraries, of its own because a LoRA changes it."""
+    return lambda name: (ldm.load(folder(name), ldm.Placement("cpu")), reference.load(folder(name)))
+
+
+def without(name, ours):
+    return compare.of_ours(ours, compare.draw(reference.small(FAMILIES[name]), 0, 64))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["sd15", "sd21", "sdxl-base"])
+def test_a_file_of_kohya_computes_what_diffusers_computes(name, pair, tmp_path):
+    pytest.importorskip("peft")
+    ours, theirs = pair(name)
+    before, count = without(name, ours), kohya(theirs, tmp_path / "a.safetensors")
+    (applied,) = set_loras(ours, [tmp_path / "a.safetensors"])
+    assert (applied.applied, applied.total, applied.unknown) == (count, count, ())
+    theirs.load_lora_weights(tmp_path / "a.safetensors")
+    assert_same(name, ours, theirs, before)
+    set_loras(ours, [])
+    after = without(name, ours)
+    assert all(torch.equal(after[what], before[what]) for what in before)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}], ids=str)
+def test_a_file_that_diffusers_saves_computes_what_diffusers_computes(options, pair, tmp_path):
+    peft = pytest.importorskip("peft")
+    ours, theirs = pair("sd15")
+    before = without("sd15", ours)
+    named = ["to_q", "to_k", "to_out.0", "conv1"]
+    patterns = {"rank_pattern": {"attn2.to_q": 2}, "alpha_pattern": {"attn2.to_q": 1, "attn1.to_k": 16}}
+    theirs.unet.add_adapter(peft.LoraConfig(r=4, lora_alpha=6, target_modules=named, **patterns, **options))
+    text = peft.LoraConfig(r=4, lora_alpha=2, target_modules=["q_proj", "fc2"], **options)
+    theirs.text_encoder.add_adapter(text)
+    for network in (theirs.unet, theirs.text_encoder):
+        for i, (key, value) in enumerate(network.named_parameters()):
+            if "lora_B" in key:
+                value.data = 0.1 * drawn(value.shape, i)
+    theirs.save_lora_weights(
+        tmp_path,
+        unet_lora_layers=peft.get_peft_model_state_dict(theirs.unet, adapter_name="default"),
+        text_encoder_lora_layers=peft.get_peft_model_state_dict(theirs.text_encoder, adapter_name="default"),
+        unet_lora_adapter_metadata=theirs.unet.peft_config["default"].to_dict(),
+        text_encoder_lora_adapter_metadata=theirs.text_encoder.peft_config["default"].to_dict(),
+    )
+    (applied,) = set_loras(ours, [tmp_path])
+    assert applied.applied == applied.total > 50
+    assert_same("sd15", ours, theirs, before)
