@@ -67,12 +67,12 @@ def test_the_weights_are_those_of_lycoris(kind, options, tmp_path):
     torch.manual_seed(0)
     for name, ours in layers.items():
         layer = unet.down.get_submodule(ours).requires_grad_(False)
-        module = made[kind](name, layer, 1.0, 4, 2, factor=4, **options)
+        module = made[kind](name, layer, 1.0, *(() if kind == "norms" else (4, 2)), factor=4, **options)
         for parameter in module.parameters():
             parameter.data += 0.3 * torch.rand_like(parameter)
         with torch.no_grad():
             expected[ours] = effective(kind, module, layer)
-            held = module.custom_state_dict()
+            held = {"w_norm": module.w_norm, "b_norm": module.b_norm} if kind == "norms" else module.custom_state_dict()
             if kind == "full":  # until the module is used, its parameters are the differences
                 held = {"diff": module.weight, "diff_b": module.bias}
             tensors |= {f"{name}.{key}": v.detach().clone().contiguous() for key, v in held.items() if v is not None}
