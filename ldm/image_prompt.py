@@ -58,6 +58,8 @@ def pixels(picture: Image.Image, size: int) -> Tensor:
     short, long = sorted(picture.size)
     if short == 0:
         raise ValueError(f"the picture has no pixels: its size is {picture.width} x {picture.height}")
+    if long > 100 * short:
+        raise ValueError(f"the picture is too long and thin, {picture.width} x {picture.height} pixels: crop it")
     scaled = [size if side == short else size * long // short for side in picture.size]
     left, top = ((side - size) // 2 for side in scaled)
     picture = picture.resize((scaled[0], scaled[1]), Image.Resampling.BICUBIC)

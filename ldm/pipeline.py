@@ -181,7 +181,7 @@ class Pipeline:
         if plan.changes:
             from ldm.phases import in_turn
 
-            return in_turn(self.denoiser, plan, conditions)
+            return in_turn(lambda own, texts: self.denoiser(own, texts, bind), plan, conditions)
         if bind is None and (plan.request.controls or plan.request.image_prompts):
             from ldm.control import controlled  # only ControlNets and image prompts need it
 

@@ -8,7 +8,7 @@ prediction for each region, beside that of the request.
 
 A mask is read as for inpainting: white is 1, black and transparent pixels are 0. It is stretched to the picture, and a
 pixel of the latents takes the mean of its pixels. A box, such as "left=0,top=0,width=0.5,height=1", is in shares of the
-picture's sides; a part that is not named is left=0, top=0, width=1 or height=1.
+picture's sides; a part that is not named is left=0 or top=0, or reaches to the right or bottom side.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from ldm.pipeline import Pipeline
     from ldm.request import Plan
 
-WHOLE = {"left": 0.0, "top": 0.0, "width": 1.0, "height": 1.0}
+SHARES = ("left", "top", "width", "height")
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,15 @@ class RegionalPrompt:
 
     mask: str | Path | Image.Image = dataclasses.field(hash=False)  # a file, a picture, or a box
     prompt: str
-    weight: float = option(1.0, "weight of the region where it overlaps others", "--region-weight")
+    weight: float = option(
+        1.0, "weight of the region where it overlaps others, 0.001 to 1000", "--region-weight", low=1e-3, high=1e3
+    )
 
     def __post_init__(self) -> None:
         """Check the fields. Raises ValueError also for a wrong box."""
         check_fields(self)
         if not isinstance(self.mask, str | Path | Image.Image):
             raise ValueError(f"the mask of a region must be a path, a PIL picture or a box, got {self.mask!r}")
-        if self.weight <= 0:
-            raise ValueError(f"the weight of a region must be above 0, got {self.weight}")
         _ = self.box
 
     @cached_property
@@ -60,17 +60,18 @@ class RegionalPrompt:
             return None
         pairs = [word.partition("=")[::2] for word in self.mask.replace(" ", "").split(",")]
         try:
-            found = WHOLE | {name: float(number) for name, number in pairs}
+            given = {name: float(number) for name, number in pairs}
         except ValueError:
-            found = {}
-        left, top, width, height = (found.get(name, -1.0) for name in WHOLE)
+            given = {"": 0.0}
+        left, top = given.get("left", 0.0), given.get("top", 0.0)
+        width, height = given.get("width", 1 - left), given.get("height", 1 - top)
         inside = 0 <= left < left + width <= 1 and 0 <= top < top + height <= 1
-        if not inside or len(found) > len(WHOLE) or len({name for name, _ in pairs}) < len(pairs):
+        if not inside or set(given) - set(SHARES) or len(given) < len(pairs):
             raise ValueError(
                 "a box lies in the picture, with shares of its sides such as left=0,top=0,width=0.5,height=1, "
                 f"got {self.mask!r}"
             )
-        return found
+        return dict(zip(SHARES, (left, top, width, height), strict=True))
 
     @cached_property
     def picture(self) -> Image.Image | None:
@@ -87,7 +88,7 @@ class RegionalPrompt:
         if self.picture is not None:
             small = self.picture.resize((width, height), Image.Resampling.BOX)
             return to_tensor(small.convert("RGB"))[0, 0] * 0.5 + 0.5
-        box = self.box or WHOLE
+        box = self.box or {}
         across = _covered(box["left"], box["width"], width)
         return _covered(box["top"], box["height"], height)[:, None] * across
 
@@ -99,6 +100,7 @@ def regional(pipe: "Pipeline", plan: "Plan", conditions: Sequence[Condition], bi
     """
     request = dataclasses.replace(plan.request, regions=())
     denoisers = [pipe.denoiser(dataclasses.replace(plan, request=request), conditions, bind)]
+    request = dataclasses.replace(request, variation=None)  # another prompt varies that of the request alone
     for region in plan.request.regions:
         own = pipe.plan(dataclasses.replace(request, prompt=region.prompt))
         own = dataclasses.replace(own, sigmas=plan.sigmas)
@@ -109,6 +111,11 @@ def regional(pipe: "Pipeline", plan: "Plan", conditions: Sequence[Condition], bi
 def weights(regions: Sequence[RegionalPrompt], height: int, width: int) -> Tensor:
     """Return the maps of weights on latents of this size, n h w: of the request's prompt, then those of the regions."""
     masks = torch.stack([region.on(height, width) for region in regions])
+    for region, mask in zip(regions, masks, strict=True):
+        if not mask.any():
+            raise ValueError(
+                f"the region {region.prompt!r} covers too little of {width} x {height} latent pixels: make it larger"
+            )
     factors = torch.tensor([region.weight for region in regions])
     left = (1 - masks.sum(dim=0)).clamp(min=0)
     return torch.cat([left[None], factors[:, None, None] * masks])

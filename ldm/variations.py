@@ -93,22 +93,25 @@ def slerp(a: Tensor, b: Tensor, t: float, dim: int = -2) -> Tensor:
 def between(request: "Request", prompts: Sequence[str], seeds: Sequence[int], frames: int) -> list["Request"]:
     """Make the requests of `frames` pictures on the way from the first prompt and seed to the last, in equal steps.
 
-    prompts, seeds: the stations of the way. One prompt, or one seed, holds for all stations.
-    Raises ValueError for fewer than two stations, for prompts and seeds that do not match, and for too few frames.
+    prompts, seeds: the keyframes. One prompt, or one seed, holds for all keyframes.
+    Raises ValueError for fewer than two keyframes, for prompts and seeds that do not match, for a negative seed, and
+    for too few frames.
     """
-    stations = max(len(prompts), len(seeds))
-    if stations < 2 or not {len(prompts), len(seeds)} <= {1, stations}:
+    keyframes = max(len(prompts), len(seeds))
+    if min(seeds) < 0:
+        raise ValueError(f"the seeds of keyframes must be 0 or more, got {min(seeds)}")
+    if keyframes < 2 or not {len(prompts), len(seeds)} <= {1, keyframes}:
         raise ValueError(
             "give two prompts or more, or two seeds or more; if both, then equally many: got "
             f"{len(prompts)} prompts and {len(seeds)} seeds"
         )
-    if frames < stations:
-        raise ValueError(f"frames must be {stations} or more, one for each prompt or seed, got {frames}")
-    ways = list(zip(*(each * stations if len(each) == 1 else each for each in ([*prompts], [*seeds])), strict=True))
+    if frames < keyframes:
+        raise ValueError(f"frames must be {keyframes} or more, one for each prompt or seed, got {frames}")
+    ways = list(zip(*(each * keyframes if len(each) == 1 else each for each in ([*prompts], [*seeds])), strict=True))
     requests = []
     for i in range(frames):
-        station, rest = divmod(i * (stations - 1), frames - 1)
-        (prompt, seed), (next_prompt, next_seed) = ways[station], ways[min(station + 1, stations - 1)]
+        keyframe, rest = divmod(i * (keyframes - 1), frames - 1)
+        (prompt, seed), (next_prompt, next_seed) = ways[keyframe], ways[min(keyframe + 1, keyframes - 1)]
         variation = None
         if rest and (prompt, seed) != (next_prompt, next_seed):
             other_seed = None if next_seed == seed else next_seed

@@ -136,3 +136,11 @@ def test_a_record_without_a_mask_needs_one(run):
     code, _, err = run("inpaint", "--from", "a.png", "--out", "b.png")
     assert code == 2
     assert err.startswith("ldm: error: inpainting needs a mask, sides to extend, or a picture")
+
+
+@pytest.mark.parametrize("name", ["mask.bmp", "my mask.png"])
+def test_a_mask_of_any_name_and_kind_is_not_taken_for_the_prompt(name, run):
+    painted().save(name)
+    code, _, error = run("inpaint", "in.png", name)
+    assert code == 2
+    assert "give a picture, a mask and a prompt" in error

@@ -162,7 +162,7 @@ def test_previews_change_no_bit_of_the_picture(model_folder, tmp_path, monkeypat
         ("--preview 0", "--preview must be a whole number, 1 or more, got 0"),
         ("--taesd a.safetensors", "--taesd is for previews: add --preview N"),
         ("--preview 1 --taesd a", "a does not exist: give a model folder or a .safetensors file"),
-        ("--preview 1", "out.preview.png exists, and previews are written there; remove it, or add --overwrite"),
+        ("--preview 1", "out.preview.png exists, and previews are written there: remove it, or choose another --out"),
     ],
 )
 def test_wrong_options_are_refused_before_the_model_is_loaded(tmp_path, monkeypatch, capsys, words, message):

@@ -88,8 +88,8 @@ def test_the_prompt_of_the_request_fills_what_the_masks_leave():
     [
         ((5, "a fox"), "the mask of a region must be a path, a PIL picture or a box, got 5"),
         ((LEFT, 5), "prompt must be text, got 5"),
-        ((LEFT, "a fox", 0.0), r"the weight of a region must be above 0, got 0\.0"),
-        ((LEFT, "a fox", "much"), "weight must be a finite number, got 'much'"),
+        ((LEFT, "a fox", 0.0), r"weight must be a finite number from 0.001 to 1000.0, got 0.0"),
+        ((LEFT, "a fox", "much"), "weight must be a finite number from 0.001 to 1000.0, got 'much'"),
         (
             ("left=0.6,width=0.5", "a fox"),
             "a box lies in the picture, with shares of its sides such as left=0,top=0,.*0.6",
@@ -214,7 +214,10 @@ def test_the_record_of_regions_repeats_the_picture_and_knows_the_masks(run):
             ("--region", "black.png", "a fox"),
             "the mask of the region 'a fox' has no white part: the region would be empty",
         ),
-        (("--region", LEFT, "a fox", "--region-weight", "0"), "the weight of a region must be above 0, got 0.0"),
+        (
+            ("--region", LEFT, "a fox", "--region-weight", "0"),
+            "weight must be a finite number from 0.001 to 1000.0, got 0.0",
+        ),
         (
             ("--region", "left=2", "a fox"),
             "a box lies in the picture, with shares of its sides such as left=0,top=0,width",
@@ -226,3 +229,23 @@ def test_a_wrong_region_is_one_sentence_and_no_picture(words, message, run):
     assert (code, out) == (2, "")
     assert err.startswith(f"ldm: error: {message}")
     assert not Path("out.png").exists()
+
+
+def test_another_prompt_varies_the_prompt_of_the_request_and_not_the_regions(pipe):
+    whole = ldm.RegionalPrompt("width=1", "a fox", 1.0)
+    varied = ldm.Variation(other_prompt="a cat", amount=1.0)
+    request = ldm.Request("a frog", steps=2, width=32, height=32, regions=(whole,), variation=varied)
+    fox = ldm.Request("a fox", steps=2, width=32, height=32)
+    assert pipe.generate(request)[0].tobytes() == pipe.generate(fox)[0].tobytes()
+
+
+def test_a_box_without_a_width_reaches_to_the_side():
+    assert ldm.RegionalPrompt("left=0.5", "a fox").box == {"left": 0.5, "top": 0.0, "width": 0.5, "height": 1.0}
+
+
+def test_a_region_that_is_too_small_for_the_latents_is_refused(pipe):
+    mask = Image.new("L", (512, 512))
+    mask.putpixel((0, 0), 255)
+    request = ldm.Request("a frog", steps=1, width=32, height=32, regions=(ldm.RegionalPrompt(mask, "a fox"),))
+    with pytest.raises(ValueError, match="the region 'a fox' covers too little of"):
+        pipe.generate(request)

@@ -130,6 +130,12 @@ def _report_embeddings(pipe: ldm.Pipeline, request: Request) -> None:
     from ldm.checkpoint.embeddings import words_used
 
     texts = [*request.prompts, request.negative_prompt or "", *(region.prompt for region in request.regions)]
+    if request.variation:
+        texts.append(request.variation.other_prompt or "")
+    if request.emphasis:
+        from ldm.prompts import parse
+
+        texts = [text for prompt in texts for section in parse(prompt) for text, _ in section]
     used = words_used(pipe.text_encoder, texts)
     words = ", ".join(f"{name!r} ({count} vector{'s' * (count > 1)})" for name, count in used.items())
     print(f"ldm: embeddings in the prompts: {words or 'none'}", file=sys.stderr)

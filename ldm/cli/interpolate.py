@@ -28,8 +28,12 @@ def add(commands: Commands) -> None:
     """Add the command."""
     command = commands.add_parser("interpolate", help="make an animation from one prompt or seed to another")
     command.set_defaults(run=_interpolate)
-    command.add_argument("--prompts", nargs="+", required=True, metavar="PROMPT", help="one prompt, or the stations")
-    command.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="SEED", help="one seed, or the stations")
+    command.add_argument(
+        "--prompts", nargs="+", required=True, metavar="PROMPT", help="one prompt, or one for each keyframe"
+    )
+    command.add_argument(
+        "--seeds", nargs="+", type=int, default=[0], metavar="SEED", help="one seed, or one for each keyframe"
+    )
     command.add_argument("--frames", type=int, default=16, help="number of pictures (default: 16)")
     command.add_argument("--fps", type=float, default=8.0, help="pictures per second (default: 8)")
     command.add_argument("--grid", action="store_true", help="a PNG with all the pictures, not an animation")

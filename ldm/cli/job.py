@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,8 @@ def _source_fields(args: argparse.Namespace, record: Record | None) -> Fields:
         source.setdefault("start_sigma", None)  # the strength replaces the recorded level
     if hasattr(args, "image_guidance") and not (record and record.task == "edit"):
         source = {"image_guidance": 1.5, "mask": None} | source
+    elif hasattr(args, "mask") and record and record.task == "edit":
+        source["image_guidance"] = None
     return source
 
 
@@ -167,7 +170,8 @@ def _expected(record: Record, asked: Fields, model: Fields, named: set[str]) -> 
 
 
 def _names_a_picture(word: str) -> bool:
-    return word.lower().endswith((".png", ".jpg", ".jpeg", ".webp")) and " " not in word
+    endings = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+    return word.lower().endswith(endings) and (" " not in word or os.path.isfile(word))
 
 
 def _compare(then: Environment, now: Environment, source: Path) -> None:

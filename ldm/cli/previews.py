@@ -40,8 +40,8 @@ def read_previews(args: argparse.Namespace, outputs: Outputs) -> Previews:
         return lambda pipe: nullcontext(lambda steps: steps)
     check_number("--preview", args.preview, 1, whole=True)
     path, every = outputs.preview, args.preview
-    if path.exists() and not outputs.overwrite:
-        raise ValueError(f"{path} exists, and previews are written there; remove it, or add --overwrite")
+    if path.exists():  # also with --overwrite: the preview is removed at the end, and with it the file
+        raise ValueError(f"{path} exists, and previews are written there: remove it, or choose another --out")
     from ldm import previews  # imported here, because most runs have none
     from ldm.checkpoint.taesd import load_taesd
 
