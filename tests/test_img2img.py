@@ -169,6 +169,14 @@ def test_options_beside_from_change_the_strength_the_level_and_the_picture(run):
     assert np.array_equal(pixels("b.png"), pixels("c.png"))
 
 
+def test_a_prompt_alone_beside_from_keeps_the_recorded_picture(run):
+    run("img2img", *FROG, "--out", "a.png")
+    code, out, error = run("img2img", "--from", "a.png", "a fox", "--out", "b.png", "--json")
+    assert code == 0, error
+    request = json.loads(out)["settings"]["request"]
+    assert (request["prompt"], request["source"]["image"]) == ("a fox", "in.png")
+
+
 def test_a_picture_made_from_a_prompt_can_be_made_from_a_picture(run):
     run("txt2img", "a frog", "--steps", "5", "--out", "a.png")
     assert run("img2img", "in.png", "--from", "a.png", "--out", "b.png")[0] == 0

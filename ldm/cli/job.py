@@ -43,6 +43,9 @@ def read_job(args: argparse.Namespace) -> Job:
 def _request_fields(args: argparse.Namespace, record: Record | None) -> Fields:
     """Return the fields of the request that are given, but for its sizes, source and variation."""
     asked = given(args, Request)
+    alone = args.prompt is None and getattr(args, "mask", None) is None
+    if args.repeated and alone and getattr(args, "image", None) is not None and not _names_a_picture(args.image):
+        args.prompt, args.image = args.image, None  # --from PNG "prompt", with the recorded picture
     if getattr(args, "mask", None) is not None and args.prompt is None and not _names_a_picture(args.mask):
         args.prompt, args.mask = args.mask, None  # PICTURE "prompt", without a MASK
     if args.prompt is not None:

@@ -15,6 +15,7 @@ from ldm.checkpoint.files import load, load_vae, save, save_vae
 from ldm.checkpoint.parts import Model
 from ldm.config import DiffusionConfig, Mid, ModelConfig, TextConfig, UNetConfig, VAEConfig
 from ldm.control import check_opencv
+from ldm.loading import locate
 from ldm.models.attention import math_attention, set_attention
 from ldm.models.controlnet import HINT_CHANNELS, ControlNet
 from ldm.models.text import TextEncoder
@@ -206,7 +207,7 @@ def _run_ldm(recipe: LDMRecipe, device: torch.device) -> Path:
 
 def _run_controlnet(recipe: ControlNetRecipe, device: torch.device) -> Path:
     check_opencv()
-    model = load(recipe.model, device=device)
+    model = load(locate(recipe.model), device=device)
     _check_side("size", recipe.data.size, model.config.vae)
     if 2 ** (len(recipe.hint_channels) - 1) != model.config.vae.factor:
         raise ValueError(
