@@ -26,6 +26,40 @@ Steps = Generator[Step]
 Watch = Callable[[Steps, int], Steps]  # (steps, their number) -> the same steps, with a progress bar for example
 
 
+class KindOfFile(NamedTuple):
+    """The meaning of a name in `Job.paths`."""
+
+    what: str
+    how: str  # another file is given
+    field: str = ""  # of the request or the model choice, whose files are given and replaced together
+
+
+_CONTROL = "with --controlnet and --control"
+_IMAGE_PROMPT = "with --ip-adapter, --image-prompt and --image-encoder"
+_KINDS = {
+    "source": KindOfFile("source picture", "as the PICTURE of ldm {task}"),
+    "mask": KindOfFile("mask", "as the MASK of ldm inpaint"),
+    "controlnet": KindOfFile("controlnet", _CONTROL, "controls"),
+    "control": KindOfFile("control picture", _CONTROL, "controls"),
+    "ip_adapter": KindOfFile("IP-Adapter", _IMAGE_PROMPT, "image_prompts"),
+    "image_prompt": KindOfFile("image prompt", _IMAGE_PROMPT, "image_prompts"),
+    "image_encoder": KindOfFile("image encoder", _IMAGE_PROMPT, "image_prompts"),
+    "region": KindOfFile("region", "with --region", "regions"),
+    "embedding": KindOfFile("embedding", "with --embedding", "embeddings"),
+    "lora": KindOfFile("LoRA", "with --lora", "loras"),
+    "model": KindOfFile("model", "with --model", "model"),
+    "refiner": KindOfFile("refiner", "with --refiner", "model"),
+    "vae": KindOfFile("vae", "with --vae", "model"),
+    "unet": KindOfFile("unet", "with --unet", "model"),
+    "text_encoder": KindOfFile("text encoder", "with --text-encoder", "model"),
+}
+
+
+def kind_of_file(name: str) -> KindOfFile:
+    """Return the meaning of a name in `Job.paths`, such as "model" or "control_1"."""
+    return _KINDS[name.rstrip("_0123456789")]
+
+
 @dataclass(frozen=True)
 class Job:
     """A request for pictures, with the model and the placement to use.
@@ -110,19 +144,10 @@ def run(job: Job, models: Models, outputs: Outputs, watch: Watch = lambda steps,
     with _digests(job.paths) as digests:  # a large file is hashed while its model works
         for name, sha256 in job.sha256.items():
             if digests[name].result() != sha256:
-                option = name.rstrip("_0123456789")  # control_1 is the first --control
-                what, how = option.replace("_", " ").replace("lora", "LoRA"), f"with --{option.replace('_', '-')}"
-                if name.startswith("control"):
-                    what, how = f"{what}{' picture' * (option == 'control')}", "with --controlnet and --control"
-                if name.startswith(("ip_adapter", "image_")):
-                    what = what.replace("ip adapter", "IP-Adapter")
-                    how = "with --ip-adapter, --image-prompt and --image-encoder"
-                if name == "source":
-                    what, how = "source picture", f"as the PICTURE of ldm {request.task}"
-                elif name == "mask":
-                    how = "as the MASK of ldm inpaint"
+                what, how, _ = kind_of_file(name)
                 raise ValueError(
-                    f"{job.paths[name]} is not the {what} that made the picture; to use it all the same, name it {how}"
+                    f"{job.paths[name]} is not the {what} that made the picture; to use it all the same, name it "
+                    f"{how.format(task=request.task)}"
                 )
         with timed("sample", seconds):
             if refiner is None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import ldm
+from ldm import cli
 from ldm.checkpoint.files import save
 from ldm.checkpoint.parts import Model
 from tests.tiny import TINY_RANDOM, random_networks
@@ -46,3 +47,16 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pipe(model_folder: Path) -> ldm.Pipeline:
     """The tiny random model, loaded on the CPU."""
     return ldm.load(model_folder, ldm.Placement(device="cpu"))
+
+
+@pytest.fixture
+def run(model_folder, capsys):
+    """Run `ldm` with the tiny random model; returns exit code, stdout and what went wrong on stderr."""
+
+    def run(*words):
+        given = [] if "--from" in words else ["--model", str(model_folder), "--device", "cpu"]
+        code = cli.main([*words, *given])
+        out, err = capsys.readouterr()
+        return code, out, "".join(x for x in err.splitlines(keepends=True) if not x.startswith(f"ldm: {model_folder}"))
+
+    return run

@@ -7,7 +7,6 @@ import pytest
 from PIL import Image
 
 import ldm
-from ldm.cli import main
 from ldm.pictures import read_texts
 
 _GRADIENT = Image.linear_gradient("L").resize((32, 32))
@@ -20,19 +19,6 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     PICTURE.save("in.png")
     return tmp_path
-
-
-@pytest.fixture
-def run(model_folder, capsys):
-    """Run `ldm` with the tiny random model; returns exit code, stdout and what went wrong on stderr."""
-
-    def run(command, *words):
-        given = [] if "--from" in words else ["--model", str(model_folder), "--device", "cpu"]
-        code = main([command, *words, *given])
-        out, err = capsys.readouterr()
-        return code, out, "".join(x for x in err.splitlines(keepends=True) if not x.startswith(f"ldm: {model_folder}"))
-
-    return run
 
 
 def pixels(path):

@@ -7,7 +7,6 @@ import pytest
 from PIL import Image
 
 import ldm
-from ldm.cli import main
 from ldm.pictures import read_texts
 from tests.test_inpainting import PICTURE, cutout, painted
 
@@ -19,19 +18,6 @@ def here(tmp_path, monkeypatch):
     PICTURE.save("in.png")
     painted().save("mask.png")
     return tmp_path
-
-
-@pytest.fixture
-def run(model_folder, capsys):
-    """Run `ldm` with the tiny random model; returns exit code, stdout and what went wrong on stderr."""
-
-    def run(command, *words):
-        given = [] if "--from" in words else ["--model", str(model_folder), "--device", "cpu"]
-        code = main([command, *words, *given])
-        out, err = capsys.readouterr()
-        return code, out, "".join(x for x in err.splitlines(keepends=True) if not x.startswith(f"ldm: {model_folder}"))
-
-    return run
 
 
 def pixels(path):

@@ -10,7 +10,6 @@ import torch
 from PIL import Image, ImageSequence
 
 import ldm
-from ldm.cli import main
 from ldm.diffusion.samplers import seeded_noise
 from ldm.loading import BUNDLED
 from ldm.pictures import read_texts
@@ -148,18 +147,10 @@ def test_on_the_bundled_model_neighbors_differ_less_than_the_ends():
 # ------------------------------------------------------------------ the commands
 
 
-@pytest.fixture
-def run(model_folder, capsys, tmp_path, monkeypatch):
-    """Run `ldm` with the tiny random model in an empty folder; returns exit code, stdout and stderr."""
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """Run each test in an empty folder."""
     monkeypatch.chdir(tmp_path)
-
-    def run(*words):
-        given = [] if "--from" in words else ["--model", str(model_folder), "--device", "cpu"]
-        code = main([*words, *given])
-        out, err = capsys.readouterr()
-        return code, out, "".join(x for x in err.splitlines(keepends=True) if not x.startswith(f"ldm: {model_folder}"))
-
-    return run
 
 
 @pytest.fixture(scope="module")

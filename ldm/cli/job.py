@@ -12,7 +12,7 @@ from ldm.cli.controls import read_controls
 from ldm.cli.image_prompts import read_image_prompts
 from ldm.cli.loras import read_loras
 from ldm.cli.options import given
-from ldm.jobs import Job
+from ldm.jobs import Job, kind_of_file
 from ldm.placement.choice import find_device
 from ldm.record import Environment, ModelChoice, Record, environment, recall
 from ldm.request import Request
@@ -21,9 +21,6 @@ from ldm.source import Mask, Source
 from ldm.variations import Variation
 
 Fields = dict[str, Any]
-# The digests of a record begin with these.
-PICTURES, CONTROLS, IMAGE_PROMPTS = ("source", "mask"), ("control",), ("ip_adapter", "image_")
-EMBEDDINGS, LORAS, REGIONS = ("embedding",), ("lora",), ("region",)
 
 
 def read_job(args: argparse.Namespace) -> Job:
@@ -156,20 +153,12 @@ def _expected(record: Record, asked: Fields, model: Fields, named: set[str]) -> 
 
     named: the pictures among them that are replaced. Another model comes without the recorded one's replaced parts.
     """
-    kept = dict(record.sha256)
-    if "model" in model:
-        others = (*PICTURES, *CONTROLS, *IMAGE_PROMPTS, *EMBEDDINGS, *LORAS, *REGIONS)
-        kept = {name: sha256 for name, sha256 in kept.items() if name.startswith(others)}
-    for field, names in (
-        ("controls", CONTROLS),
-        ("image_prompts", IMAGE_PROMPTS),
-        ("embeddings", EMBEDDINGS),
-        ("loras", LORAS),
-        ("regions", REGIONS),
-    ):
-        if field in asked or field in model:
-            kept = {name: sha256 for name, sha256 in kept.items() if not name.startswith(names)}
-    return {name: sha256 for name, sha256 in kept.items() if name not in named and name not in model}
+    changed = asked.keys() | model.keys()
+    return {
+        name: sha256
+        for name, sha256 in record.sha256.items()
+        if name not in named and name not in model and kind_of_file(name).field not in changed
+    }
 
 
 def _names_a_picture(word: str) -> bool:
