@@ -44,7 +44,7 @@ def add(commands: Commands) -> None:
 def _train(args: argparse.Namespace) -> None:
     """Train with each recipe, and print the folder of each result. All recipes are read before the first training."""
     from ldm.training.loop import Interrupted
-    from ldm.training.recipes import read_recipe, run
+    from ldm.training.recipes import read_recipe
 
     device = find_device(args.device)
     files = {name: path for name, path in {"font": args.font, "fluent": args.fluent}.items() if path is not None}
@@ -57,7 +57,7 @@ def _train(args: argparse.Namespace) -> None:
         recipes.append(dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, **files)))
     try:
         for recipe in recipes:
-            print(run(recipe, device), flush=True)
+            print(recipe.run(device), flush=True)
     except Interrupted as stop:
         options = files | ({"device": args.device} if args.device is not None else {})
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]

@@ -18,7 +18,7 @@ from ldm.training.controlnet import ControlNetObjective
 from ldm.training.data import Folder
 from ldm.training.diffusion import DiffusionLoss, DiffusionObjective
 from ldm.training.loop import collate
-from ldm.training.recipes import FREE, ControlNetRecipe, LDMRecipe, VAERecipe, fixed_values, read_recipe, run
+from ldm.training.recipes import FREE, ControlNetRecipe, LDMRecipe, VAERecipe, read_recipe
 from ldm.training.vae import VAEObjective, latent_std
 
 CPU = torch.device("cpu")
@@ -107,14 +107,14 @@ def recipe(folder, text, name="recipe.toml"):
 
 
 def test_a_vae_and_then_a_diffusion_model_train_into_one_that_makes_pictures(pictures):
-    vae_folder = run(recipe(pictures, VAE_TOML), CPU)
+    vae_folder = recipe(pictures, VAE_TOML).run(CPU)
     vae = load_vae(vae_folder)
     folder = Folder(pictures / "pictures", 16)
     images, _ = collate([folder[i] for i in range(3)])
     assert abs(latent_std(vae, images) - 1) < 0.05  # scaled by the measured factor; two draws of the posterior
     assert vae.config.scaling_factor not in (1.0, 0.18215)
 
-    model_folder = run(recipe(pictures, LDM_TOML), CPU)
+    model_folder = recipe(pictures, LDM_TOML).run(CPU)
     assert model_folder == pictures / "ldm" / "model"
     pipe = ldm.load(model_folder, ldm.Placement(device="cpu"))
     assert pipe.config.name == "toy"
@@ -128,10 +128,10 @@ def test_a_vae_and_then_a_diffusion_model_train_into_one_that_makes_pictures(pic
 
 
 def test_a_controlnet_is_trained_for_a_model_that_stays_and_changes_its_pictures(pictures):
-    run(recipe(pictures, VAE_TOML), CPU)
-    model = run(recipe(pictures, LDM_TOML), CPU)
+    recipe(pictures, VAE_TOML).run(CPU)
+    model = recipe(pictures, LDM_TOML).run(CPU)
     before = {path: path.read_bytes() for path in model.rglob("*.safetensors")}
-    folder = run(recipe(pictures, CONTROLNET_TOML), CPU)
+    folder = recipe(pictures, CONTROLNET_TOML).run(CPU)
     assert folder == pictures / "edges" / "controlnet"
     assert {path: path.read_bytes() for path in model.rglob("*.safetensors")} == before
 
@@ -146,12 +146,12 @@ def test_a_controlnet_is_trained_for_a_model_that_stays_and_changes_its_pictures
     assert pipe.generate(steered)[0].tobytes() != pipe.generate(plain)[0].tobytes()
 
     with pytest.raises(ValueError, match="hint_channels must be 2 numbers, because the latents are 2 times smaller"):
-        run(recipe(pictures, CONTROLNET_TOML.replace("[4, 8]", "[4, 8, 8]")), CPU)
+        recipe(pictures, CONTROLNET_TOML.replace("[4, 8]", "[4, 8, 8]")).run(CPU)
 
 
 def test_a_new_controlnet_changes_no_prediction(pictures):
-    run(recipe(pictures, VAE_TOML), CPU)
-    pipe = ldm.load(run(recipe(pictures, LDM_TOML), CPU), ldm.Placement(device="cpu"))
+    recipe(pictures, VAE_TOML).run(CPU)
+    pipe = ldm.load(recipe(pictures, LDM_TOML).run(CPU), ldm.Placement(device="cpu"))
     objective = ControlNetObjective(pipe, ControlNet.copy_of(pipe.unet, hint_channels=(4, 8)), DiffusionLoss())
     plain = DiffusionObjective(pipe.config, objective.networks, pipe.vae, DiffusionLoss())
     images = torch.rand(2, 3, 16, 16) * 2 - 1
@@ -163,50 +163,50 @@ def test_a_new_controlnet_changes_no_prediction(pictures):
 
 
 def test_a_recipe_can_go_on_from_a_model_with_its_vocabulary(pictures):
-    run(recipe(pictures, VAE_TOML), CPU)
-    first = run(recipe(pictures, LDM_TOML), CPU)
+    recipe(pictures, VAE_TOML).run(CPU)
+    first = recipe(pictures, LDM_TOML).run(CPU)
     (pictures / "pictures" / "0.txt").write_text("something entirely new")
     more = LDM_TOML.replace('out = "{out}/ldm"', 'out = "{out}/more"\nstart = "{out}/ldm/model"')
     still = more.replace("warmup = 0", "warmup = 0\nlearning_rate = 0.0")
-    again = run(recipe(pictures, still), CPU)
+    again = recipe(pictures, still).run(CPU)
     for name in ("unet/diffusion_pytorch_model.safetensors", "tokenizer/vocab.json"):
         assert (again / name).read_bytes() == (first / name).read_bytes()
 
     wider = more.replace("more", "wider").replace("mlp = 16", "mlp = 32")
     with pytest.raises(ValueError, match=r"has another architecture than \[unet\] and \[text\] say: give both"):
-        run(recipe(pictures, wider), CPU)
+        recipe(pictures, wider).run(CPU)
 
 
 def test_a_finished_run_started_again_only_saves_again(pictures, monkeypatch):
     vae_recipe = recipe(pictures, VAE_TOML)
     weights = "diffusion_pytorch_model.safetensors"
-    first = (run(vae_recipe, CPU) / weights).read_bytes()
+    first = (vae_recipe.run(CPU) / weights).read_bytes()
     (pictures / "vae" / "vae" / weights).unlink()
     monkeypatch.setattr(VAEObjective, "forward", None)  # no step is taken
-    assert (run(vae_recipe, CPU) / weights).read_bytes() == first
+    assert (vae_recipe.run(CPU) / weights).read_bytes() == first
     config = (pictures / "vae" / "vae" / "config.json").read_text()
     assert json.loads(config)["norm_num_groups"] == 2
 
 
 def test_a_changed_recipe_does_not_touch_the_run_in_its_folder(pictures):
-    run(recipe(pictures, VAE_TOML), CPU)
+    recipe(pictures, VAE_TOML).run(CPU)
     before = {path: path.read_bytes() for path in (pictures / "vae").rglob("*") if path.is_file()}
     with pytest.raises(
         ValueError, match=r"holds a run of another recipe, at step 3: loss\.crop was 8 and is now 4; undo"
     ):
-        run(recipe(pictures, VAE_TOML.replace("crop = 8", "crop = 4")), CPU)
+        recipe(pictures, VAE_TOML.replace("crop = 8", "crop = 4")).run(CPU)
     assert {path: path.read_bytes() for path in (pictures / "vae").rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.slow
 def test_a_run_may_be_moved_made_longer_and_sampled_with_other_prompts(pictures):
-    run(recipe(pictures, VAE_TOML), CPU)
-    run(recipe(pictures, LDM_TOML), CPU)
+    recipe(pictures, VAE_TOML).run(CPU)
+    recipe(pictures, LDM_TOML).run(CPU)
     (pictures / "ldm").rename(pictures / "moved")
     more = LDM_TOML.replace("{out}/ldm", "{out}/moved").replace("steps = 2", "steps = 3").replace("toy", "bear")
     more = more.replace("guidance_scale = 2.0", 'guidance_scale = 3.0\nsample_prompts = ["a red wall"]')
     more = more.replace('spacing = "trailing"', 'spacing = "leading"')
-    pipe = ldm.load(run(recipe(pictures, more), CPU), ldm.Placement(device="cpu"))
+    pipe = ldm.load(recipe(pictures, more).run(CPU), ldm.Placement(device="cpu"))
     found = (pipe.config.name, pipe.config.guidance_scale, pipe.config.diffusion.spacing)
     assert found == ("bear", 3.0, "leading")
     log = (pictures / "moved" / "log.jsonl").read_text().splitlines()
@@ -223,15 +223,15 @@ def test_every_value_that_may_change_is_one_of_a_recipe_and_all_others_are_fixed
     for text in (VAE_TOML, LDM_TOML):
         each = recipe(pictures, text)
         free |= names(each) & FREE
-        assert set(fixed_values(each)) == names(each) - FREE
+        assert set(each.fixed_values()) == names(each) - FREE
     assert free == FREE
 
 
 def test_an_own_vocabulary_is_learned_from_captions_without_decoding_pictures(pictures, monkeypatch):
-    run(recipe(pictures, VAE_TOML), CPU)
+    recipe(pictures, VAE_TOML).run(CPU)
     monkeypatch.setattr(Folder, "__getitem__", None)
     with pytest.raises(TypeError):  # the first step of the training
-        run(recipe(pictures, LDM_TOML), CPU)
+        recipe(pictures, LDM_TOML).run(CPU)
     vocab = json.loads((pictures / "ldm" / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
     assert {"red</w>", "wall</w>", "green</w>"} <= set(vocab)
     assert [path.name for path in (pictures / "ldm").glob("*token*")] == ["tokenizer"]
@@ -280,10 +280,10 @@ def test_pictures_that_do_not_fit_the_vae_are_refused_before_the_training(pictur
     for before, after in changes.items():
         text = text.replace(before, after)
     with pytest.raises(ValueError, match=message):
-        run(recipe(pictures, text), CPU)
-    run(recipe(pictures, VAE_TOML), CPU)
+        recipe(pictures, text).run(CPU)
+    recipe(pictures, VAE_TOML).run(CPU)
     with pytest.raises(ValueError, match="size must be a multiple of 2 pixels for this VAE, got 17"):
-        run(recipe(pictures, LDM_TOML.replace("size = 16", "size = 17")), CPU)
+        recipe(pictures, LDM_TOML.replace("size = 16", "size = 17")).run(CPU)
 
 
 @pytest.mark.parametrize(
@@ -308,7 +308,7 @@ def test_a_missing_recipe_says_where_others_are():
 
 def test_a_missing_vae_is_named(pictures):
     with pytest.raises(ValueError, match=f"{pictures / 'vae' / 'vae'}"):
-        run(recipe(pictures, LDM_TOML), CPU)
+        recipe(pictures, LDM_TOML).run(CPU)
 
 
 def test_the_recipes_that_ship_can_be_read():
@@ -326,38 +326,38 @@ def test_the_recipes_that_ship_can_be_read():
 
 def test_latents_that_were_encoded_once_train_as_those_of_each_batch_do(pictures):
     """The posterior's noise is almost 0 after `init`, so that the losses are close."""
-    run(recipe(pictures, VAE_TOML.replace("steps = 3", "steps = 1\nlearning_rate = 0.0")), CPU)
-    run(recipe(pictures, LDM_TOML), CPU)
+    recipe(pictures, VAE_TOML.replace("steps = 3", "steps = 1\nlearning_rate = 0.0")).run(CPU)
+    recipe(pictures, LDM_TOML).run(CPU)
     cached = LDM_TOML.replace('out = "{out}/ldm"', 'out = "{out}/cached"\nlatents = 3')
-    run(recipe(pictures, cached), CPU)
+    recipe(pictures, cached).run(CPU)
     assert len(list((pictures / "cached" / "latents").iterdir())) == 1
     log = [json.loads((pictures / out / "log.jsonl").read_text()) for out in ("ldm", "cached")]
     assert log[0]["loss"] == pytest.approx(log[1]["loss"], rel=0.05)
 
-    run(recipe(pictures, VAE_TOML.replace("{out}/vae", "{out}/other")), CPU)
+    recipe(pictures, VAE_TOML.replace("{out}/vae", "{out}/other")).run(CPU)
     (pictures / "cached" / "checkpoint.pt").unlink()
     with pytest.raises(ValueError, match="has latents of other data or of another encoder"):
-        run(recipe(pictures, cached.replace("{out}/vae/vae", "{out}/other/vae")), CPU)
+        recipe(pictures, cached.replace("{out}/vae/vae", "{out}/other/vae")).run(CPU)
 
 
 def test_the_decoder_of_a_vae_can_be_trained_alone(pictures):
-    first = load_vae(run(recipe(pictures, VAE_TOML), CPU))
+    first = load_vae(recipe(pictures, VAE_TOML).run(CPU))
     text = VAE_TOML.replace("crop = 8", "crop = 8\ndecoder_only = true\nadversarial = 0.1")
     with pytest.raises(ValueError, match="decoder_only trains the decoder of a VAE that exists: give its folder as"):
-        run(recipe(pictures, text), CPU)
+        recipe(pictures, text).run(CPU)
     text = text.replace('out = "{out}/vae"', 'out = "{out}/sharp"\nstart = "{out}/vae/vae"')
-    sharp = load_vae(run(recipe(pictures, text), CPU))
+    sharp = load_vae(recipe(pictures, text).run(CPU))
     assert sharp.config == first.config  # the same scaling factor
     for (name, before), after in zip(first.named_parameters(), sharp.parameters(), strict=True):
         fixed = name.startswith(("encoder.", "quant_conv."))
         assert torch.equal(before, after) == fixed, name
 
     with pytest.raises(ValueError, match=r"has another architecture than \[vae\] says: give the values of that VAE"):
-        run(recipe(pictures, text.replace("sharp", "deeper").replace("[8, 8]", "[8, 16]")), CPU)
+        recipe(pictures, text.replace("sharp", "deeper").replace("[8, 8]", "[8, 16]")).run(CPU)
 
 
 def test_a_unet_that_does_not_fit_the_latents_is_refused_before_the_training(pictures):
-    run(recipe(pictures, VAE_TOML), CPU)
+    recipe(pictures, VAE_TOML).run(CPU)
     text = LDM_TOML.replace("[unet]", "[unet]\nin_channels = 8")
     with pytest.raises(ValueError, match=r"in_channels and out_channels of \[unet\] must be 4, as many as the latents"):
-        run(recipe(pictures, text), CPU)
+        recipe(pictures, text).run(CPU)

@@ -1,0 +1,28 @@
+"""The recipes of `ldm train`: one TOML file per experiment. Each kind of recipe has a module of this package."""
+
+from pathlib import Path
+
+from ldm.strict import from_dict, read_toml
+from ldm.training.recipes.base import FREE, Recipe
+from ldm.training.recipes.controlnet import ControlNetRecipe
+from ldm.training.recipes.diffusion import LDMRecipe
+from ldm.training.recipes.vae import VAERecipe
+
+__all__ = ["FREE", "RECIPES", "ControlNetRecipe", "LDMRecipe", "Recipe", "VAERecipe", "read_recipe"]
+
+RECIPES: dict[str, type[Recipe]] = {"vae": VAERecipe, "ldm": LDMRecipe, "controlnet": ControlNetRecipe}
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """Read the recipe at `path`. Its key `recipe` is a name in RECIPES.
+
+    Raises ValueError for a missing file, an unknown recipe or key, or a bad value.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"there is no recipe {path}; the project's own recipes are in its folder configs/")
+    kinds = tuple(RECIPES)
+    table = read_toml(path)
+    kind = table.get("recipe")
+    if kind not in kinds:
+        raise ValueError(f"{path}: recipe must be one of {', '.join(map(repr, kinds))}, got {kind!r}")
+    return from_dict(table, RECIPES[kind], where=str(path))

@@ -1,0 +1,67 @@
+"""What all recipes of `ldm train` have: an output folder, data, the settings of the loop, and a method `run`."""
+
+import dataclasses
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldm.config import VAEConfig
+from ldm.training.data import DataConfig
+from ldm.training.loop import LoopConfig
+
+FREE = frozenset(  # may change in a run that goes on, because they change no number (steps: only of later steps)
+    {
+        "out",
+        "name",
+        "guidance_scale",
+        "sample_prompts",
+        "diffusion.spacing",
+        "diffusion.offset",
+        "loop.steps",
+        "loop.workers",
+        "loop.log_every",
+        "loop.sample_every",
+        "loop.checkpoint_every",
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(ABC):
+    """One experiment, as a TOML file describes it. The key `recipe` is its name in `ldm.training.recipes.RECIPES`."""
+
+    recipe: str
+    out: Path
+    loop: LoopConfig
+    data: DataConfig = field(default_factory=DataConfig)
+
+    @abstractmethod
+    def run(self, device: torch.device) -> Path:
+        """Start this training, or resume it; return the folder of the trained weights.
+
+        Raises ValueError for data, a VAE or a model that cannot be read, and for sizes or networks that do not fit
+        together. Raises ValueError, FloatingPointError and Interrupted as `train` does.
+        """
+
+    def fixed_values(self) -> dict[str, Any]:
+        """Return the values that a run keeps from start to end, by name, such as "loop.batch_size"."""
+        table = json.loads(json.dumps(dataclasses.asdict(self), default=str))
+        return {name: value for name, value in _flat(table).items() if name not in FREE}
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
+
+
+def check_side(name: str, side: int, vae: VAEConfig) -> None:
+    """Raise ValueError unless the VAE can encode pictures of `side` pixels. name: of the value in the recipe."""
+    if side % vae.factor:
+        raise ValueError(f"{name} must be a multiple of {vae.factor} pixels for this VAE, got {side}")
