@@ -26,7 +26,7 @@ from torch import Tensor
 from ldm.images import to_tensor
 from ldm.training.grounds import GROUNDS
 from ldm.training.objects import Sprites
-from ldm.training.scenes import GROUP_SIZE, SIZES, Painter
+from ldm.training.scenes import SIZES, Painter
 
 GRID, COARSE, FINE = 16, 32, 64  # pixels: sides of the pictures for the ground, for all sprites and for the best ones
 EXAMPLES = 32  # of each ground
@@ -38,7 +38,7 @@ GAIN = (0.7, 1.4)  # the least and the largest contrast of an object, if its spr
 BEST = 20  # sprites to draw at FINE pixels
 LARGEST = 0.65  # side of one of several objects / side of the picture; a larger sprite would explain two objects
 MARGIN = 3  # pixels around a sprite in which the picture must show the ground
-LEAST = 0.55  # an object with less likeness is not recognized; on most empty grounds the likeness is smaller
+LEAST = 0.53  # an object with less likeness is not recognized; on most empty grounds the likeness is smaller
 
 
 class Found(NamedTuple):
@@ -97,7 +97,7 @@ class Checker:
         self.importance = F.pad(torch.ones(GRID - 2, GRID - 2), (1, 1, 1, 1), value=BORDER)
 
         self.painter = Painter(sprites, FINE)
-        sides = [round(COARSE * size * f) for size in (*SIZES.values(), GROUP_SIZE) for f in (0.96, 1.04)]
+        sides = [round(COARSE * size * f) for size in SIZES.values() for f in (0.96, 1.04)]
         self.templates = [(style, name, side) for side in sides for style in sprites for name in sprites[style]]
         self.sides = torch.tensor([side for *_, side in self.templates])[:, None]  # t 1
         drawn = torch.zeros(len(self.templates), 4, COARSE, COARSE)

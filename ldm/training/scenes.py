@@ -18,7 +18,7 @@ from ldm.training.grounds import GROUNDS, Pixels
 from ldm.training.objects import MANY, MASS, NAMES, Sprites, plural
 
 GRID = 16  # cells along each side of the picture, as many as the latents have pixels
-SIZES = {"small": 5 / GRID, "": 9 / GRID, "big": 13 / GRID}  # side of the object / side of the picture
+SIZES = {"small": 5 / GRID, "": 8 / GRID, "big": 12 / GRID}  # side of the object / side of the picture
 SIZE_WORDS = {"small": ("small", "little", "tiny"), "": ("",), "big": ("big", "large", "huge")}
 PLACES = {
     "": (0.5, 0.5),  # x and y of the object's center / side of the picture
@@ -28,17 +28,16 @@ PLACES = {
     "at the bottom": (0.5, 0.72),
 }
 RELATIONS = {  # centers of the first and the second object
-    "left of": ((0.26, 0.5), (0.74, 0.5)),
-    "right of": ((0.74, 0.5), (0.26, 0.5)),
-    "above": ((0.5, 0.26), (0.5, 0.74)),
-    "below": ((0.5, 0.74), (0.5, 0.26)),
+    "left of": ((0.25, 0.5), (0.75, 0.5)),
+    "right of": ((0.75, 0.5), (0.25, 0.5)),
+    "above": ((0.5, 0.25), (0.5, 0.75)),
+    "below": ((0.5, 0.75), (0.5, 0.25)),
 }
 COUNTS = {  # centers of several equal objects
-    "two": ((0.28, 0.52), (0.72, 0.52)),
-    "three": ((0.5, 0.29), (0.27, 0.7), (0.73, 0.7)),
-    "four": ((0.28, 0.29), (0.72, 0.29), (0.28, 0.71), (0.72, 0.71)),
+    "two": ((0.25, 0.5), (0.75, 0.5)),
+    "three": ((0.5, 0.25), (0.25, 0.75), (0.75, 0.75)),
+    "four": ((0.25, 0.25), (0.75, 0.25), (0.25, 0.75), (0.75, 0.75)),
 }
-GROUP_SIZE = 7 / GRID  # side of each of several objects / side of the picture
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,9 @@ class Painter:
         return pixels
 
     def paint(self, scene: Scene, rng: np.random.Generator) -> NDArray[np.uint8]:
-        """Draw `scene` as h w 3. Places vary a little at random, and so does a style that is not given.
+        """Draw `scene` as h w 3. The place of a single object varies a little at random.
+
+        A style that is not given is random, too.
 
         Objects fill whole cells of the GRID. A moved object then has the same latents, moved: a model learns it faster.
         """
@@ -111,11 +112,11 @@ class Painter:
         pixels = ground.paint(self.side, rng)
         names = scene.objects * len(COUNTS[scene.count]) if scene.count else scene.objects
         centers = RELATIONS[scene.relation] if scene.relation else COUNTS.get(scene.count, (PLACES[scene.place],))
-        size = SIZES[scene.size] if len(centers) == 1 else GROUP_SIZE
+        size = SIZES["small" if scene.count == "four" else scene.size]
         placed = []
         cells, side = round(GRID * size), round(self.side * size)
         for name, (x, y) in zip(names, centers, strict=True):
-            jitter = rng.uniform(-0.04, 0.04, 2)
+            jitter = rng.uniform(-0.04, 0.04, 2) * (len(centers) == 1)
             left, top = (
                 round(np.clip(round(GRID * c - cells / 2), 0, GRID - cells) * self.side / GRID)
                 for c in (x + jitter[0], y + jitter[1])
@@ -178,7 +179,7 @@ class Scenes:
         return 1_000_000
 
     def scene(self, rng: np.random.Generator) -> Scene:
-        """Choose a random scene that is not held out. A fifth have two objects, a tenth have several equal ones."""
+        """Choose a random scene that is not held out. Almost half have two objects, a tenth have several equal ones."""
         while held_out(self.concepts, scene := self._any_scene(rng)):
             pass
         return scene
@@ -186,9 +187,9 @@ class Scenes:
     def _any_scene(self, rng: np.random.Generator) -> Scene:
         name = pick(rng, self.concepts)
         ground = pick(rng, GROUNDS)
-        style = pick(rng, self.painter.sprites) if rng.random() < 0.6 else ""
+        style = pick(rng, self.painter.sprites) if rng.random() < 0.85 else ""
         kind = rng.random()
-        if kind < 0.25:
+        if kind < 0.45:
             other = pick(rng, self.concepts)
             if other != name:
                 return Scene((name, other), ground, style, relation=pick(rng, RELATIONS))
