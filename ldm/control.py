@@ -4,9 +4,9 @@ The hint of a `Control` is its picture as RGB in [0, 1], with the size of the pi
 size is scaled by Lanczos resampling until it covers this size, and its middle is kept. With the detector "canny" the
 hint is the edges of the resized picture, white on black.
 
-`start` and `end` are shares of the steps that run, as `control_guidance_start` and `control_guidance_end` in diffusers:
-step i of n has the ControlNet if start <= i / n and (i + 1) / n <= end. In noise levels, the ControlNet acts where a
-step of this range begins; Heun's second prediction of a step counts for the level where the next step begins.
+`start` and `end` are shares of the steps that run, as `control_guidance_start` and `control_guidance_end` in diffusers.
+Step i of n has the ControlNet if start <= i / n and (i + 1) / n <= end. The ControlNet acts at the noise levels where
+these steps begin. Heun's second prediction of a step counts for the level where the next step begins.
 """
 
 import dataclasses

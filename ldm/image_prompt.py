@@ -1,9 +1,9 @@
 """Image prompts for a request: reading the pictures, loading IP-Adapters and vision towers, and the image tokens.
 
-The vision tower sees a picture as CLIP was trained: the shorter side is scaled to the size of the tower by bicubic
-resampling, the middle square is kept, and the colors are normalized. With guidance, the negative prompt has a picture
-too: zeros in place of the embedding, and for IP-Adapter Plus the features of the gray picture that is zero after the
-normalization. The authors' code and diffusers do the same.
+The vision tower sees a picture as CLIP was trained. The shorter side is scaled to the size of the tower by bicubic
+resampling, the middle square is kept, and the colors are normalized. With guidance, the negative prompt has an image
+prompt, too. It is zeros in place of the embedding. For IP-Adapter Plus it is the features of a gray picture, whose
+normalized pixels are zero. The authors' code and diffusers do the same.
 """
 
 import dataclasses

@@ -39,8 +39,8 @@ def load(
     embeddings: files of textual inversion, or "NAME=FILE" to choose the name that stands for the embedding in prompts.
     loras: LoRAs to merge into the weights, as FILE, FILE:WEIGHT or `ldm.lora.Lora`.
     The weights do not require gradients. Call `pipe.unet.requires_grad_()` to train.
-    Raises ValueError for a model that is absent, damaged or not supported, for parts that do not fit together, for a
-    placement that this machine does not support, and for an embedding or a LoRA that is damaged or for another model.
+    Raises ValueError for a model that is absent, damaged or not supported, and for parts that do not fit together. Also
+    for a placement that this machine does not support, and an embedding or a LoRA that is damaged or for another model.
     """
     if placement is not None and not isinstance(placement, Placement):
         raise ValueError(

@@ -2,8 +2,8 @@
 
 The name of a layer in a file is looked up in a dictionary of all names that the layers of the model can have there. The
 dictionary is made from the key tables. A name such as `lora_unet_down_blocks_0_...` is never taken apart, because "_"
-stands for "." and for itself. The styles of names are those of kohya's scripts, with the module names of diffusers or
-LDM; of diffusers, new and old; of PEFT; and of cloneofsimo's first scripts, which number the layers.
+stands for "." and for itself. Names have one of four styles: kohya's scripts, with the module names of diffusers or
+LDM; diffusers, new and old; PEFT; and cloneofsimo's first scripts, which number the layers.
 """
 
 import math

@@ -138,9 +138,9 @@ class Checker:
     def _candidates(self, view: _View, largest: float) -> dict[_Place, float]:
         """Return the sprites with the best scores, each in its best place, and their scores.
 
-        On a ground g, a sprite makes the difference e = alpha color - alpha g. With the contrast k, it explains the
-        part |r|^2 - |r - k e|^2 = 2 k <r, e> - k^2 |e|^2 of the picture's difference r, and k is chosen for the largest
-        part. Both products are correlations with the sprites, computed by Fourier transform.
+        On a ground g, a sprite makes the difference e = alpha color - alpha g. The picture's difference is r. With the
+        contrast k, the sprite explains |r|^2 - |r - k e|^2 = 2 k <r, e> - k^2 |e|^2 of it. k is chosen to explain most.
+        Both products are correlations with the sprites, computed by Fourier transform.
         """
         rest, ground, weight = (_shrink(x, COARSE) for x in (view.rest, view.ground, view.weight[None]))
         product = _correlate([weight * rest, -weight * (rest * ground).sum(0, keepdim=True)], self.spectra)

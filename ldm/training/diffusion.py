@@ -100,7 +100,7 @@ class DiffusionObjective(Objective):
         shown = [caption if kept else None for caption, kept in zip(captions, keep, strict=True)]
         given = self._condition(self.networks.text_encoder, shown, self._size(images))
 
-        t = torch.randint(len(self.schedule), (len(images),), device=images.device)
+        t = spread_timesteps(len(images), len(self.schedule)).to(images.device)
         noise = torch.randn_like(x0)
         noisy = self.schedule.add_noise(x0, noise, t)
         predicted = predict(noisy, t, given)
@@ -157,6 +157,16 @@ class DiffusionObjective(Objective):
 
 def _are_moments(images: Tensor) -> bool:
     return images.shape[1] != 3  # an image has 3 channels; moments have 2 for each latent channel
+
+
+def spread_timesteps(count: int, timesteps: int) -> Tensor:
+    """Draw `count` timesteps at equal distances around the circle 0 .. timesteps - 1, from a random start.
+
+    Each one is uniform, and together they cover all noise levels: the loss of a batch varies less (Kingma et al. 2021,
+    appendix I.1).
+    """
+    start = torch.randint(timesteps, ())
+    return (start + torch.arange(count) * timesteps // count) % timesteps
 
 
 def loss_weights(snr: Tensor, prediction: str, gamma: float) -> Tensor:

@@ -12,7 +12,14 @@ from ldm.models.text import TextEncoder
 from ldm.models.tokens import Tokenizer
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
-from ldm.training.diffusion import DiffusionLoss, DiffusionObjective, Networks, loss_weights, zero_init
+from ldm.training.diffusion import (
+    DiffusionLoss,
+    DiffusionObjective,
+    Networks,
+    loss_weights,
+    spread_timesteps,
+    zero_init,
+)
 from ldm.training.vocabulary import build_vocabulary
 from tests.tiny import TINY_RANDOM, TINY_REFINER, TINY_SDXL, random_networks
 
@@ -268,3 +275,13 @@ def test_moments_train_as_the_images_do_that_they_belong_to(tokenizer):
     loss, _ = o((torch.cat([mean, std], dim=1), captions))
     torch.testing.assert_close(loss, expected)
     assert o.sample(o.trained, (torch.cat([mean, std], dim=1), captions)).shape == images.shape
+
+
+def test_the_timesteps_of_a_batch_are_spread_evenly_and_each_is_uniform():
+    drawn = torch.stack([spread_timesteps(8, 1000) for _ in range(4000)])
+    distances = drawn.sort(dim=1).values.diff(dim=1)
+    assert distances.min() == 125 == distances.max()
+    counts = torch.bincount(drawn[:, 3] // 100, minlength=10)
+    assert counts.sum() == 4000
+    assert counts.min() > 320  # of 400; the standard deviation is 19
+    assert 0 <= drawn.min() < drawn.max() < 1000
