@@ -135,7 +135,7 @@ def run(job: Job, models: Models, outputs: Outputs, watch: Watch = lambda steps,
     """Make the pictures of `job` with its loaded models, and write each as soon as it is finished.
 
     watch: wraps the generator of the steps, to show progress.
-    Raises ValueError for a request that the models do not support, and for files whose digests differ from `job.sha256`.
+    Raises ValueError for a request that the models do not support, and for files that `job.sha256` does not describe.
     Raises FloatingPointError for pictures that are not finite, and KeyboardInterrupt at Ctrl-C. Both name the pictures
     that are written. In all cases offloaded networks leave the device.
     """

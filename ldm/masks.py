@@ -63,7 +63,7 @@ def region(source: Any, width: int | None, height: int | None) -> Region:
     """Read the picture and the mask of `source`, an `ldm.Source`, and find the part for the model to work on.
 
     The part is the whole picture. With `Mask.crop` it is the smallest box around the repainted pixels, enlarged by
-    `crop` and `feather` pixels on each side. It is then made longer to the ratio of `width` to `height`, or to a square.
+    `crop` and `feather` pixels on each side. It is made longer to the ratio of `width` to `height`, or to a square.
     Raises ValueError for no mask, a mask of another size than the picture or without a part to repaint, and for wrong
     sides.
     """
