@@ -228,8 +228,8 @@ def test_a_changed_file_of_a_record_is_refused_unless_it_is_named(run, changed, 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--controlnet", "one"), "--controlnet one needs a picture: add --control PICTURE"),
-        (("--control", "in.png"), "the options --control and --control-... follow the --controlnet FILE that they are"),
+        (("--controlnet", "one"), "--controlnet one is not complete: add --control"),
+        (("--control", "in.png"), "the options of one ControlNet follow the --controlnet that they are for"),
         ((*ONE, "--control", "in.png"), "--control is given twice for one ControlNet: name each with --controlnet"),
         (("--controlnet", "one", "--control", "no.png"), "the picture no.png cannot be read: No such file"),
         (("--controlnet", "none", "--control", "in.png"), "none does not exist: give a model folder or a"),

@@ -235,9 +235,9 @@ def test_a_changed_file_of_a_record_is_refused_unless_it_is_named(run, changed, 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (ONE[:2], "--ip-adapter plain.safetensors needs a picture and an encoder: add --image-prompt and --image-"),
-        (ONE[:4], "--ip-adapter plain.safetensors needs a picture and an encoder: add --image-encoder"),
-        (ONE[2:], "the options --image-prompt, --image-... follow the --ip-adapter FILE that they are for"),
+        (ONE[:2], "--ip-adapter plain.safetensors is not complete: add --image-prompt and --image-"),
+        (ONE[:4], "--ip-adapter plain.safetensors is not complete: add --image-encoder"),
+        (ONE[2:], "the options of one image prompt follow the --ip-adapter that they are for"),
         ((*ONE, "--image-prompt", "in.png"), "--image-prompt is given twice for one image prompt: name each with"),
         ((*ONE[:3], "no.png", *ONE[4:]), "the picture no.png cannot be read: No such file"),
         (("--ip-adapter", "none", *ONE[2:]), "none does not exist: give a model folder or a"),

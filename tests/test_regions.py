@@ -205,10 +205,16 @@ def test_the_record_of_regions_repeats_the_picture_and_knows_the_masks(run):
     assert run("--from", "a.png", "--region", "mask.png", "a dog", "--out", "c.png")[0] == 0
 
 
+def test_the_weight_of_the_only_recorded_region_can_be_changed(run):
+    assert run("a frog", "--region", LEFT, "a fox", "--out", "a.png")[0] == 0
+    _, out, _ = run("--from", "a.png", "--region-weight", "3", "--out", "b.png", "--json")
+    assert json.loads(out)["settings"]["request"]["regions"] == [{"mask": LEFT, "prompt": "a fox", "weight": 3.0}]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--region-weight", "2"), '--region-weight follows the --region MASK "PROMPT" that it is for'),
+        (("--region-weight", "2"), "the options of one region follow the --region that they are for"),
         (("--region", "none.png", "a fox"), "the picture none.png cannot be read: No such file or directory"),
         (
             ("--region", "black.png", "a fox"),

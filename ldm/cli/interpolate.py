@@ -20,7 +20,7 @@ from ldm.request import Request
 from ldm.sizes import Sizes
 from ldm.variations import between
 
-CHOSEN = (*MODEL_AND_PARTS, "loras")
+CHOSEN = (*MODEL_AND_PARTS, "loras", "embeddings")
 ASKED = {field.name for field in dataclasses.fields(Request)} - {"seed", "images"}
 
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import ldm
 from ldm.cli.controls import read_controls
-from ldm.cli.image_prompts import read_image_prompts
+from ldm.cli.image_prompts import IMAGE_PROMPTS
 from ldm.cli.loras import read_loras
 from ldm.cli.options import given
+from ldm.cli.regions import REGIONS
 from ldm.jobs import Job, kind_of_file
 from ldm.placement.choice import find_device
 from ldm.record import Environment, ModelChoice, Record, environment, recall
@@ -53,12 +54,14 @@ def _request_fields(args: argparse.Namespace, record: Record | None) -> Fields:
         if args.prompt is not None:
             raise ValueError(f"give one prompt, or --prompts with one for each picture, not both: {args.prompt!r}")
         asked = {"images": len(args.prompts)} | asked | {"prompt": tuple(args.prompts)}
-    if (controls := read_controls(args, record.request.controls if record else ())) is not None:
-        asked["controls"] = controls
-    if (prompts := read_image_prompts(args, record.request.image_prompts if record else ())) is not None:
-        asked["image_prompts"] = prompts
-    if args.regions is not None:
-        asked["regions"] = tuple(args.regions)
+    old = record.request if record else None
+    for name, parts in (
+        ("controls", read_controls(args, old.controls if old else ())),
+        ("image_prompts", IMAGE_PROMPTS.read(args.image_prompts, old.image_prompts if old else ())),
+        ("regions", REGIONS.read(args.regions, old.regions if old else ())),
+    ):
+        if parts is not None:
+            asked[name] = parts
     without, loras = read_loras(args, asked)
     if loras:
         args.loras = [*(args.loras or ()), *loras]
