@@ -1,6 +1,7 @@
 """The record in a picture: how to make the picture again bit for bit, as JSON in a text chunk of the PNG file."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -264,11 +265,18 @@ def digest(path: str | Path) -> str:
     """
     path = Path(path)
     if not path.is_dir():
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        state = path.stat()
+        return _digest(path.resolve(), state.st_size, state.st_mtime_ns)
     parts = sorted(
         (part.relative_to(path).as_posix(), digest(part))
         for part in path.rglob("*")
         if part.suffix in (".safetensors", ".json", ".txt") and part.is_file()
     )
     return hashlib.sha256("".join(f"{n} {d}\n" for n, d in parts).encode()).hexdigest()
+
+
+@functools.lru_cache(maxsize=1000)
+def _digest(path: Path, size: int, changed: int) -> str:
+    """Return the sha256 of a file. A process that makes many pictures reads each large file once."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -15,7 +15,7 @@ from typing import NoReturn, TextIO
 from tqdm import tqdm
 
 import ldm
-from ldm.cli import files, generate, interpolate, training
+from ldm.cli import batch, files, generate, interpolate, training
 from ldm.placement.allocator import keep_freed_memory
 
 
@@ -39,8 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.showwarning = _show_warning
         try:
             args = _parse(argv)
-            args.run(args)
-            return 0
+            return int(args.run(args) or 0)
         except OSError as error:
             reason = f"{error.filename}: {error.strerror}" if error.strerror else str(error)
             return _fail(reason, 2)
@@ -73,7 +72,7 @@ def _parser() -> Parser:
     parser = Parser(prog="ldm", description=ldm.__doc__)
     parser.add_argument("--version", action="version", version=f"ldm {ldm.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for group in (generate, interpolate, files, training):
+    for group in (generate, interpolate, batch, files, training):
         group.add(commands)
     return parser
 

@@ -1,0 +1,61 @@
+"""`ldm batch`: the pictures of a list of prompts, in a folder with a manifest."""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import ldm
+from ldm.cli.generate import load_models
+from ldm.cli.options import Commands, add_options, given
+from ldm.record import ModelChoice
+from ldm.request import Request
+
+
+def add(commands: Commands) -> None:
+    """Add the command."""
+    command = commands.add_parser("batch", help="make the pictures of a list of prompts; goes on where it stopped")
+    command.set_defaults(run=_batch)
+    command.add_argument("list", type=Path, help="a .jsonl, .csv or .txt file with a request or a prompt in each line")
+    command.add_argument("out", type=Path, help="the folder of the pictures and the manifest")
+    command.add_argument(
+        "--batch-size", type=int, default=4, metavar="N", help="pictures that run together (default: 4)"
+    )
+    for kind in (ModelChoice, Request, ldm.Placement):
+        add_options(command, kind)
+    command.add_argument("--json", action="store_true", help="print the numbers of pictures as JSON")
+
+
+def _batch(args: argparse.Namespace) -> int:
+    """Make the pictures, and print how many are done and failed. The exit code is 1 if any failed."""
+    from ldm import batch
+
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
+    defaults = given(args, Request)
+    if defaults.get("seed", 0) < 0:
+        raise ValueError(f"--seed must be 0 or more, so that the list can be repeated, got {defaults['seed']}")
+    entries = batch.read_entries(args.list, defaults)
+    shard = batch.Shard.of_this_process()
+    manifest = batch.Manifest(args.out, shard)
+    choice, placement = ModelChoice(**given(args, ModelChoice)), ldm.Placement.fast(**given(args, ldm.Placement))
+    if shard.world > 1 and (placement.device or "cuda") == "cuda" and torch.cuda.is_available():
+        placement = dataclasses.replace(placement, device=f"cuda:{os.environ['LOCAL_RANK']}")
+    models = load_models(choice, placement)
+    made = batch.run(entries, choice, placement, models, manifest, size=args.batch_size, shard=shard)
+    total = len(entries) if shard.world == 1 else None  # torchrun: the share of this process is not known
+    counts: Counter[str] = Counter()
+    for entry in tqdm(made, total=total, unit="picture", disable=None):
+        row = manifest.rows[entry.name]
+        counts[row["status"]] += 1
+        if row["status"] == "failed":
+            tqdm.write(f"ldm: line {entry.line} failed: {row['error']}", file=sys.stderr)
+    result = {"folder": str(args.out), "done": counts["done"], "failed": counts["failed"]}
+    print(json.dumps(result) if args.json else f"{args.out}: {counts['done']} done, {counts['failed']} failed")
+    return int(counts["failed"] > 0)
