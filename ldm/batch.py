@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -216,10 +216,9 @@ class Manifest:
             )
         return True
 
-    def add(self, entry: Entry, key: str, **more: Any) -> None:
+    def add(self, row: dict[str, Any]) -> None:
         """Append the line of a picture, at once to the disk."""
-        row = {"line": entry.line, "name": entry.name, "key": key} | more
-        self.rows[entry.name] = row
+        self.rows[row["name"]] = row
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
             file.flush()
@@ -238,63 +237,75 @@ class _Named(Outputs):
         return list(self.files)
 
 
+Row = dict[str, Any]  # a line of the manifest
+Maker = Callable[[list[Entry]], list[Row]]
+
+
 def run(
     entries: Sequence[Entry],
     choice: ModelChoice,
-    placement: Placement,
-    models: jobs.Models,
     manifest: Manifest,
+    make: Callable[[list[list[Entry]]], Iterator[Row]],
     *,
     size: int = 4,
     shard: Shard = Shard(),
-) -> Iterator[Entry]:
-    """Make the pictures that are not done, and yield each entry when it is done, failed or found done.
+) -> Iterator[Row]:
+    """Make the pictures that are not done. Yield the manifest's line of each, also of those that were done before.
 
-    size: the most pictures that run through the UNet together.
-    A request that fails is named in the manifest with its error, and does not stop the others. A second run tries it
-    again. Raises ValueError if a picture that is done has another request now, and OSError if a file cannot be written.
+    make: makes the pictures of groups and yields their lines, such as `in_turn(maker)`, or `ldm.batch_ray.spread`.
+    size: the most pictures of a group, which run through the UNet together.
+    Raises ValueError if a picture that is done has another request now, and OSError if a file cannot be written.
     """
-    keys = {entry.name: entry.key(choice) for entry in entries}
     pending = []
     for entry in entries:
-        if not manifest.done(entry, keys[entry.name]):
+        if not manifest.done(entry, entry.key(choice)):
             pending.append(entry)
         elif shard.rank == 0:
-            yield entry
-    for group in groups(pending, size)[shard.rank :: shard.world]:
-        yield from _group(group, choice, placement, models, manifest, keys)
+            yield manifest.rows[entry.name]
+    for row in make(groups(pending, size)[shard.rank :: shard.world]):
+        manifest.add(row)
+        yield row
 
 
-def _group(
-    group: list[Entry],
-    choice: ModelChoice,
-    placement: Placement,
-    models: jobs.Models,
-    manifest: Manifest,
-    keys: Mapping[str, str],
-) -> Iterator[Entry]:
-    """Make the pictures of one group; if that fails, each picture alone."""
+def in_turn(maker: Maker) -> Callable[[list[list[Entry]]], Iterator[Row]]:
+    """Return a function that makes one group after the other in this process."""
+    return lambda pending: (row for group in pending for row in maker(group))
+
+
+@dataclass(frozen=True)
+class PictureMaker:
+    """Makes the pictures of a group with loaded models, in `folder`."""
+
+    choice: ModelChoice
+    placement: Placement
+    models: jobs.Models
+    folder: Path
+
+    def __call__(self, group: list[Entry]) -> list[Row]:
+        """Return the manifest's lines. If the group fails, each picture is made alone. One that fails has an error."""
+        files = tuple(self.folder / f"{entry.name}.png" for entry in group)
+        began = perf_counter()
+        try:
+            request = _together(group)
+            outputs = _Named(files[0], len(files), overwrite=True, files=files)
+            jobs.run(jobs.Job(request, self.choice, self.placement), self.models, outputs)
+        except (ValueError, ArithmeticError, MemoryError, RuntimeError) as error:
+            if len(group) > 1:
+                return [row for entry in group for row in self([entry])]
+            return [self._row(group[0], status="failed", error=str(error))]
+        seconds = round((perf_counter() - began) / len(group), 3)
+        return [self._row(e, status="done", file=f.name, seconds=seconds) for e, f in zip(group, files, strict=True)]
+
+    def _row(self, entry: Entry, **more: Any) -> Row:
+        return {"line": entry.line, "name": entry.name, "key": entry.key(self.choice)} | more
+
+
+def _together(group: Sequence[Entry]) -> Request:
+    """Return one request for all pictures of a group. Raises ValueError for a wrong line."""
     requests = [entry.request for entry in group if entry.request]
-    files = tuple(manifest.folder / f"{entry.name}.png" for entry in group)
-    began = perf_counter()
-    try:
-        if not requests:
-            raise ValueError(group[0].error)
-        together = requests[0]
-        if len(group) > 1:
-            prompts = tuple(str(request.prompt) for request in requests)
-            together = dataclasses.replace(together, prompt=prompts, images=len(group))
-        outputs = _Named(files[0], len(files), overwrite=True, files=files)
-        jobs.run(jobs.Job(together, choice, placement), models, outputs)
-    except (ValueError, ArithmeticError, MemoryError, RuntimeError) as error:
-        if len(group) > 1:
-            for entry in group:
-                yield from _group([entry], choice, placement, models, manifest, keys)
-            return
-        manifest.add(group[0], keys[group[0].name], status="failed", error=str(error))
-        yield group[0]
-        return
-    seconds = round((perf_counter() - began) / len(group), 3)
-    for entry, file in zip(group, files, strict=True):
-        manifest.add(entry, keys[entry.name], status="done", file=file.name, seconds=seconds)
-        yield entry
+    if not requests:
+        raise ValueError(group[0].error)
+    if len(requests) == 1:
+        return requests[0]
+    prompts = tuple(str(request.prompt) for request in requests)
+    return dataclasses.replace(requests[0], prompt=prompts, images=len(requests))

@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -174,8 +176,9 @@ def test_a_group_that_fails_is_done_one_by_one(pipe, folder, monkeypatch):
 
     monkeypatch.setattr(jobs, "run", fails)
     manifest = Manifest(folder / "out")
-    done = list(batch.run(entries, _choice(pipe), pipe.placement, jobs.Models(pipe), manifest))
-    assert [entry.line for entry in done] == [1, 2, 3]
+    maker = batch.PictureMaker(_choice(pipe), pipe.placement, jobs.Models(pipe), manifest.folder)
+    done = list(batch.run(entries, _choice(pipe), manifest, batch.in_turn(maker)))
+    assert [row["line"] for row in done] == [1, 2, 3]
     assert [manifest.rows[entry.name]["status"] for entry in entries] == ["done", "failed", "done"]
 
 
@@ -185,10 +188,12 @@ def test_the_processes_of_torchrun_share_a_list_and_any_number_goes_on(pipe, fol
     def work(rank, world):
         shard = Shard(rank, world)
         manifest = Manifest(folder / "out", shard)
-        return list(batch.run(entries, _choice(pipe), pipe.placement, jobs.Models(pipe), manifest, size=1, shard=shard))
+        maker = batch.PictureMaker(_choice(pipe), pipe.placement, jobs.Models(pipe), manifest.folder)
+        rows = batch.run(entries, _choice(pipe), manifest, batch.in_turn(maker), size=1, shard=shard)
+        return [row["line"] for row in rows]
 
-    assert [entry.line for entry in work(0, 3)] == [1, 4]
-    assert [entry.line for entry in work(0, 1)] == [1, 4, 2, 3, 5]
+    assert work(0, 3) == [1, 4]
+    assert work(0, 1) == [1, 4, 2, 3, 5]
     lines = [row["line"] for row in rows(folder / "out")]
     assert sorted(lines) == [1, 2, 3, 4, 5]  # each picture once
     assert len(list((folder / "out").glob("*.png"))) == 5
@@ -217,3 +222,35 @@ def test_a_killed_batch_goes_on_where_it_stopped(model_folder, folder):
     subprocess.run(words, check=True, cwd=folder)
     assert sorted(row["line"] for row in rows(folder / "out")) == list(range(1, 13))
     assert not [file for file in (folder / "out").iterdir() if file.name.startswith(".")]
+
+
+@pytest.mark.slow
+def test_ray_replaces_a_killed_actor_and_loses_nothing(model_folder, folder, run):
+    pytest.importorskip("ray.data")
+    path = listed("a.txt", *(f"a cat {i}" for i in range(40)))
+    code = "from ldm.cli import main; raise SystemExit(main())"
+    words = ["batch", str(path), "out", *SMALL, "--batch-size", "1"]
+    model = ["--model", str(model_folder), "--device", "cpu"]
+    command = [sys.executable, "-c", code, *words, *model, "--ray", "--actors", "2", "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=folder, text=True)
+    while not list(folder.glob("out/*.png")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    victim = _actors()[0]
+    os.kill(victim, signal.SIGKILL)
+    out, _ = process.communicate(timeout=240)
+    assert json.loads(out.splitlines()[-1]) == {"folder": "out", "done": 40, "failed": 0}  # Ray prints the death
+    assert sorted(row["line"] for row in rows(folder / "out")) == list(range(1, 41))  # none lost, none twice
+    assert run(*words[:2], "alone", *words[3:])[0] == 0
+    for file in (folder / "alone").glob("*.png"):
+        assert np.array_equal(np.asarray(Image.open(file)), np.asarray(Image.open(folder / "out" / file.name)))
+
+
+def _actors():
+    """Return the process numbers of Ray's actors that make pictures."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            if b"ray::" in (title := path.read_bytes()) and b"_Actor" in title:
+                found.append(int(path.parent.name))
+    return found

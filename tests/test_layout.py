@@ -53,15 +53,16 @@ PACKAGES = {  # what each part of ldm may import of ldm, beside itself; "ldm" is
     "source strict variations",
     "jobs": "diffusion geometry loading outputs pipeline placement record refiner request",
     "batch": "jobs outputs placement record request strict",
+    "batch_ray": "batch jobs placement record",
     "training": "atomic checkpoint conditioning config control diffusion geometry images loading models pictures "
     "presets strict",
-    "cli": "batch checkpoint config control diffusion geometry image_prompt jobs ldm loading outputs pictures "
-    "pipeline placement previews prompts record regions request sizes source training variations",
+    "cli": "batch batch_ray checkpoint config control diffusion geometry image_prompt jobs ldm loading outputs "
+    "pictures pipeline placement previews prompts record regions request sizes source training variations",
     "ldm": "config control image_prompt loading pipeline placement presets refiner regions request sizes source "
     "variations",
 }
 THIRD_PARTY = {"torch", "safetensors", "tokenizers", "einops", "numpy", "PIL", "tqdm"}
-OPTIONAL = {"cv2", "transformers"}  # of the extras `control` and `vision`
+OPTIONAL = {"cv2", "ray", "transformers"}  # of the extras `control`, `ray` and `vision`
 
 
 def part_of(module):

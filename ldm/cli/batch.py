@@ -27,6 +27,14 @@ def add(commands: Commands) -> None:
     command.add_argument(
         "--batch-size", type=int, default=4, metavar="N", help="pictures that run together (default: 4)"
     )
+    command.add_argument(
+        "--ray",
+        nargs="?",
+        const="",
+        metavar="ADDRESS",
+        help="spread the list by Ray Data: over this machine, or over the cluster at ADDRESS (extra: ray)",
+    )
+    command.add_argument("--actors", type=int, default=1, metavar="N", help="with --ray: processes (default: 1)")
     for kind in (ModelChoice, Request, ldm.Placement):
         add_options(command, kind)
     command.add_argument("--json", action="store_true", help="print the numbers of pictures as JSON")
@@ -38,6 +46,8 @@ def _batch(args: argparse.Namespace) -> int:
 
     if args.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
+    if args.actors < 1:
+        raise ValueError(f"--actors must be at least 1, got {args.actors}")
     defaults = given(args, Request)
     if defaults.get("seed", 0) < 0:
         raise ValueError(f"--seed must be 0 or more, so that the list can be repeated, got {defaults['seed']}")
@@ -47,15 +57,20 @@ def _batch(args: argparse.Namespace) -> int:
     choice, placement = ModelChoice(**given(args, ModelChoice)), ldm.Placement.fast(**given(args, ldm.Placement))
     if shard.world > 1 and (placement.device or "cuda") == "cuda" and torch.cuda.is_available():
         placement = dataclasses.replace(placement, device=f"cuda:{os.environ['LOCAL_RANK']}")
-    models = load_models(choice, placement)
-    made = batch.run(entries, choice, placement, models, manifest, size=args.batch_size, shard=shard)
+    if args.ray is None:
+        maker = batch.PictureMaker(choice, placement, load_models(choice, placement), args.out)
+        make = batch.in_turn(maker)
+    else:
+        from ldm.batch_ray import spread
+
+        make = spread(choice, placement, args.out, address=args.ray or None, actors=args.actors)
+    made = batch.run(entries, choice, manifest, make, size=args.batch_size, shard=shard)
     total = len(entries) if shard.world == 1 else None  # torchrun: the share of this process is not known
     counts: Counter[str] = Counter()
-    for entry in tqdm(made, total=total, unit="picture", disable=None):
-        row = manifest.rows[entry.name]
+    for row in tqdm(made, total=total, unit="picture", disable=None):
         counts[row["status"]] += 1
         if row["status"] == "failed":
-            tqdm.write(f"ldm: line {entry.line} failed: {row['error']}", file=sys.stderr)
+            tqdm.write(f"ldm: line {row['line']} failed: {row['error']}", file=sys.stderr)
     result = {"folder": str(args.out), "done": counts["done"], "failed": counts["failed"]}
     print(json.dumps(result) if args.json else f"{args.out}: {counts['done']} done, {counts['failed']} failed")
     return int(counts["failed"] > 0)
