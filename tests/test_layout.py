@@ -52,6 +52,7 @@ PACKAGES = {  # what each part of ldm may import of ldm, beside itself; "ldm" is
     "record": "config control diffusion image_prompt ldm loading lora pictures placement refiner regions request sizes "
     "source strict variations",
     "jobs": "diffusion geometry loading outputs pipeline placement record refiner request",
+    "serving": "diffusion pipeline request",
     "batch": "jobs outputs placement record request strict",
     "batch_ray": "batch jobs placement record",
     "training": "atomic checkpoint conditioning config control diffusion geometry images loading models pictures "
