@@ -52,7 +52,7 @@ class Served:
         """Make the pictures of `request` in a thread, as `Pipeline.generate` does.
 
         on_step: called in the event loop after each step. wait: wait for a place if the queue is full; with
-        False, raise BusyError.
+          False, raise BusyError.
         A task that is cancelled leaves the queue, or stops its run after the current step. The run has ended, and its
         place is free, when the cancellation is raised.
         """
