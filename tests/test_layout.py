@@ -52,13 +52,15 @@ PACKAGES = {  # what each part of ldm may import of ldm, beside itself; "ldm" is
     "record": "config control diffusion image_prompt ldm loading lora pictures placement refiner regions request sizes "
     "source strict variations",
     "jobs": "diffusion geometry loading outputs pipeline placement record refiner request",
+    "download": "",
     "serving": "diffusion pipeline request",
     "batch": "jobs outputs placement record request strict",
     "batch_ray": "batch jobs placement record",
     "training": "atomic checkpoint conditioning config control diffusion geometry images loading models pictures "
     "presets strict",
-    "cli": "batch batch_ray checkpoint config control diffusion geometry image_prompt jobs ldm loading outputs "
-    "pictures pipeline placement previews prompts record regions request sizes source training variations",
+    "cli": "batch batch_ray checkpoint config control diffusion download geometry image_prompt jobs ldm loading "
+    "outputs pictures pipeline placement previews prompts record regions request sizes source training "
+    "variations",
     "ldm": "config control image_prompt loading pipeline placement presets refiner regions request sizes source "
     "variations",
 }
