@@ -1,4 +1,4 @@
-"""`ldm download`: fetch an official model file, the only command that uses the network without being told an address."""
+"""`ldm download`: fetch an official model file, with its size, license and sha256 shown first."""
 
 import argparse
 import os
