@@ -17,7 +17,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from ldm import jobs
+from ldm import jobs, rescue
 from ldm.outputs import Outputs
 from ldm.placement.memory import Placement
 from ldm.record import PARTS, ModelChoice
@@ -288,7 +288,7 @@ class PictureMaker:
         try:
             request = _together(group)
             outputs = _Named(files[0], len(files), overwrite=True, files=files)
-            jobs.run(jobs.Job(request, self.choice, self.placement), self.models, outputs)
+            rescue.run(jobs.Job(request, self.choice, self.placement), self.models, outputs)
         except (ValueError, ArithmeticError, MemoryError, RuntimeError) as error:
             if len(group) > 1:
                 return [row for entry in group for row in self([entry])]

@@ -13,6 +13,14 @@ from ldm.request import Plan
 NAMES = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder"}
 
 
+class NotFiniteError(FloatingPointError):
+    """A network with sound weights gave NaN or Inf. network: "unet", "vae" or "text_encoder"."""
+
+    def __init__(self, text: str, network: str) -> None:
+        super().__init__(text)
+        self.network = network
+
+
 def not_finite(
     pipe: Any, name: str, *, plan: Plan | None = None, index: int = 0, peak: float = 0.0
 ) -> FloatingPointError:
@@ -37,9 +45,10 @@ def not_finite(
     gave = f"the {shown} gave numbers that are not finite in {str(dtype).removeprefix('torch.')}{where}"
     if dtype == torch.float16:
         option = "vae_dtype" if name == "vae" else "dtype"
-        return FloatingPointError(
+        return NotFiniteError(
             f"{gave}, whose largest number is 65504 (the largest weight is {largest:.3g}): load the model with "
-            f"{option} float32"
+            f"{option} float32",
+            name,
         )
     causes = {
         "unet": f"a UNet that does not predict {pipe.config.diffusion.prediction} (see `prediction`), a custom sampler"
@@ -49,7 +58,7 @@ def not_finite(
     }[name]
     if plan is not None and len(plan.texts) > 1:
         causes = f"too much guidance (guidance_scale {plan.guidance_scale:g}), {causes}"
-    return FloatingPointError(f"{gave}, from finite weights (up to {largest:.3g}); usual causes: {causes}")
+    return NotFiniteError(f"{gave}, from finite weights (up to {largest:.3g}); usual causes: {causes}", name)
 
 
 def unfit(config: ModelConfig, task: str) -> ValueError:

@@ -8,14 +8,13 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Thread
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from ldm.diffusion.samplers import Step
 from ldm.geometry import grid
 from ldm.loading import load
-from ldm.outputs import Outputs
 from ldm.pipeline import Pipeline
 from ldm.placement.memory import Placement
 from ldm.record import ModelChoice, Record, digest, remember
@@ -23,6 +22,15 @@ from ldm.refiner import plan_both, stream_both
 from ldm.request import Request
 
 Steps = Generator[Step]
+
+
+class Saver(Protocol):
+    """Writes the pictures of a job, as `Outputs` does."""
+
+    def save(self, index: int, picture: Any, texts: Mapping[str, str]) -> Path:
+        """Write picture `index` of the job, and return its path."""
+
+
 Watch = Callable[[Steps, int], Steps]  # (steps, their number) -> the same steps, with a progress bar for example
 
 
@@ -73,6 +81,7 @@ class Job:
     grid: bool = False  # one file with all the pictures
     picture: int | None = None  # the index of the only picture to write; None: all
     sha256: Mapping[str, str] = field(default_factory=dict)  # the expected digests, by the names of `paths`
+    adjusted: tuple[str, ...] = ()  # what `ldm.rescue` changed, in words
 
     @property
     def count(self) -> int:
@@ -131,7 +140,7 @@ def load_models(choice: ModelChoice, placement: Placement) -> Models:
     return Models(base, refiner)
 
 
-def run(job: Job, models: Models, outputs: Outputs, watch: Watch = lambda steps, total: steps) -> Result:
+def run(job: Job, models: Models, outputs: Saver, watch: Watch = lambda steps, total: steps) -> Result:
     """Make the pictures of `job` with its loaded models, and write each as soon as it is finished.
 
     watch: wraps the generator of the steps, to show progress.
@@ -167,6 +176,7 @@ def run(job: Job, models: Models, outputs: Outputs, watch: Watch = lambda steps,
                     pictures = (refiner or base).decode(latents[together])
                     pictures = request.region.paste(pictures) if request.region else pictures
                 record = remember(plan, job.model, base, {name: found.result() for name, found in digests.items()})
+                record = dataclasses.replace(record, adjusted=job.adjusted)
                 with timed("save", seconds):
                     texts = record.texts(None if job.grid else together[0])
                     files.append(outputs.save(len(files), grid(pictures) if job.grid else pictures[0], texts))

@@ -98,6 +98,7 @@ class Record:
       picture: "controlnet_1", "control_1" and so on, of the files of each image prompt: "ip_adapter_1",
       "image_prompt_1", "image_encoder_1" and so on, and of the masks of regions: "region_1" and so on.
     placement: its fields, with device and dtypes as text. picture: the index of the picture; None: a grid of all.
+    adjusted: what was changed because memory was too small or a part failed, see `ldm.rescue`.
     """
 
     task: Literal["txt2img", "img2img", "inpaint", "edit"]
@@ -110,6 +111,7 @@ class Record:
     name: str = ""
     why: str = ""
     picture: int | None = None
+    adjusted: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Return the record as JSON-ready values, without None and empty tables.

@@ -53,8 +53,9 @@ PACKAGES = {  # what each part of ldm may import of ldm, beside itself; "ldm" is
     "source strict variations",
     "jobs": "diffusion geometry loading outputs pipeline placement record refiner request",
     "download": "",
+    "rescue": "checkpoint diagnosis jobs loading pipeline placement request",
     "serving": "diffusion pipeline request",
-    "batch": "jobs outputs placement record request strict",
+    "batch": "jobs outputs placement record request rescue strict",
     "batch_ray": "batch jobs placement record",
     "training": "atomic checkpoint conditioning config control diffusion geometry images loading models pictures "
     "presets strict",

@@ -1,6 +1,7 @@
 """`ldm txt2img`, `img2img`, `inpaint` and `edit`: make pictures from a prompt, a picture, or a picture's record."""
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import ldm
-from ldm import jobs
+from ldm import jobs, rescue
 from ldm.cli.controls import add_controls
 from ldm.cli.image_prompts import add_image_prompts
 from ldm.cli.job import read_job
@@ -65,6 +66,9 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", type=Path, help="the PNG to write; several pictures get numbers (default: out.png)")
     command.add_argument("--overwrite", action="store_true", help="replace files that exist")
     add_previews(command)
+    command.add_argument(
+        "--allow-smaller", action="store_true", help="make smaller pictures if no other way fits into memory"
+    )
     command.add_argument("--grid", action="store_true", help="one file with all the pictures")
     command.add_argument(
         "--from",
@@ -91,13 +95,23 @@ def _generate(args: argparse.Namespace) -> None:
         _ = region.picture
     for prompt in job.request.image_prompts:
         _ = prompt.picture
+    way = rescue.prepare(job, _say)
+    job = dataclasses.replace(job, placement=way.placement)
     seconds: dict[str, float] = {}
     with jobs.timed("load", seconds):
         models = load_models(job.model, job.placement)
     if job.model.embeddings:
         _report_embeddings(models.base, job.request)
     with previews(models.base) as previewed:
-        result = jobs.run(job, models, outputs, lambda steps, total: _watch(previewed(steps), total))
+        result = rescue.run(
+            job,
+            models,
+            outputs,
+            lambda steps, total: _watch(previewed(steps), total),
+            way=dataclasses.replace(way, placement=models.base.placement),
+            allow_smaller=args.allow_smaller,
+            say=_say,
+        )
     results = {
         "files": [str(file) for file in result.files],
         "seeds": result.seeds,
@@ -139,6 +153,10 @@ def _report_embeddings(pipe: ldm.Pipeline, request: Request) -> None:
     used = words_used(pipe.text_encoder, texts)
     words = ", ".join(f"{name!r} ({count} vector{'s' * (count > 1)})" for name, count in used.items())
     print(f"ldm: embeddings in the prompts: {words or 'none'}", file=sys.stderr)
+
+
+def _say(words: str) -> None:
+    tqdm.write(f"ldm: {words}", file=sys.stderr)
 
 
 def _watch(steps: Iterator[Step], total: int) -> jobs.Steps:

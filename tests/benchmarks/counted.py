@@ -10,11 +10,11 @@ from ldm.models.text import TextEncoder
 from ldm.models.tokens import Tokenizer
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
+from ldm.placement.live_bytes import LiveBytes
 from ldm.placement.offload import Streamed
 from ldm.placement.slabs import decode_slabs, encode_slabs
 from ldm.placement.tiles import decode_tiles, encode_tiles
 from tests.benchmarks.cases import CASES
-from tests.live_bytes import LiveBytes
 
 
 @cache

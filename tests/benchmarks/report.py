@@ -7,10 +7,10 @@ from tests.benchmarks.cases import CASES
 MEMORY = """\
 ## Memory, counted
 
-The tensors of one picture in fp16 were counted without computing them (`tests/live_bytes.py`). Kernels may use more
-memory inside. The rows of step, decode and encode leave out the weights. The rows of a picture include all weights that
-are on the device at the peak. "sdpa" is counted as a fused kernel, which holds no scores. "slabs" has the budget of the
-option.
+The tensors of one picture in fp16 were counted without computing them (`ldm/placement/live_bytes.py`). Kernels may
+use more memory inside. The rows of step, decode and encode leave out the weights. The rows of a picture include all
+weights that are on the device at the peak. "sdpa" is counted as a fused kernel, which holds no scores. "slabs" has the
+budget of the option.
 """
 MARKS = ("<!-- measured -->\n", "<!-- end -->")
 ABOUT = ("machine", "device", "date", "command", "threads", "versions", "rates")

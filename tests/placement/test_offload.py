@@ -14,9 +14,9 @@ from ldm.models.attention import set_attention
 from ldm.models.transformer import TransformerBlock
 from ldm.models.unet import Encoder, UNet
 from ldm.placement import offload as module
+from ldm.placement.live_bytes import LiveBytes
 from ldm.placement.offload import Moved, Streamed, pin, tensors_of
 from ldm.presets import SD15, SDXL_BASE
-from tests.live_bytes import LiveBytes
 from tests.tiny import TINY_SDXL, random_networks
 
 MIB = 2**20

@@ -9,10 +9,10 @@ from torch import nn
 from ldm.config import VAEConfig
 from ldm.models.attention import math_attention, set_attention
 from ldm.models.vae import VAE
+from ldm.placement.live_bytes import LiveBytes
 from ldm.placement.packing import can_pack, pack
 from ldm.placement.slabs import decode_slabs, encode_slabs
 from ldm.presets import SD15
-from tests.live_bytes import LiveBytes
 from tests.sparse import sparse
 
 SMALL = VAEConfig(channels=(8, 16, 16), res_blocks=1, norm_groups=4, scaling_factor=0.5)

@@ -9,8 +9,8 @@ from einops import rearrange
 
 import ldm
 from ldm.models.vae import Gaussian
+from ldm.placement.live_bytes import LiveBytes
 from ldm.placement.tiles import decode_tiles, encode_tiles
-from tests.live_bytes import LiveBytes
 from tests.placement.test_slabs import NARROW, SMALL, pictures, random_vae
 
 LOCAL = SimpleNamespace(  # an autoencoder to which every pixel is alone: tiles must change nothing
