@@ -45,7 +45,7 @@ class VAERecipe(Recipe):
         if start and self.loss.decoder_only:
             factor = start.config.scaling_factor
         else:
-            images, _ = collate([dataset[i] for i in range(min(256, len(dataset)))])
+            images = collate([dataset[i] for i in range(min(256, len(dataset)))])[0]
             factor = 1 / latent_std(objective.vae, images.to(device))
         objective.vae.config = dataclasses.replace(config, scaling_factor=factor)
         save_vae(objective.vae, self.out / "vae", image_size=size)
