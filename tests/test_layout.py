@@ -57,16 +57,18 @@ PACKAGES = {  # what each part of ldm may import of ldm, beside itself; "ldm" is
     "serving": "diffusion pipeline request",
     "batch": "jobs outputs placement record request rescue strict",
     "batch_ray": "batch jobs placement record",
-    "training": "atomic checkpoint conditioning config control diffusion geometry images loading models pictures "
-    "presets strict",
-    "cli": "batch batch_ray checkpoint config control diffusion download geometry image_prompt jobs ldm loading "
-    "outputs pictures pipeline placement previews prompts record regions request sizes source training "
+    "training": "atomic checkpoint conditioning config control diffusion geometry image_prompt images loading models "
+    "pictures presets strict",
+    "cli": "batch batch_ray checkpoint config control diffusion doctor download geometry image_prompt jobs ldm "
+    "loading outputs pictures pipeline placement previews prompts record regions request sizes source stats training "
     "variations",
+    "stats": "diffusion pipeline",
+    "doctor": "atomic checkpoint config ldm loading pipeline placement request",
     "ldm": "config control image_prompt loading pipeline placement presets refiner regions request sizes source "
     "variations",
 }
 THIRD_PARTY = {"torch", "safetensors", "tokenizers", "einops", "numpy", "PIL", "tqdm"}
-OPTIONAL = {"cv2", "ray", "transformers"}  # of the extras `control`, `ray` and `vision`
+OPTIONAL = {"cv2", "pynvml", "ray", "torchmetrics", "transformers"}  # of the extras
 
 
 def part_of(module):

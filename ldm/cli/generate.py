@@ -18,6 +18,7 @@ from ldm.cli.loras import add_loras
 from ldm.cli.options import Commands, add_options
 from ldm.cli.previews import add_previews, read_previews
 from ldm.cli.regions import add_regions
+from ldm.cli.stats import add_stats, check_stats, measuring
 from ldm.diffusion.samplers import Step
 from ldm.loading import BUNDLED
 from ldm.outputs import Outputs
@@ -69,6 +70,7 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--allow-smaller", action="store_true", help="make smaller pictures if no other way fits into memory"
     )
+    add_stats(command)
     command.add_argument("--grid", action="store_true", help="one file with all the pictures")
     command.add_argument(
         "--from",
@@ -86,6 +88,7 @@ def _generate(args: argparse.Namespace) -> None:
     job = read_job(args)
     outputs = Outputs(args.out, job.count, args.overwrite, records=not args.no_metadata)
     outputs.check()
+    check_stats(args)
     previews = read_previews(args, outputs)
     if job.request.source is not None:  # read the pictures before the model, so that their errors come early
         _ = job.request.source.picture, job.request.region
@@ -102,7 +105,7 @@ def _generate(args: argparse.Namespace) -> None:
         models = load_models(job.model, job.placement)
     if job.model.embeddings:
         _report_embeddings(models.base, job.request)
-    with previews(models.base) as previewed:
+    with measuring(args, models) as stats, previews(models.base) as previewed:
         result = rescue.run(
             job,
             models,
@@ -112,12 +115,17 @@ def _generate(args: argparse.Namespace) -> None:
             allow_smaller=args.allow_smaller,
             say=_say,
         )
-    results = {
+    results: dict[str, object] = {
         "files": [str(file) for file in result.files],
         "seeds": result.seeds,
         "seconds": seconds | result.seconds,
         "settings": result.record.as_dict(),
     }
+    if stats is not None:
+        stats.seconds["save"], stats.calls["save"] = result.seconds["save"], len(result.files)
+        results["stats"] = stats.as_dict()
+    if args.stats and not args.json:
+        print(f"ldm: {json.dumps(results['stats'])}", file=sys.stderr)
     print(json.dumps(results) if args.json else "\n".join(map(str, result.files)))
     moved = [(want, file) for want, file in zip(outputs.wanted, result.files, strict=True) if want != file]
     if moved and args.out is not None:

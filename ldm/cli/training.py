@@ -11,6 +11,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import ldm
+from ldm.cli import metrics
 from ldm.cli.generate import load_models
 from ldm.cli.options import Commands, add_options, given
 from ldm.placement.choice import find_device
@@ -36,6 +37,7 @@ def add(commands: Commands) -> None:
     other = command.add_mutually_exclusive_group()
     other.add_argument("--kid", type=int, metavar="N", help="measure KID with N pictures instead, such as 1000")
     other.add_argument("--controlnet", help="measure instead how well pictures follow the edges that this one is given")
+    metrics.add(command, other)
     add_options(command, ldm.Request, ASKED)
     add_options(command, ldm.Placement)
     command.add_argument("--json", action="store_true", help="print the results of all pictures as JSON")
@@ -72,6 +74,9 @@ def _evaluate(args: argparse.Namespace) -> None:
 
     asked = ldm.Request("", **given(args, ldm.Request, ASKED))
     placement = ldm.Placement.fast(**given(args, ldm.Placement))
+    if args.metrics is not None:
+        metrics.run(args, asked, placement)
+        return
     sprites = emoji_sprites(args.font or FONT, args.fluent or FLUENT)
     pipe = load_models(ModelChoice(**given(args, ModelChoice)), placement).base
     if args.controlnet is not None:

@@ -2,6 +2,7 @@
 
 The paper takes the pooled features of the Inception network, which is trained on photographs. Here, they come from the
 encoder of the model's own VAE, which knows emoji and needs no download. Compare only models with the same VAE.
+`ldm.training.metrics` computes the same distance in the features of other networks.
 
 KID is independent of the checker of `ldm.training.checker`: it looks at the pictures alone, not at their prompts, and
 becomes large for blur, noise and missing variety, too. It is an estimate of a squared distance: about 0, also slightly
@@ -43,22 +44,28 @@ def features(vae: VAE, pictures: Sequence[Image.Image]) -> Tensor:
     return torch.cat(found)
 
 
-def kid(made: Tensor, true: Tensor) -> tuple[float, float]:
+def kid(made: Tensor, true: Tensor, *, block: int | None = None, standardize: bool = True) -> tuple[float, float]:
     """Return the distance of two sets of features, n d, and its standard error over the blocks.
 
-    All features are first standardized with the mean and the standard deviation of `true`: without a common scale, the
-    kernel would see only the features with the largest values. The distance of a block is the unbiased estimate of
-    MMD^2 with the kernel (x.y / d + 1)^3 (section 4 of the paper).
+    The distance of a block is the unbiased estimate of MMD^2 with the kernel (x.y / d + 1)^3 (section 4 of the paper).
+    block: pictures in a block; None: BLOCK. The paper draws its blocks again and again from the same pictures. Here no
+    two blocks share a picture, which gives a standard error.
+    standardize: first give each feature of `true` the mean 0 and the standard deviation 1, and change `made` alike. The
+    VAE's features need this: without a common scale, the kernel would see only the features with the largest values.
+    The paper does not standardize the Inception features.
     Raises ValueError for sets of different sizes, and for less than two blocks of pictures.
     """
-    if len(made) != len(true) or len(made) < 2 * BLOCK:
+    block = block or BLOCK
+    if len(made) != len(true) or len(made) < 2 * block:
         raise ValueError(
-            f"KID compares two equal sets of at least {2 * BLOCK} pictures, got {len(made)} and {len(true)}"
+            f"KID compares two equal sets of at least {2 * block} pictures, got {len(made)} and {len(true)}"
         )
-    mean, deviation = true.double().mean(0), true.double().std(0).clamp(min=1e-6)
-    x, y = ((side.double() - mean) / deviation for side in (made, true))
-    starts = range(0, len(x) - BLOCK + 1, BLOCK)
-    found = torch.stack([_mmd2(x[i : i + BLOCK], y[i : i + BLOCK]) for i in starts])
+    x, y = made.double(), true.double()
+    if standardize:
+        mean, deviation = y.mean(0), y.std(0).clamp(min=1e-6)
+        x, y = (x - mean) / deviation, (y - mean) / deviation
+    starts = range(0, len(x) - block + 1, block)
+    found = torch.stack([_mmd2(x[i : i + block], y[i : i + block]) for i in starts])
     return found.mean().item(), found.std().item() / math.sqrt(len(found))
 
 

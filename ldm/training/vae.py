@@ -1,6 +1,8 @@
-"""The VAE's objective: reconstruction, a KL term and, optionally, a discriminator."""
+"""The VAE's objective: reconstruction, a KL term and, optionally, a perceptual distance and a discriminator."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,8 @@ from ldm.models.layers import ResBlock
 from ldm.models.vae import VAE, Gaussian, PixelAttention
 from ldm.training.loop import Batch, Objective
 
+Perceptual = Callable[[Tensor, Tensor], Tensor]  # two images, b 3 h w in [-1, 1] -> their distances, any shape
+
 
 @dataclass(frozen=True)
 class VAELoss:
@@ -20,23 +24,29 @@ class VAELoss:
 
     gradient: float = 1.0  # L1 of the image gradients, which sharpens edges without a perceptual network
     kl: float = 1e-4
+    perceptual: Path | None = None  # a TorchScript file of a perceptual distance such as LPIPS, see `Perceptual`
+    perceptual_weight: float = 0.1
     adversarial: float = 0.0  # 0: no discriminator
     adversarial_start: int = 0  # the number of batches before the adversarial term is added
+    discriminator_channels: int = 32  # of its first layer; each further layer has twice as many
+    discriminator_layers: int = 2  # after the first one; each halves the resolution
     decoder_only: bool = False  # keep the encoder, so that a UNet that was trained on its latents stays valid
     crop: int = 0  # side in pixels of the random squares to train on; 0: whole images
 
 
 class VAEObjective(Objective):
-    """Train a VAE (Rombach et al. 2022, section 3.1, but with an L1 loss of image gradients instead of LPIPS)."""
+    """Train a VAE (Rombach et al. 2022, section 3.1, with an L1 loss of image gradients beside or instead of LPIPS)."""
 
-    def __init__(self, config: VAEConfig, weights: VAELoss) -> None:
+    def __init__(self, config: VAEConfig, weights: VAELoss, perceptual: Perceptual | None = None) -> None:
+        """perceptual: no nn.Module, so that neither the optimizer nor the checkpoint holds its weights."""
         super().__init__()
-        self.weights = weights
+        self.weights, self.perceptual = weights, perceptual
         self.vae = init(VAE(config))
         if weights.decoder_only:
             self.vae.encoder.requires_grad_(False)
             self.vae.quant_conv.requires_grad_(False)
-        self.discriminator = PatchDiscriminator() if weights.adversarial else None
+        size = weights.discriminator_channels, weights.discriminator_layers
+        self.discriminator = PatchDiscriminator(*size) if weights.adversarial else None
         self.steps: Tensor
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
@@ -56,6 +66,10 @@ class VAEObjective(Objective):
         mse = F.mse_loss(decoded.detach().clamp(-1, 1), images)
         logs = {"l1": l1, "edges": edges, "kl": divergence, "psnr": 10 * torch.log10(4 / mse)}
 
+        if self.perceptual is not None:
+            distance = self.perceptual(images, decoded).mean()
+            loss = loss + self.weights.perceptual_weight * distance
+            logs |= {"perceptual": distance}
         if self.discriminator is not None:
             learn, fool = hinge_losses(self.discriminator, images, decoded)
             started = (self.steps >= self.weights.adversarial_start).float()

@@ -8,39 +8,36 @@ import torch
 
 from ldm.checkpoint.files import load_vae, save_vae
 from ldm.config import VAEConfig
+from ldm.models.vae import VAE
 from ldm.training.loop import collate, train
 from ldm.training.recipes.base import Recipe, check_side
-from ldm.training.vae import VAELoss, VAEObjective, latent_std
+from ldm.training.scripted import open_script
+from ldm.training.vae import Perceptual, VAELoss, VAEObjective, latent_std
 
 
 @dataclass(frozen=True, kw_only=True)
 class VAERecipe(Recipe):
     """Train a VAE and save it to `out`/vae. Its scaling factor is measured at the end, unless the encoder stays."""
 
-    vae: VAEConfig = field(default_factory=VAEConfig)
+    vae: VAEConfig | None = None  # the architecture; None: that of `start`, or without it that of the official VAEs
     loss: VAELoss = field(default_factory=VAELoss)
-    start: Path | None = None  # a VAE of the same architecture, whose weights the training starts from
+    start: Path | None = None  # any VAE or model that `load_vae` reads; the training starts from its weights
 
     def run(self, device: torch.device) -> Path:
         """Train the VAE; return its folder. Raises as `Recipe.run` does."""
-        size, crop = self.data.size, self.loss.crop
-        check_side("size", size, self.vae)
-        check_side("crop", crop, self.vae)
         if self.loss.decoder_only and self.start is None:
             raise ValueError("decoder_only trains the decoder of a VAE that exists: give its folder as `start`")
+        start = load_vae(self.start, device=device) if self.start else None
+        config = self._config(start)
+        size, crop = self.data.size, self.loss.crop
+        check_side("size", size, config)
+        check_side("crop", crop, config)
         if crop > size:
             raise ValueError(f"crop must be at most the pictures' size of {size} pixels, got {crop}")
         dataset = self.data.open()
         torch.manual_seed(self.loop.seed)
-        config = dataclasses.replace(self.vae, scaling_factor=1.0)  # the true factor is measured at the end
-        objective = VAEObjective(config, self.loss).to(device)
-        start = load_vae(self.start, device=device) if self.start else None
+        objective = VAEObjective(config, self.loss, self._perceptual(device)).to(device)
         if start:
-            if dataclasses.replace(start.config, scaling_factor=1.0) != config:
-                raise ValueError(
-                    f"the VAE in {self.start} has another architecture than [vae] says: give the values of that VAE, "
-                    "or leave `start` out"
-                )
             objective.vae.load_state_dict(start.state_dict())
         average = train(objective, dataset, self.loop, self.out, self.fixed_values())
 
@@ -48,8 +45,25 @@ class VAERecipe(Recipe):
         if start and self.loss.decoder_only:
             factor = start.config.scaling_factor
         else:
-            images, _ = collate([dataset[i] for i in range(min(256, len(dataset)))])
+            images = collate([dataset[i] for i in range(min(256, len(dataset)))])[0]
             factor = 1 / latent_std(objective.vae, images.to(device))
         objective.vae.config = dataclasses.replace(config, scaling_factor=factor)
         save_vae(objective.vae, self.out / "vae", image_size=size)
         return self.out / "vae"
+
+    def _config(self, start: VAE | None) -> VAEConfig:
+        """Return the architecture, with the scaling factor 1 during the training."""
+        config = self.vae or (start.config if start else VAEConfig())
+        config = dataclasses.replace(config, scaling_factor=1.0)
+        if start and dataclasses.replace(start.config, scaling_factor=1.0) != config:
+            raise ValueError(
+                f"the VAE in {self.start} has another architecture than [vae] says: leave [vae] out, or leave `start` "
+                "out"
+            )
+        return config
+
+    def _perceptual(self, device: torch.device) -> Perceptual | None:
+        """Read the network of the perceptual distance. Raises ValueError unless the file is TorchScript."""
+        if self.loss.perceptual is None:
+            return None
+        return open_script(self.loss.perceptual, device).forward

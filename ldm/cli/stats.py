@@ -1,0 +1,44 @@
+"""The options --stats and --trace of the generating commands."""
+
+import argparse
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ldm.jobs import Models
+
+if TYPE_CHECKING:
+    from ldm.stats import Stats
+
+
+def add_stats(command: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    command.add_argument(
+        "--stats", action="store_true", help="print seconds per stage, steps/s, memory and power on stderr"
+    )
+    command.add_argument(
+        "--trace", type=Path, metavar="FILE", help="write a trace of all operations, see docs/operate.md"
+    )
+
+
+def check_stats(args: argparse.Namespace) -> None:
+    """Raise ValueError if the trace cannot be written."""
+    if args.trace is not None and (args.trace.exists() or not args.trace.parent.is_dir()):
+        reason = "exists" if args.trace.exists() else f"is in no folder: there is no {args.trace.parent}"
+        raise ValueError(f"the trace {args.trace} {reason}; choose another --trace")
+
+
+@contextmanager
+def measuring(args: argparse.Namespace, models: Models) -> "Iterator[Stats | None]":
+    """Measure and trace the block as the options say. Yields None without --stats and --trace."""
+    if not args.stats and args.trace is None:
+        yield None
+        return
+    from ldm.stats import measured, traced
+
+    with ExitStack() as stack:
+        stats = stack.enter_context(measured(*(pipe for pipe in models if pipe is not None)))
+        if args.trace is not None:
+            stack.enter_context(traced(args.trace, stats.device))
+        yield stats
