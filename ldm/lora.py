@@ -17,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,8 @@ from ldm.checkpoint.parts import TOWERS
 from ldm.checkpoint.tensors import some
 from ldm.config import check_number
 from ldm.models.lora import Change
+from ldm.models.text import TextEncoder
+from ldm.models.textual_inversion import add_embedding, remove_embedding
 
 if TYPE_CHECKING:
     from ldm.pipeline import Pipeline
@@ -86,14 +88,14 @@ class Applied(NamedTuple):
     applied: int  # how many layers it changes
     total: int  # how many layers its file names
     unknown: tuple[str, ...]  # names of layers in the file that the model does not have
-    words: tuple[str, ...]  # learned words in the file, which are not used
+    words: tuple[str, ...]  # learned words in the file, which prompts may use
 
     def __str__(self) -> str:
         parts = [f"{self.lora.path}: LoRA with weight {self.lora.weight:g}, {self.applied} of {self.total} modules"]
         if self.unknown:
             parts.append(f"the model has no {some(self.unknown)}")
         if self.words:
-            parts.append(f"its learned words are not used: {some(self.words)}")
+            parts.append(f"prompts may use its learned words: {some(self.words)}")
         return "; ".join(parts)
 
 
@@ -103,39 +105,60 @@ class Merged(NamedTuple):
     applied: tuple[Applied, ...]
     originals: dict[tuple[Target, str], Tensor]
     networks: Mapping[str, nn.Module]
+    words: tuple[str, ...] = ()  # learned words in the text encoder
 
 
 def set_loras(pipe: "Pipeline", loras: "Sequence[str | Path | Lora]") -> tuple[Applied, ...]:
     """Let these LoRAs replace those in the networks of `pipe`; none restores the weights as they were loaded.
 
     loras: `Lora`, or as text FILE or FILE:WEIGHT. `pipe.loras.applied` holds the result, too.
-    Raises ValueError as `read_lora` does, before anything changes; for quantized weights; and for weights that would
-    not be finite, after which the pipeline has no LoRA.
+    Raises ValueError as `read_lora` and `add_embedding` do, before anything changes; for quantized weights; and for
+    weights that would not be finite, after which the pipeline has no LoRA.
     """
     networks = {"unet": pipe.unet, **dict(zip(TOWERS, pipe.text_encoder.towers, strict=False))}
     layers = layers_of(networks)
     wanted = [Lora.parse(word) for word in loras]
-    applied = []
+    applied, words = [], dict[str, Tensor]()
     changes: dict[Target, list[tuple[float, Change]]] = defaultdict(list)
     for lora in wanted:
         file = read_lora(lora.path, networks, pipe.config.unet)
         lora.check_blocks(layers)
-        applied.append(Applied(lora, len(file.changes), file.count, file.unknown, file.words))
+        if both := words.keys() & file.words:
+            raise ValueError(f"two LoRAs bring along the learned word {min(both)}: use one of them")
+        words |= file.words
+        applied.append(Applied(lora, len(file.changes), file.count, file.unknown, tuple(file.words)))
         for target, change in file.changes.items():
             changes[target].append((lora.weight_of(target), change))
     old = pipe.loras or Merged((), {}, networks)
     originals = {
         key: value for key, value in old.originals.items() if old.networks[key[0].part] is networks[key[0].part]
     }
-    pipe.loras = Merged(tuple(applied), originals, networks)
+    own = all(old.networks[part] is networks[part] for part in networks.keys() & TOWERS)
+    _teach(pipe.text_encoder, old.words if own else (), words)
+    pipe.loras = Merged(tuple(applied), originals, networks, tuple(words))
     try:
         for target in changes | {target: None for target, _ in originals}:
             _merge(layers[target], target, changes.get(target, []), originals)
     except ValueError:
-        pipe.loras = Merged((), originals, networks)
+        pipe.loras = Merged((), originals, networks, tuple(words))
         set_loras(pipe, [])
         raise
     return pipe.loras.applied
+
+
+def _teach(text_encoder: TextEncoder, old: Iterable[str], words: Mapping[str, Tensor]) -> None:
+    """Replace the learned words `old` by `words`. An error changes nothing."""
+    towers: Any = text_encoder.towers
+    before = [(tower.tokenizer, tower.token_embedding) for tower in towers]
+    try:
+        for name in old:
+            remove_embedding(text_encoder, name)
+        for name, vectors in words.items():
+            add_embedding(text_encoder, name, [vectors])
+    except ValueError as error:
+        for tower, held in zip(towers, before, strict=True):
+            tower.tokenizer, tower.token_embedding = held
+        raise ValueError(f"the learned words of the LoRA cannot be used: {error}") from error
 
 
 @torch.no_grad()

@@ -64,7 +64,7 @@ PACKAGES = {  # what each part of ldm may import of ldm, beside itself; "ldm" is
     "variations",
     "stats": "diffusion pipeline",
     "doctor": "atomic checkpoint config ldm loading pipeline placement request",
-    "ldm": "config control image_prompt loading pipeline placement presets refiner regions request sizes source "
+    "ldm": "config control image_prompt loading lora pipeline placement presets refiner regions request sizes source "
     "variations",
 }
 THIRD_PARTY = {"torch", "safetensors", "tokenizers", "einops", "numpy", "PIL", "tqdm"}

@@ -32,6 +32,7 @@ _CLASSES = {  # the classes of diffusers and transformers that are implemented h
     "vae": ("AutoencoderKL",),
     **dict.fromkeys(TOWERS, ("CLIPTextModel", "CLIPTextModelWithProjection")),
 }
+LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # folders of diffusers, of PEFT
 _KEPT = "ldm.safetensors"  # `Model.unused`, for which diffusers' layout has no file
 
 
@@ -225,6 +226,8 @@ def _read_index(folder: Path) -> tuple[Json, tuple[str, ...], tuple[str, ...]]:
         inner = sorted(folder.glob("*/model_index.json"))
         files = sorted(path.name for path in folder.glob("*") if path.suffix in (".safetensors", ".ckpt"))
         hint = "give the folder that holds model_index.json"
+        if any((folder / name).is_file() for name in LORA_FILES):
+            raise ValueError(f"{folder} is a LoRA and no model: give it with --lora, and the model with --model")
         if snapshots:
             hint = f"it is a cache of Hugging Face, give {snapshots[-1].parent}"
         elif inner:

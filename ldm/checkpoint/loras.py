@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ldm.checkpoint import tables
+from ldm.checkpoint.folder import LORA_FILES
+from ldm.checkpoint.identify import find
 from ldm.checkpoint.keymap import Rule, translate
 from ldm.checkpoint.known import NAMES, kind_of
 from ldm.checkpoint.parts import TOWERS
@@ -25,7 +27,6 @@ from ldm.config import UNetConfig, check_number
 from ldm.models.lora import Change, Factors, rank, shape, sized_axis
 
 KINDS = "LoRA, LoCon, LoHa, LoKr, DoRA and whole differences"
-FOLDER_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # of diffusers; of PEFT
 PEFT_PREFIX, PEFT_CONFIG = "base_model.model.", "adapter_config.json"
 DIFFUSERS_METADATA = "lora_adapter_metadata"
 
@@ -80,13 +81,13 @@ class LoraFile:
     """What a file changes in one model.
 
     count: how many layers the file changes. unknown: those that the model does not have, by their names in the file.
-    words: learned words that some files bring along. They are not used.
+    words: the vectors, k d, of learned words that some files bring along.
     """
 
     changes: Mapping[Target, Change]
     count: int
     unknown: tuple[str, ...]
-    words: tuple[str, ...]
+    words: Mapping[str, Tensor]
 
 
 def read_lora(path: str | Path, networks: Mapping[str, nn.Module], config: UNetConfig) -> LoraFile:
@@ -122,7 +123,8 @@ def read_lora(path: str | Path, networks: Mapping[str, nn.Module], config: UNetC
             changes[target] = Change(factors, alphas.scale(name, target.part, rank(factors), alpha))
     if misfits or not changes:
         raise ValueError(f"{path} {_for_whom(config, misfits, unknown)}")
-    return LoraFile(changes, len(found), tuple(name for name, _ in unknown), words)
+    vectors = {name: value.reshape(-1, value.shape[-1]) for name, value in tensors.read(words)}
+    return LoraFile(changes, len(found), tuple(name for name, _ in unknown), vectors)
 
 
 def layers_of(networks: Mapping[str, nn.Module]) -> dict[Target, Any]:
@@ -184,10 +186,12 @@ def _file_of(path: Path) -> Path:
     """Return the file with the tensors. Raises ValueError for a folder without a LoRA, or with two."""
     if not path.is_dir():
         return path
-    found = [path / name for name in FOLDER_FILES if (path / name).is_file()]
+    found = [path / name for name in LORA_FILES if (path / name).is_file()]
+    if (path / "model_index.json").is_file():
+        raise ValueError(f"{path} is a model and no LoRA: give it with --model")
     if len(found) != 1:
         held = "both" if found else "neither of"
-        raise ValueError(f"{path} holds {held} {' and '.join(FOLDER_FILES)}: give the file of the LoRA")
+        raise ValueError(f"{path} holds {held} {' and '.join(LORA_FILES)}: give the file of the LoRA")
     return found[0]
 
 
@@ -207,7 +211,7 @@ def _by_layer(tensors: Tensors) -> tuple[dict[str, dict[str, str]], tuple[str, .
         if role in found[match["layer"]]:
             raise ValueError(f"{tensors} changes {match['layer']} twice, the second time as {name}: save one alone")
         found[match["layer"]][role] = name
-    words = tuple(name for name in strange if tensors.metadata.get(name) == _EMBEDDED)
+    words = tuple(n for n in strange if tensors.metadata.get(n) == _EMBEDDED and len(tensors.shapes[n]) in (1, 2))
     strange = sorted(set(strange).difference(words))
     kind = kind_of(tensors)
     if kind is not None and not re.match("a LoRA|a LyCORIS", kind):
@@ -216,6 +220,8 @@ def _by_layer(tensors: Tensors) -> tuple[dict[str, dict[str, str]], tuple[str, .
         if any(re.search(pattern, name) for name in strange):
             raise ValueError(f"{tensors} holds {what}, which is not supported: {KINDS} are")
     if not found:
+        if any(find(tensors)):
+            raise ValueError(f"{tensors} is a model or a part of one, and no LoRA: give it with --model")
         raise ValueError(f"{tensors} is no LoRA, it holds {some(strange)}: give a LoRA")
     if strange:
         raise ValueError(f"{tensors} holds {len(strange)} tensors that no known kind of LoRA has: {some(strange)}")

@@ -36,7 +36,8 @@ def open_single(
     contents = identify.find(tensors)
     if contents == Contents(None, None, ()):
         what = kind_of(tensors) or f"no Stable Diffusion checkpoint, it has {some(sorted(tensors.shapes))}"
-        raise ValueError(f"{tensors} is {what}: give a full checkpoint or a model folder")
+        hint = "; a LoRA is given with --lora" if "LoRA" in what else ""
+        raise ValueError(f"{tensors} is {what}: give a full checkpoint or a model folder{hint}")
     identify.check_stored_plainly(tensors)
     if METADATA_KEY in tensors.metadata:
         config, why, notes = _from_metadata(tensors, prediction)
