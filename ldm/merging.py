@@ -63,7 +63,7 @@ def merge(
     names = [full_name(part, key) for part, keys in first.shapes.items() for key in keys]
     check_blocks(blocks, names, "there is a weight")
     for each, weights, where in zip(others, rest, paths[1:], strict=True):
-        _check_alike(base, first, each, weights, f"{where} and {paths[0]}")
+        check_alike(base, first, each, weights, f"{where} and {paths[0]}")
 
     def change(part: str, key: str, old: Tensor) -> Tensor:
         w = number_for(blocks, full_name(part, key), weight)
@@ -79,7 +79,7 @@ def merge(
         return new
 
     made = {"formula": "A + w (B - C)" if minus else "(1 - w) A + w B", "weight": weight, "blocks": dict(blocks)}
-    metadata = _metadata(made, dict(zip("ABC", paths, strict=False)))
+    metadata = metadata_of(made, dict(zip("ABC", paths, strict=False)))
     rewrite(base, path, change, layout=layout, dtype=dtype, overwrite=overwrite, metadata=metadata, watch=watch)
 
 
@@ -112,12 +112,12 @@ def merge_into(
         return old if new is None else new
 
     weights = {f"w_{i}": [lora.weight, dict(lora.blocks)] for i, lora in enumerate(words, 1)}
-    metadata = _metadata({"formula": "A + w_1 C_1 + w_2 C_2 + ...", **weights}, inputs)
+    metadata = metadata_of({"formula": "A + w_1 C_1 + w_2 C_2 + ...", **weights}, inputs)
     rewrite(base, path, change, layout=layout, dtype=dtype, overwrite=overwrite, metadata=metadata, watch=watch)
     return applied
 
 
-def _metadata(made: Mapping[str, Any], inputs: Mapping[str, Path]) -> dict[str, str]:
+def metadata_of(made: Mapping[str, Any], inputs: Mapping[str, Path]) -> dict[str, str]:
     """Return the metadata of a result. inputs: by the letter in the formula."""
     read = {letter: {"file": path.name, "sha256": digest(path)} for letter, path in inputs.items()}
     return {METADATA_KEY: json.dumps({**made, **read})}
@@ -132,14 +132,20 @@ def check_apart(path: str | Path, inputs: Any) -> None:
             raise ValueError(f"{path} is or holds the input {each}, which is never overwritten: give another output")
 
 
-def _check_alike(base: Identity, ours: Weights, other: Identity, theirs: Weights, who: str) -> None:
-    """Raise ValueError for a model that cannot be merged into `base`."""
+def check_alike(
+    base: Identity, ours: Weights, other: Identity, theirs: Weights, who: str, *, same_inputs: bool = False
+) -> None:
+    """Raise ValueError for two models whose weights cannot be combined.
+
+    same_inputs: whether `other` must have as many input channels as `base`, and not fewer.
+    """
     for part, shapes in ours.shapes.items():
         found = theirs.shapes.get(part, {})
         both = {key: (shape, found.get(key)) for key, shape in shapes.items()} | {
             key: (None, shape) for key, shape in found.items() if key not in shapes
         }
-        differ = [key for key, (a, b) in both.items() if a != b and not _narrower(part, key, a, b)]
+        unequal = [key for key, (a, b) in both.items() if a != b]
+        differ = [key for key in unequal if same_inputs or not _narrower(part, key, *both[key])]
         if differ:
             raise ValueError(
                 f"{who} differ in the architecture of the {part} ({other.preset} and {base.preset}: {some(differ)}): "

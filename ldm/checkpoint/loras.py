@@ -97,7 +97,7 @@ def read_lora(path: str | Path, networks: Mapping[str, nn.Module], config: UNetC
     and the text towers, by the names of their parts.
     Raises ValueError for a file that is damaged, no LoRA, of a kind that is not supported, or for another model.
     """
-    path = _file_of(Path(path))
+    path = file_of(Path(path))
     tensors = TensorFiles([path])
     found, words = _by_layer(tensors)
     alphas = _Alphas(tensors, path, found)
@@ -125,6 +125,25 @@ def read_lora(path: str | Path, networks: Mapping[str, nn.Module], config: UNetC
         raise ValueError(f"{path} {_for_whom(config, misfits, unknown)}")
     vectors = {name: value.reshape(-1, value.shape[-1]) for name, value in tensors.read(words)}
     return LoraFile(changes, len(found), tuple(name for name, _ in unknown), vectors)
+
+
+def context_width(path: str | Path) -> int | None:
+    """Return how wide the text is that a LoRA's layers attend to, which tells its family; None if no layer tells.
+
+    Raises ValueError for a file that is damaged, no LoRA, or of a kind that is not supported.
+    """
+    tensors = TensorFiles([file_of(Path(path))])
+    for name, roles in _by_layer(tensors)[0].items():
+        if _TO_TEXT.search(name) or name == f"unet:{_NUMBERED['unet'][1].index('attn2.to_k')}":
+            wanted = {role: stored for role, stored in roles.items() if role != "alpha" and not role.startswith("size")}
+            held = dict(tensors.read(wanted.values()))
+            return _shape({role: held[stored] for role, stored in wanted.items()}, f"{tensors}: {name}")[1]
+    return None
+
+
+def is_factor(name: str) -> bool:
+    """Return whether a tensor's name is that of a factor of a supported kind."""
+    return _TENSOR.fullmatch(name) is not None
 
 
 def layers_of(networks: Mapping[str, nn.Module]) -> dict[Target, Any]:
@@ -157,7 +176,7 @@ def names_of(targets: Iterable[Target], config: UNetConfig) -> dict[str, list[Ta
 
 
 def _unet_names(target: Target, config: UNetConfig) -> Iterator[str]:
-    ldm, diffusers = (_stored(target, rules(config)) for rules in (tables.ldm_unet, tables.diffusers_unet))
+    ldm, diffusers = (stored_name(target, rules(config)) for rules in (tables.ldm_unet, tables.diffusers_unet))
     yield from (f"lora_unet_{ldm.replace('.', '_')}", f"lycoris_{diffusers.replace('.', '_')}")
     yield from (f"lora_unet_{diffusers.replace('.', '_')}", f"diffusion_model.{ldm}")
     for name in (diffusers, *_old_names(diffusers, ".processor")):
@@ -166,12 +185,13 @@ def _unet_names(target: Target, config: UNetConfig) -> Iterator[str]:
 
 def _text_names(target: Target, towers: list[str]) -> Iterator[str]:
     number = towers.index(target.part) + 1 if len(towers) > 1 else ""  # kohya's, for SDXL
-    for name in (_stored(target, tables.hf_text(level)) for level in ("text_model", "")):
+    for name in (stored_name(target, tables.hf_text(level)) for level in ("text_model", "")):
         yield from (f"lora_te{number}_{name.replace('.', '_')}", f"{PEFT_PREFIX}{name}")
         yield from (f"{target.part}.{each}" for each in (name, *_old_names(name, "")))
 
 
-def _stored(target: Target, rules: tuple[Rule, ...]) -> str:
+def stored_name(target: Target, rules: tuple[Rule, ...]) -> str:
+    """Return the name of a layer under the rules of a key table."""
     return translate(f"{target.layer}.weight", rules).name.removesuffix(".weight")
 
 
@@ -182,7 +202,7 @@ def _old_names(name: str, between: str) -> Iterator[str]:
             yield f"{name.removesuffix(f'.{new}')}{between}.{old}"
 
 
-def _file_of(path: Path) -> Path:
+def file_of(path: Path) -> Path:
     """Return the file with the tensors. Raises ValueError for a folder without a LoRA, or with two."""
     if not path.is_dir():
         return path
@@ -257,7 +277,7 @@ def _shape(factors: Factors, where: str) -> _Shape:
 
 def _fits(factors: Factors, sides: _Shape, layer: Any) -> bool:
     """Return whether a change of this shape fits the weight and the bias of `layer`."""
-    weight, bias = _weight_shape(layer), 0 if layer.bias is None else len(layer.bias)
+    weight, bias = weight_shape(layer), 0 if layer.bias is None else len(layer.bias)
     size = factors.get("size")
     if "diff_b" in factors and factors["diff_b"].numel() != bias:
         return False
@@ -266,7 +286,7 @@ def _fits(factors: Factors, sides: _Shape, layer: Any) -> bool:
     return factors.keys() == {"diff_b"} or sides == (weight[0], math.prod(weight[1:]))
 
 
-def _weight_shape(layer: Any) -> tuple[int, ...]:
+def weight_shape(layer: Any) -> tuple[int, ...]:
     """Return the shape of the weight, which a packed layer does not have as a parameter."""
     if isinstance(layer, nn.Linear):
         return layer.out_features, layer.in_features
