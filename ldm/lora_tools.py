@@ -111,8 +111,8 @@ def merge_loras(
     """
     words = [Lora.parse(word) for word in loras]
     inputs = {f"C_{i}": Path(lora.path) for i, lora in enumerate(words, 1)}
-    check_lora_path(path, overwrite=overwrite)
     check_apart(path, inputs.values())
+    check_lora_path(path, overwrite=overwrite)
     base = Base.find(words[0].path, model)
     applied, changes, _ = read_loras(words, base.networks, base.config)
     layers = layers_of(base.networks)
@@ -169,8 +169,8 @@ def resize(
     Raises ValueError for DoRA, whose change depends on the weights of the model, for a `path` that is the input, and as
     `read_lora` and `save_lora` do.
     """
-    check_lora_path(path, overwrite=overwrite)
     check_apart(path, [Path(lora)])
+    check_lora_path(path, overwrite=overwrite)
     base = Base.find(lora, model)
     file, layers = read_lora(lora, base.networks, base.config), layers_of(base.networks)
     result, cutter = dict[Target, Factors](), Cutter(cut, device)
@@ -211,8 +211,8 @@ def extract(
     Raises ValueError for models of two families, for models whose layers are equal, for a `path` that is one of the
     inputs, and as `save_lora` does.
     """
-    check_lora_path(path, overwrite=overwrite)
     check_apart(path, [Path(tuned), Path(model)])
+    check_lora_path(path, overwrite=overwrite)
     first, second = files.identify(model), files.identify(tuned)
     old, new = Weights(first), Weights(second)
     check_alike(first, old, second, new, f"{tuned} and {model}", same_inputs=True)

@@ -58,6 +58,7 @@ def merge(
         check_number(name, number, -1e6, 1e6)
     paths = [Path(each) for each in (model, other, minus) if each is not None]
     check_apart(path, paths)
+    files.check_output(path, layout, overwrite=overwrite)
     base, *others = (files.identify(each) for each in paths)
     first, *rest = map(Weights, (base, *others))
     names = [full_name(part, key) for part, keys in first.shapes.items() for key in keys]
@@ -96,12 +97,13 @@ def merge_into(
     """Write `model` with `loras` merged into its weights, which are those of `ldm.load(model, loras=loras)`.
 
     path, layout, dtype, overwrite: as of `ldm.checkpoint.files.save`; without `dtype` each weight keeps its own.
-    Returns what was applied. A model has no place for the learned words of a LoRA, which are left out.
+    Returns what was applied. A model has no place for learned words, which are left out.
     Raises ValueError as `ldm.lora.read_loras` and `save` do, and for a `path` that is or holds one of the inputs.
     """
     words = [Lora.parse(word) for word in loras]
     inputs = {"A": Path(model)} | {f"C_{i}": Path(lora.path) for i, lora in enumerate(words, 1)}
     check_apart(path, inputs.values())
+    files.check_output(path, layout, overwrite=overwrite)
     base = files.identify(model)
     networks = {name: network for name, network in modules(*base.networks).items() if name in ("unet", *TOWERS)}
     applied, changes, _ = read_loras(words, networks, base.config.unet)

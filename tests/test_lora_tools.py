@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import shlex
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import ldm
-from ldm.cli import main
+from ldm.cli import _parser, main
 from ldm.lora_tools import Base, extract, merge_loras, resize
 from ldm.models.low_rank import Cut
 from tests.test_lora import CONV, TEXT, Q, all_weights, assert_same, differences, lora_file, simo_file, weights
@@ -160,7 +162,8 @@ def test_what_was_merged_is_extracted_with_its_rank(model_folder, loras, tuned, 
     without = extract(tuned, model_folder, tmp_path / "2.safetensors", Cut(2), dtype=torch.bfloat16)
     assert (without.modules, without.ranks) == (2, (2, 2))
     assert without.left_out == ("unet: down.3.res.conv1.weight", "unet: conv_out.bias")
-    assert {value.dtype for value in load_file(tmp_path / "2.safetensors").values()} == {torch.bfloat16}
+    held = load_file(tmp_path / "2.safetensors")
+    assert {value.dtype for name, value in held.items() if not name.endswith("alpha")} == {torch.bfloat16}
     with safe_open(out, "pt") as file:
         made = json.loads(file.metadata()["ldm.merge"])
     assert made["cut"] == {"energy": 1 - 1e-9}
@@ -198,6 +201,14 @@ def test_the_family_of_a_lora_is_found_by_its_text(tmp_path):
     assert Base.find(tmp_path / "y").name == "sd15"
 
 
+def test_every_command_of_the_document_is_one_that_the_parser_knows():
+    text = (Path(__file__).parent.parent / "docs" / "lora.md").read_text(encoding="utf-8")
+    commands = [line for line in text.splitlines() if line.startswith("ldm ")]
+    assert {command.split()[1] for command in commands} == {"txt2img", "lora", "merge"}
+    for command in commands:
+        _parser().parse_args(shlex.split(command)[1:])
+
+
 # ------------------------------------------------------------------ the commands
 
 
@@ -228,8 +239,17 @@ def test_the_commands_make_and_show_loras(model_folder, loras, tuned, tmp_path, 
     code, text, _ = run(capsys, "extract", *words)
     assert code == 0
     assert "e.safetensors: 3 modules of rank 4, with 100.00 % of the energy; left out 1: unet: conv_out.bias" in text
-    code, _, _ = run(capsys, "merge", f"{a}:0.5", tmp_path / "model", "--into", model_folder, "--layout", "diffusers")
-    assert code == 0
+    simo = simo_file(tmp_path / "s", 0, s1=(32,))
+    words = [f"{a}:0.5", f"{simo}:0", tmp_path / "model", "--into", model_folder, "--layout", "diffusers"]
+    code, text, _ = run(capsys, "merge", *words)
+    assert (code, text.splitlines()[1:]) == (
+        0,
+        [
+            f"{simo}: LoRA with weight 0, 1 of 1 modules",
+            f"left out the learned words <s1> of {simo}",
+            str(tmp_path / "model"),
+        ],
+    )
     assert_same(
         all_weights(ldm.load(tmp_path / "model", PLAIN)), all_weights(ldm.load(model_folder, PLAIN, loras=[f"{a}:0.5"]))
     )

@@ -82,13 +82,18 @@ def test_weights_of_parts_replace_the_weight_and_0_and_1_keep_all_bits(three, tm
         merge(a, b, tmp_path / "o", blocks={"dowm": 1}, layout="diffusers")
 
 
-@pytest.fixture(scope="module")
-def official(tmp_path_factory):
+def named_officially(config):
     """A model with CLIP's vocabulary, which has a place in the ldm layout."""
     torch.manual_seed(0)
-    networks = UNet(SMALL.unet), VAE(SMALL.vae), TextEncoder(SMALL.text, [Tokenizer.official()])
+    networks = UNet(config.unet), VAE(config.vae), TextEncoder(config.text, [Tokenizer.official()])
+    return Model(config, *(network.eval() for network in networks))
+
+
+@pytest.fixture(scope="module")
+def official(tmp_path_factory):
+    """Such a model in one file."""
     path = tmp_path_factory.mktemp("official") / "a.safetensors"
-    save(Model(SMALL, *(network.eval() for network in networks)), path, layout="ldm")
+    save(named_officially(SMALL), path, layout="ldm")
     return path
 
 
@@ -114,6 +119,19 @@ def test_all_layouts_and_dtypes_meet_in_fp32_and_are_rounded_once(official, layo
             assert_same(load_file(written), load_file(path))
         elif path.is_file():
             assert written.read_bytes() == path.read_bytes()
+
+
+def test_official_tensors_that_no_network_uses_are_written_as_by_saving(tmp_path):
+    """SD 2's text encoder has a temperature, a block and a projection more, which a folder does not hold."""
+    text = dataclasses.replace(SMALL.text[0], activation="gelu", pad_id=0)
+    config = dataclasses.replace(SMALL, text=(text,))
+    save(named_officially(config), tmp_path / "a")
+    save(load(tmp_path / "a"), tmp_path / "saved.safetensors", layout="ldm")
+    merge(tmp_path / "a", tmp_path / "a", tmp_path / "m.safetensors", weight=0, layout="ldm")
+    saved = load_file(tmp_path / "saved.safetensors")
+    assert saved["cond_stage_model.model.text_projection"].any()
+    assert saved["cond_stage_model.model.logit_scale"] > 4
+    assert_same(load_file(tmp_path / "m.safetensors"), saved)
 
 
 def test_the_second_text_encoder_of_sdxl_is_merged_in_its_official_names(tmp_path):
@@ -167,7 +185,7 @@ def test_the_metadata_names_the_inputs_by_sha256(official, model_folder, tmp_pat
     assert made["w_1"] == [0.5, {"down": 0}]
 
 
-def test_an_input_is_never_overwritten_and_an_error_leaves_the_old_output(three, tmp_path, monkeypatch):
+def test_an_input_is_never_overwritten_and_an_error_leaves_the_old_output(three, tmp_path):
     (a, b, _), (x, _, _) = three
     (tmp_path / "link").symlink_to(a)
     for out in (a, tmp_path / "link", a.parent):
@@ -196,6 +214,8 @@ def test_models_that_do_not_fit_together_are_named(three, tmp_path):
     shifted(tmp_path / "v", 0, dataclasses.replace(TINY_RANDOM, diffusion=diffusion))
     with pytest.raises(ValueError, match=r"v and .*a predict v and eps, so no mean of them works"):
         merge(a, tmp_path / "v", tmp_path / "m", layout="diffusers")
+    with pytest.raises(ValueError, match=r"the ldm layout is one file, whose name ends in .safetensors, got .*m: give"):
+        merge(a, b, tmp_path / "m", layout="ldm")
     with pytest.raises(ValueError, match=r"the weight must be a finite number from -1000000.0 to 1000000.0, got nan"):
         merge(a, b, tmp_path / "m", weight=float("nan"), layout="diffusers")
 

@@ -213,9 +213,7 @@ def convert(
     Raises ValueError as `load` and `save` do, for a pickle that names code or holds nothing known, and for a file
     whose name does not end in .safetensors.
     """
-    if layout == "ldm" and Path(target).suffix != ".safetensors":
-        raise ValueError(f"the ldm layout is one file, whose name ends in .safetensors, got {target}: give such a name")
-    _check_target(Path(target), layout, overwrite)
+    check_output(target, layout, overwrite=overwrite)
     if not replace and is_pickle(Path(path)):
         tensors = PickledTensors(Path(path))
         with_controlnet = layout == "ldm" and (kind_of(tensors) or "").startswith("a ControlNet")
@@ -256,6 +254,13 @@ def _rewrite(tensors: PickledTensors, target: Path, layout: Layout, dtype: torch
     with beside(target) as new:
         write_tensors(held, new)
         new.replace(target)
+
+
+def check_output(path: str | Path, layout: Layout, *, overwrite: bool) -> None:
+    """Raise ValueError as `save` does for a path, and for a file whose name does not end in .safetensors."""
+    if layout == "ldm" and Path(path).suffix != ".safetensors":
+        raise ValueError(f"the ldm layout is one file, whose name ends in .safetensors, got {path}: give such a name")
+    _check_target(Path(path), layout, overwrite)
 
 
 def _check_target(path: Path, layout: Layout, overwrite: bool) -> None:

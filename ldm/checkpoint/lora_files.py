@@ -42,7 +42,7 @@ def save_lora(
             name = f"{above}.{_NAMES[role]}"
             tensors[name] = cast(name, value.contiguous(), dtype)
         if "down" in factors:
-            tensors[f"{above}.alpha"] = torch.tensor(float(len(factors["down"])), dtype=dtype)
+            tensors[f"{above}.alpha"] = torch.tensor(float(len(factors["down"])))  # in fp32, where it is exact
     path = Path(path).resolve()
     with beside(path) as new:
         write_tensors(tensors, new, {"format": "pt", **(metadata or {})})

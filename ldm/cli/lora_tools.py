@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ldm.checkpoint.tensors import some
 from ldm.cli.merging import add_output, progress
 from ldm.cli.options import Commands, add_options, given
 from ldm.loading import locate
@@ -71,13 +72,15 @@ def _merge(args: argparse.Namespace) -> None:
         if args.layout is not None:
             raise ValueError("--layout is that of a model: add --into MODEL, or leave it out to write one LoRA")
         written, applied = merge_loras(args.lora, args.target, model=_model(args), **given_as)
-        _print(args, [*applied, written], written._asdict())
+        _print(args, [*(each._replace(words=()) for each in applied), written], written._asdict())
         return
     if args.layout is None or args.model is not None:
         raise ValueError("--into needs --layout, and no --model: the LoRAs are for the model that they go into")
     into = locate(args.into)
     applied = merge_into(into, args.lora, args.target, layout=args.layout, watch=progress, **given_as)
-    _print(args, [*applied, args.target], {"path": args.target})
+    left = [f"left out the learned words {some(each.words)} of {each.lora.path}" for each in applied if each.words]
+    lines = [*(each._replace(words=()) for each in applied), *left, args.target]
+    _print(args, lines, {"path": args.target, "left_out": [word for each in applied for word in each.words]})
 
 
 def _extract(args: argparse.Namespace) -> None:
