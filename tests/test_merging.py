@@ -97,7 +97,7 @@ def official(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("layout", ["ldm", "diffusers"])
+@pytest.mark.parametrize("layout", ["ldm", pytest.param("diffusers", marks=pytest.mark.slow)])
 def test_all_layouts_and_dtypes_meet_in_fp32_and_are_rounded_once(official, layout, tmp_path):
     other = load(official)
     for parameter in other.unet.parameters():
@@ -121,6 +121,7 @@ def test_all_layouts_and_dtypes_meet_in_fp32_and_are_rounded_once(official, layo
             assert written.read_bytes() == path.read_bytes()
 
 
+@pytest.mark.slow
 def test_official_tensors_that_no_network_uses_are_written_as_by_saving(tmp_path):
     """SD 2's text encoder has a temperature, a block and a projection more, which a folder does not hold."""
     text = dataclasses.replace(SMALL.text[0], activation="gelu", pad_id=0)
