@@ -10,7 +10,7 @@ attends to; a custom model has to be given.
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from ldm.checkpoint.tensors import some
 from ldm.config import UNetConfig
 from ldm.lora import Applied, Lora, read_loras
 from ldm.merging import check_alike, check_apart, metadata_of
-from ldm.models.lora import Change, Factors, kind
+from ldm.models.lora import Change, kind
 from ldm.models.low_rank import Cut, Cutter
 from ldm.models.text import TextEncoder
 from ldm.models.tokens import Tokenizer
@@ -62,9 +62,18 @@ class Base(NamedTuple):
             networks = {"unet": UNet(config.unet), **dict(zip(TOWERS, encoder.towers, strict=False))}
         return cls(config.name, config.unet, networks)
 
-    def save(self, path: str | Path, layers: Mapping[Target, Factors], dtype: torch.dtype, **options: Any) -> None:
+    def save(
+        self,
+        path: str | Path,
+        changes: Mapping[Target, Change],
+        dtype: torch.dtype,
+        *,
+        overwrite: bool,
+        metadata: Mapping[str, str],
+    ) -> None:
         """Write a LoRA for this model, see `save_lora`."""
-        save_lora(path, layers, self.config, towers=len(self.networks) - 1, dtype=dtype, **options)
+        towers = len(self.networks) - 1
+        save_lora(path, changes, self.config, towers=towers, dtype=dtype, overwrite=overwrite, metadata=metadata)
 
 
 class Written(NamedTuple):
@@ -78,11 +87,11 @@ class Written(NamedTuple):
 
     @classmethod
     def of(
-        cls, path: str | Path, layers: Mapping[Target, Factors], energy: float | None, left_out: tuple[str, ...]
+        cls, path: str | Path, changes: Mapping[Target, Change], energy: float | None, left_out: tuple[str, ...]
     ) -> "Written":
-        """Describe a file with these layers."""
-        ranks = tuple(len(factors["down"]) for factors in layers.values() if "down" in factors)
-        return cls(Path(path), len(layers), ranks, energy, left_out)
+        """Describe a file with these changes."""
+        ranks = tuple(len(change.factors["down"]) for change in changes.values() if "down" in change.factors)
+        return cls(Path(path), len(changes), ranks, energy, left_out)
 
     def __str__(self) -> str:
         text = f"{self.path}: {self.modules} modules"
@@ -125,8 +134,8 @@ def merge_loras(
     return Written.of(path, result, None, left), applied
 
 
-def _summed(target: Target, parts: list[tuple[float, Change]], shape: tuple[int, ...]) -> dict[str, Tensor]:
-    """Return the factors of the weighted sum of the changes of one layer, whose weight has this `shape`."""
+def _summed(target: Target, parts: list[tuple[float, Change]], shape: tuple[int, ...]) -> Change:
+    """Return the weighted sum of the changes of one layer, whose weight has this `shape`."""
     found: dict[str, Tensor] = {}
     pairs = [(weight * change.scale, change.factors) for weight, change in parts if "up" in change.factors]
     kinds = {kind(change.factors) for _, change in parts} - {"LoRA", "LoCon", "difference"}
@@ -148,7 +157,7 @@ def _summed(target: Target, parts: list[tuple[float, Change]], shape: tuple[int,
         raise ValueError(
             f"{target.layer} is changed by a LoRA and by a whole difference: make this a LoRA with `ldm lora resize`"
         )
-    return found
+    return Change(found)
 
 
 def resize(
@@ -173,7 +182,7 @@ def resize(
     check_lora_path(path, overwrite=overwrite)
     base = Base.find(lora, model)
     file, layers = read_lora(lora, base.networks, base.config), layers_of(base.networks)
-    result, cutter = dict[Target, Factors](), Cutter(cut, device)
+    result, cutter = dict[Target, Change](), Cutter(cut, device)
     for target in watch(list(file.changes)):
         change = file.changes[target]
         if "size" in change.factors:
@@ -184,7 +193,7 @@ def resize(
         shape = weight_shape(layers[target])
         whole = {name: value for name, value in change.factors.items() if name == "diff_b" or len(shape) == 1}
         factors = {name: value for name, value in change.factors.items() if name not in whole}
-        result[target] = whole | (as_stored(*cutter.cut(factors, change.scale), shape) if factors else {})
+        result[target] = Change(whole | (as_stored(*cutter.cut(factors, change.scale), shape) if factors else {}))
     metadata = metadata_of({"formula": "C_1 with other ranks", "cut": _given(cut)}, {"C_1": Path(lora)})
     base.save(path, result, dtype or _dtype_of(file.changes.values()), overwrite=overwrite, metadata=metadata)
     return Written.of(path, result, cutter.energy, (*file.unknown, *file.words))
@@ -217,14 +226,14 @@ def extract(
     old, new = Weights(first), Weights(second)
     check_alike(first, old, second, new, f"{tuned} and {model}", same_inputs=True)
     base, left = Base.of(first), list[str]()
-    layers, result, cutter = layers_of(base.networks), dict[Target, Factors](), Cutter(cut, device)
+    layers, result, cutter = layers_of(base.networks), dict[Target, Change](), Cutter(cut, device)
     for part, key in watch([(part, key) for part, keys in old.shapes.items() for key in keys]):
         difference = new.read(part, key).float() - old.read(part, key).float()
         if not difference.any():
             continue
         target = Target(part, key.removesuffix(".weight"))
         if target in layers and _is_target(target, layers[target], convolutions=convolutions):
-            result[target] = as_stored(*cutter.cut({"diff": difference}), tuple(difference.shape))
+            result[target] = Change(as_stored(*cutter.cut({"diff": difference}), tuple(difference.shape)))
         else:
             left.append(f"{part}: {key}")
     if not result:

@@ -12,14 +12,14 @@ from ldm.checkpoint.loras import Target, stored_name
 from ldm.checkpoint.parts import TOWERS, cast
 from ldm.checkpoint.tensors import write_tensors
 from ldm.config import UNetConfig
-from ldm.models.lora import Factors
+from ldm.models.lora import Change
 
 _NAMES = {"up": "lora_up.weight", "down": "lora_down.weight", "diff": "diff", "diff_b": "diff_b"}
 
 
 def save_lora(
     path: str | Path,
-    layers: Mapping[Target, Factors],
+    changes: Mapping[Target, Change],
     config: UNetConfig,
     *,
     towers: int,
@@ -29,20 +29,20 @@ def save_lora(
 ) -> None:
     """Write a LoRA as one .safetensors file, through a temporary one.
 
-    layers: "up" and "down", whose product is the change of the weight, or "diff"; and "diff_b". alpha becomes the rank.
-    config: of the UNet. towers: how many text towers the model has, which the names tell.
+    changes: with factors "up" and "down", or "diff"; and "diff_b". config: of the UNet. towers: how many text towers
+    the model has, which the names tell.
     Raises ValueError for a path that exists, unless `overwrite`, or does not end in .safetensors, and for a factor that
     is not finite in `dtype`.
     """
     check_lora_path(path, overwrite=overwrite)
     tensors = {}
-    for target, factors in layers.items():
+    for target, change in changes.items():
         above = kohya_name(target, config, towers)
-        for role, value in factors.items():
+        for role, value in change.factors.items():
             name = f"{above}.{_NAMES[role]}"
             tensors[name] = cast(name, value.contiguous(), dtype)
-        if "down" in factors:
-            tensors[f"{above}.alpha"] = torch.tensor(float(len(factors["down"])))  # in fp32, where it is exact
+        if "down" in change.factors:  # alpha stays in fp32, where it is exact
+            tensors[f"{above}.alpha"] = torch.tensor(change.scale * len(change.factors["down"]))
     path = Path(path).resolve()
     with beside(path) as new:
         write_tensors(tensors, new, {"format": "pt", **(metadata or {})})
