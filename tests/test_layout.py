@@ -63,7 +63,7 @@ PACKAGES = {  # what each part of ldm may import of ldm, beside itself; "ldm" is
     "pictures presets strict",
     "cli": "batch batch_ray checkpoint config control diffusion doctor download geometry image_prompt jobs ldm "
     "loading lora_tools merging models outputs pictures pipeline placement previews prompts record regions "
-    "request sizes source stats training variations",
+    "request rescue sizes source stats training variations",
     "stats": "diffusion pipeline",
     "doctor": "atomic checkpoint config ldm loading pipeline placement request",
     "ldm": "config control image_prompt loading lora pipeline placement presets refiner regions request sizes source "
