@@ -1,5 +1,7 @@
 """Latent diffusion from scratch in pure PyTorch."""
 
+from typing import TYPE_CHECKING
+
 from ldm.config import ModelConfig
 from ldm.control import Control
 from ldm.image_prompt import ImagePrompt
@@ -13,6 +15,9 @@ from ldm.request import Request
 from ldm.sizes import Sizes
 from ldm.source import Mask, Source
 from ldm.variations import Variation
+
+if TYPE_CHECKING:
+    from ldm.lora import Lora
 
 __version__ = "0.1.0"  # pyproject.toml reads it from here
 
@@ -28,6 +33,7 @@ __all__ = [
     "TINY",
     "Control",
     "ImagePrompt",
+    "Lora",
     "Mask",
     "ModelConfig",
     "Pipeline",
@@ -40,3 +46,12 @@ __all__ = [
     "load",
     "refine",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """Import `Lora` at its first use, because few pictures use LoRAs."""
+    if name != "Lora":
+        raise AttributeError(f"module 'ldm' has no attribute {name!r}")
+    from ldm.lora import Lora
+
+    return Lora

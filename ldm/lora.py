@@ -17,16 +17,19 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ldm.checkpoint.blocks import check_blocks, full_name, number_for
 from ldm.checkpoint.loras import Target, layers_of, read_lora
 from ldm.checkpoint.parts import TOWERS
 from ldm.checkpoint.tensors import some
-from ldm.config import check_number
+from ldm.config import UNetConfig, check_number
 from ldm.models.lora import Change
+from ldm.models.text import TextEncoder
+from ldm.models.textual_inversion import add_embedding, remove_embedding
 
 if TYPE_CHECKING:
     from ldm.pipeline import Pipeline
@@ -63,20 +66,11 @@ class Lora:
 
     def check_blocks(self, targets: Iterable[Target]) -> None:
         """Raise ValueError for a part that none of these layers is in."""
-        names = [_name(target) for target in targets]
-        for part in self.blocks:
-            if not any(f"{name}.".startswith(f"{part}.") for name in names):
-                tops = ", ".join(dict.fromkeys(name.split(".")[0] for name in names))
-                raise ValueError(f"the LoRA {self.path} has a factor for {part!r}, and the model has {tops}")
+        check_blocks(self.blocks, (full_name(*target) for target in targets), f"the LoRA {self.path} has a factor")
 
     def weight_of(self, target: Target) -> float:
         """Return the weight for a layer."""
-        above = [part for part in self.blocks if f"{_name(target)}.".startswith(f"{part}.")]
-        return self.weight * (self.blocks[max(above, key=len)] if above else 1.0)
-
-
-def _name(target: Target) -> str:
-    return target.layer if target.part == "unet" else f"{target.part}.{target.layer}"
+        return self.weight * number_for(self.blocks, full_name(*target), 1.0)
 
 
 class Applied(NamedTuple):
@@ -86,14 +80,14 @@ class Applied(NamedTuple):
     applied: int  # how many layers it changes
     total: int  # how many layers its file names
     unknown: tuple[str, ...]  # names of layers in the file that the model does not have
-    words: tuple[str, ...]  # learned words in the file, which are not used
+    words: tuple[str, ...]  # learned words in the file, which prompts may use
 
     def __str__(self) -> str:
         parts = [f"{self.lora.path}: LoRA with weight {self.lora.weight:g}, {self.applied} of {self.total} modules"]
         if self.unknown:
             parts.append(f"the model has no {some(self.unknown)}")
         if self.words:
-            parts.append(f"its learned words are not used: {some(self.words)}")
+            parts.append(f"prompts may use its learned words: {some(self.words)}")
         return "; ".join(parts)
 
 
@@ -103,39 +97,78 @@ class Merged(NamedTuple):
     applied: tuple[Applied, ...]
     originals: dict[tuple[Target, str], Tensor]
     networks: Mapping[str, nn.Module]
+    words: tuple[str, ...] = ()  # learned words in the text encoder
 
 
 def set_loras(pipe: "Pipeline", loras: "Sequence[str | Path | Lora]") -> tuple[Applied, ...]:
     """Let these LoRAs replace those in the networks of `pipe`; none restores the weights as they were loaded.
 
     loras: `Lora`, or as text FILE or FILE:WEIGHT. `pipe.loras.applied` holds the result, too.
-    Raises ValueError as `read_lora` does, before anything changes; for quantized weights; and for weights that would
-    not be finite, after which the pipeline has no LoRA.
+    Raises ValueError as `read_lora` and `add_embedding` do, before anything changes; for quantized weights; and for
+    weights that would not be finite, after which the pipeline has no LoRA.
     """
     networks = {"unet": pipe.unet, **dict(zip(TOWERS, pipe.text_encoder.towers, strict=False))}
     layers = layers_of(networks)
-    wanted = [Lora.parse(word) for word in loras]
-    applied = []
-    changes: dict[Target, list[tuple[float, Change]]] = defaultdict(list)
-    for lora in wanted:
-        file = read_lora(lora.path, networks, pipe.config.unet)
-        lora.check_blocks(layers)
-        applied.append(Applied(lora, len(file.changes), file.count, file.unknown, file.words))
-        for target, change in file.changes.items():
-            changes[target].append((lora.weight_of(target), change))
+    applied, changes, words = read_loras(loras, networks, pipe.config.unet)
     old = pipe.loras or Merged((), {}, networks)
     originals = {
         key: value for key, value in old.originals.items() if old.networks[key[0].part] is networks[key[0].part]
     }
-    pipe.loras = Merged(tuple(applied), originals, networks)
+    own = all(old.networks[part] is networks[part] for part in networks.keys() & TOWERS)
+    _teach(pipe.text_encoder, old.words if own else (), words)
+    pipe.loras = Merged(applied, originals, networks, tuple(words))
     try:
         for target in changes | {target: None for target, _ in originals}:
             _merge(layers[target], target, changes.get(target, []), originals)
     except ValueError:
-        pipe.loras = Merged((), originals, networks)
+        pipe.loras = Merged((), originals, networks, tuple(words))
         set_loras(pipe, [])
         raise
     return pipe.loras.applied
+
+
+def read_loras(
+    loras: "Sequence[str | Path | Lora]", networks: Mapping[str, nn.Module], config: UNetConfig
+) -> tuple[tuple[Applied, ...], dict[Target, list[tuple[float, Change]]], dict[str, Tensor]]:
+    """Read LoRAs for a model: what will be applied, the weighted changes of each layer, and the learned words.
+
+    networks, config: as of `read_lora`. Raises ValueError as `read_lora` does, for a factor of a part that the model
+    lacks, and for two LoRAs with the same learned word.
+    """
+    layers = layers_of(networks)
+    applied, words = [], dict[str, Tensor]()
+    changes: dict[Target, list[tuple[float, Change]]] = defaultdict(list)
+    for lora in map(Lora.parse, loras):
+        file = read_lora(lora.path, networks, config)
+        lora.check_blocks(layers)
+        if both := words.keys() & file.words:
+            raise ValueError(f"two LoRAs bring along the learned word {min(both)}: use one of them")
+        words |= file.words
+        applied.append(Applied(lora, len(file.changes), file.count, file.unknown, tuple(file.words)))
+        for target, change in file.changes.items():
+            changes[target].append((lora.weight_of(target), change))
+    return tuple(applied), changes, words
+
+
+def changed(name: str, base: Tensor, changes: Iterable[tuple[float, Change]]) -> Tensor | None:
+    """Return the weight or bias `base`, in fp32, plus the weighted changes; None if none of them changes it."""
+    found = [weight * part for weight, change in changes if (part := change.of(name, base)) is not None]
+    return base + torch.stack(found).sum(dim=0) if found else None
+
+
+def _teach(text_encoder: TextEncoder, old: Iterable[str], words: Mapping[str, Tensor]) -> None:
+    """Replace the learned words `old` by `words`. An error changes nothing."""
+    towers: Any = text_encoder.towers
+    before = [(tower.tokenizer, tower.token_embedding) for tower in towers]
+    try:
+        for name in old:
+            remove_embedding(text_encoder, name)
+        for name, vectors in words.items():
+            add_embedding(text_encoder, name, [vectors])
+    except ValueError as error:
+        for tower, held in zip(towers, before, strict=True):
+            tower.tokenizer, tower.token_embedding = held
+        raise ValueError(f"the learned words of the LoRA cannot be used: {error}") from error
 
 
 @torch.no_grad()
@@ -149,11 +182,10 @@ def _merge(
             raise ValueError(f"the {name} of {target.layer} is quantized: set the LoRAs before you quantize the model")
         original = originals.get(key, held)
         base = original.to(held.device, torch.float32)
-        found = [weight * part for weight, change in changes if (part := change.of(name, base)) is not None]
-        if found:
+        if (merged := changed(name, base, changes)) is not None:
             if key not in originals:
                 originals[key] = held.cpu()
-            new = torch.empty_like(held).copy_(base + torch.stack(found).sum(dim=0))
+            new = torch.empty_like(held).copy_(merged)
             if not new.isfinite().all():
                 raise ValueError(f"the {name} of {target.layer} is not finite with the LoRA: give a lower weight")
         elif key in originals:

@@ -45,6 +45,8 @@ PACKAGES = {  # what each part of ldm may import of ldm, beside itself; "ldm" is
     "models phases placement prompts regions request",
     "loading": "checkpoint diffusion lora pipeline placement",
     "lora": "checkpoint config models pipeline",
+    "lora_tools": "checkpoint config lora merging models presets",
+    "merging": "checkpoint config lora record",
     "refiner": "config diffusion pipeline request sizes",
     "outputs": "pictures",
     "pictures": "atomic",
@@ -60,11 +62,11 @@ PACKAGES = {  # what each part of ldm may import of ldm, beside itself; "ldm" is
     "training": "atomic checkpoint conditioning config control diffusion geometry image_prompt images loading models "
     "pictures presets strict",
     "cli": "batch batch_ray checkpoint config control diffusion doctor download geometry image_prompt jobs ldm "
-    "loading outputs pictures pipeline placement previews prompts record regions request sizes source stats training "
-    "variations",
+    "loading lora_tools merging models outputs pictures pipeline placement previews prompts record regions "
+    "request rescue sizes source stats training variations",
     "stats": "diffusion pipeline",
     "doctor": "atomic checkpoint config ldm loading pipeline placement request",
-    "ldm": "config control image_prompt loading pipeline placement presets refiner regions request sizes source "
+    "ldm": "config control image_prompt loading lora pipeline placement presets refiner regions request sizes source "
     "variations",
 }
 THIRD_PARTY = {"torch", "safetensors", "tokenizers", "einops", "numpy", "PIL", "tqdm"}

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import ldm
+from ldm.checkpoint.embeddings import load_embeddings
 from ldm.checkpoint.loras import layers_of
 from ldm.cli import main
 from ldm.lora import Lora, set_loras
+from ldm.models.textual_inversion import remove_embedding
 from ldm.placement import packing
 
 Q = "lora_unet_input_blocks_3_1_transformer_blocks_0_attn2_to_q"
@@ -200,7 +204,65 @@ def test_the_report_names_what_was_not_used(model_folder, lora, tmp_path):
     (applied,) = set_loras(ldm.load(model_folder, PLAIN), [tmp_path / "more.safetensors"])
     assert str(applied).endswith("more.safetensors: LoRA with weight 1, 3 of 4 modules; the model has no lora_unet_x")
     text = str(applied._replace(words=("<s1>",)))
-    assert text.endswith("; its learned words are not used: <s1>")
+    assert text.endswith("; prompts may use its learned words: <s1>")
+
+
+def simo_file(path, seed, **words):
+    """Write a LoRA of cloneofsimo's names for the tiny random model, with learned words."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {f"unet:0:{name}": torch.randn(32, 32, generator=generator) for name in ("up", "down")}
+    tensors |= {f"<{name}>": torch.randn(shape, generator=generator) for name, shape in words.items()}
+    save_file(tensors, path, {"unet": '["CrossAttention"]'} | {f"<{name}>": "<embed>" for name in words})
+    return path
+
+
+def encoded(pipe, text):
+    return pipe.text_encoder.encode([text]).context
+
+
+def test_learned_words_are_vectors_in_prompts_and_leave_with_their_lora(model_folder, tmp_path):
+    simo = simo_file(tmp_path / "a.safetensors", 1, s1=(32,), s2=(2, 32))
+    plain, pipe = ldm.load(model_folder, PLAIN), ldm.load(model_folder, PLAIN, loras=[simo])
+    (applied,) = pipe.loras.applied
+    assert applied.words == ("<s1>", "<s2>")
+    vectors = load_file(simo)
+    save_file({"emb_params": vectors["<s1>"][None]}, tmp_path / "s1.safetensors")
+    save_file({"emb_params": vectors["<s2>"]}, tmp_path / "s2.safetensors")
+    words = [f"<{name}>={tmp_path / f'{name}.safetensors'}" for name in ("s1", "s2")]
+    learned = ldm.load(model_folder, PLAIN, embeddings=words)
+    assert torch.equal(encoded(pipe, "a <s1> <s2>"), encoded(learned, "a <s1> <s2>"))
+    assert not torch.equal(encoded(pipe, "a <s1>"), encoded(plain, "a <s1>"))
+    save_file({"emb_params": torch.randn(3, 32)}, tmp_path / "mine.safetensors")
+    load_embeddings(pipe.text_encoder, [(None, tmp_path / "mine.safetensors")])
+    mine = encoded(pipe, "a mine frog")
+    set_loras(pipe, [])
+    assert torch.equal(encoded(pipe, "a <s1> <s2>"), encoded(plain, "a <s1> <s2>"))
+    assert torch.equal(encoded(pipe, "a mine frog"), mine)
+    assert not torch.equal(mine, encoded(plain, "a mine frog"))
+    remove_embedding(pipe.text_encoder, "mine")
+    assert type(pipe.text_encoder.towers[0].tokenizer) is type(plain.text_encoder.towers[0].tokenizer)
+    assert type(pipe.text_encoder.towers[0].token_embedding) is torch.nn.Embedding
+    assert_same(all_weights(pipe), all_weights(plain))
+
+
+def test_learned_words_that_clash_or_do_not_fit_change_nothing(model_folder, tmp_path):
+    first, second = (simo_file(tmp_path / f"{i}.safetensors", i, s1=(32,)) for i in range(2))
+    pipe = ldm.load(model_folder, PLAIN, loras=[first])
+    before, context = all_weights(pipe), encoded(pipe, "a <s1>")
+    with pytest.raises(ValueError, match="two LoRAs bring along the learned word <s1>: use one of them"):
+        set_loras(pipe, [first, second])
+    with pytest.raises(ValueError, match="the learned words of the LoRA cannot be used: the embedding is 16 wide"):
+        set_loras(pipe, [simo_file(tmp_path / "narrow.safetensors", 3, s2=(32,), s3=(16,))])
+    assert torch.equal(encoded(pipe, "a <s1>"), context)
+    assert_same(all_weights(pipe), before)
+    set_loras(pipe, [second])
+    assert not torch.equal(encoded(pipe, "a <s1>"), context)
+
+
+def test_the_public_name_of_a_lora_is_imported_at_its_first_use():
+    code = "import sys, ldm; assert 'ldm.lora' not in sys.modules; print(ldm.Lora('a:0.5').weight, hasattr(ldm, 'x'))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["1.0", "False"]
 
 
 def test_quantized_weights_take_no_lora(model_folder, lora):

@@ -1,11 +1,12 @@
 """Models on disk: identify, load, save and convert them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ldm.atomic import beside, replace_folder
 from ldm.checkpoint import sources
@@ -76,13 +77,16 @@ def read(
         wanted = (vae_dtype or dtype) if name == "vae" else dtype
         fill(module, source.parts[name], dtype=wanted, device=torch.device(device))
     networks[2].eval()  # `fill` did so for its towers
-    unused = {}
+    return Model(model.config, *networks, unused(source), model.why)
+
+
+def unused(source: Source) -> dict[str, Tensor]:
+    """Return `Model.unused` of a model on disk, memory-mapped."""
+    found = {}
     for name, part in source.parts.items():
         for stored, value in part.tensors.read(part.unused):
-            unused[f"{name}.{stored.removeprefix(part.prefix)}"] = value
-    if source.kept is not None:
-        unused |= source.kept.read(source.kept.shapes)
-    return Model(model.config, *networks, unused, model.why)
+            found[f"{name}.{stored.removeprefix(part.prefix)}"] = value
+    return found if source.kept is None else found | dict(source.kept.read(source.kept.shapes))
 
 
 def load(
@@ -165,6 +169,16 @@ def save(
     Raises ValueError for a path that exists; with `overwrite` it may be a model of the same layout. Raises ValueError
     too for a folder that is named like a file, a dtype of integers, and a model that the layout cannot express.
     """
+    with at_once(path, layout, dtype, overwrite=overwrite) as new:
+        (write_single if layout == "ldm" else write_folder)(new, model, dtype)
+
+
+@contextmanager
+def at_once(path: str | Path, layout: Layout, dtype: torch.dtype | None, *, overwrite: bool) -> Iterator[Path]:
+    """Yield a temporary path for a model, which gets the name `path` at the end of the block. An error removes it.
+
+    Raises ValueError as `save` does for the arguments.
+    """
     if layout not in ("ldm", "diffusers"):
         raise ValueError(f"layout must be 'ldm' (a file) or 'diffusers' (a folder), got {layout!r}")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -172,7 +186,7 @@ def save(
     _check_target(Path(path), layout, overwrite)
     path = Path(path).resolve()
     with beside(path) as new:
-        (write_single if layout == "ldm" else write_folder)(new, model, dtype)
+        yield new
         _check_target(path, layout, overwrite)  # again, because another program may have created `path` meanwhile
         if layout == "ldm":
             new.replace(path)
@@ -199,9 +213,7 @@ def convert(
     Raises ValueError as `load` and `save` do, for a pickle that names code or holds nothing known, and for a file
     whose name does not end in .safetensors.
     """
-    if layout == "ldm" and Path(target).suffix != ".safetensors":
-        raise ValueError(f"the ldm layout is one file, whose name ends in .safetensors, got {target}: give such a name")
-    _check_target(Path(target), layout, overwrite)
+    check_output(target, layout, overwrite=overwrite)
     if not replace and is_pickle(Path(path)):
         tensors = PickledTensors(Path(path))
         with_controlnet = layout == "ldm" and (kind_of(tensors) or "").startswith("a ControlNet")
@@ -242,6 +254,13 @@ def _rewrite(tensors: PickledTensors, target: Path, layout: Layout, dtype: torch
     with beside(target) as new:
         write_tensors(held, new)
         new.replace(target)
+
+
+def check_output(path: str | Path, layout: Layout, *, overwrite: bool) -> None:
+    """Raise ValueError as `save` does for a path, and for a file whose name does not end in .safetensors."""
+    if layout == "ldm" and Path(path).suffix != ".safetensors":
+        raise ValueError(f"the ldm layout is one file, whose name ends in .safetensors, got {path}: give such a name")
+    _check_target(Path(path), layout, overwrite)
 
 
 def _check_target(path: Path, layout: Layout, overwrite: bool) -> None:

@@ -5,6 +5,7 @@ Folders that this package writes also have `ldm.json`, with fields that the layo
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +33,7 @@ _CLASSES = {  # the classes of diffusers and transformers that are implemented h
     "vae": ("AutoencoderKL",),
     **dict.fromkeys(TOWERS, ("CLIPTextModel", "CLIPTextModelWithProjection")),
 }
+LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # folders of diffusers, of PEFT
 _KEPT = "ldm.safetensors"  # `Model.unused`, for which diffusers' layout has no file
 
 
@@ -101,9 +103,12 @@ def open_folder(folder: Path, *, prediction: Prediction | None = None, pickles: 
     return Source(config, "diffusers", why, parts, tuple(tokenizer for tokenizer, _ in tokenizers), notes, kept)
 
 
-def write_folder(folder: Path, model: ModelLike, dtype: torch.dtype | None) -> None:
+def write_folder(
+    folder: Path, model: ModelLike, dtype: torch.dtype | None, metadata: Mapping[str, str] | None = None
+) -> None:
     """Write `model` into the new `folder`, for `load` and for diffusers' `from_pretrained`.
 
+    metadata: entries for the files of the networks.
     Raises ValueError for a model that the layout cannot express.
     """
     config = model.config
@@ -118,29 +123,33 @@ def write_folder(folder: Path, model: ModelLike, dtype: torch.dtype | None) -> N
     _write_json(folder / "ldm.json", dataclasses.asdict(extras))
     _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     tensors = collect(model.unet, tables.diffusers_unet(config.unet), dtype=dtype)
-    write_network(folder / "unet", NETWORK, unet, tensors)
-    write_vae(folder / "vae", model.vae, config.image_size, dtype)
+    write_network(folder / "unet", NETWORK, unet, tensors, metadata)
+    write_vae(folder / "vae", model.vae, config.image_size, dtype, metadata)
     encoder = model.text_encoder
     for name, tower, tokenizer, text in zip(names, encoder.towers, encoder.tokenizers, config.text, strict=True):
         json = configs.text_to_json(text, tokenizer.bos_id, tokenizer.eos_id, sdxl=sdxl)
         # under the names with `text_model.`, which every version of transformers reads
-        write_network(folder / name, _TOWER, json, collect(tower, tables.hf_text(), dtype=dtype))
+        write_network(folder / name, _TOWER, json, collect(tower, tables.hf_text(), dtype=dtype), metadata)
         save_tokenizer(tokenizer, folder / name.replace("text_encoder", "tokenizer"), text.max_length, text.pad_id)
     if kept := model.unused if isinstance(model, Model) else {}:
         held = {name: value.to(dtype or value.dtype).contiguous() for name, value in kept.items()}
         write_tensors(held, folder / _KEPT)
 
 
-def write_vae(folder: Path, vae: VAE, image_size: int, dtype: torch.dtype | None = None) -> None:
+def write_vae(
+    folder: Path, vae: VAE, image_size: int, dtype: torch.dtype | None = None, metadata: Mapping[str, str] | None = None
+) -> None:
     """Write only a VAE into `folder`, for `load_vae` and for diffusers' `from_pretrained`."""
     config = configs.vae_to_json(vae.config, image_size)
-    write_network(folder, NETWORK, config, collect(vae, tables.diffusers_vae(), dtype=dtype))
+    write_network(folder, NETWORK, config, collect(vae, tables.diffusers_vae(), dtype=dtype), metadata)
 
 
-def write_network(folder: Path, stem: str, config: Json, tensors: dict[str, Tensor]) -> None:
-    """Write a network's config.json and its weights, in a file with this `stem`."""
+def write_network(
+    folder: Path, stem: str, config: Json, tensors: dict[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a network's config.json and its weights, in a file with this `stem` and `metadata`."""
     _write_json(folder / "config.json", config)
-    write_tensors(tensors, folder / f"{stem}.safetensors", metadata={"format": "pt"})
+    write_tensors(tensors, folder / f"{stem}.safetensors", {"format": "pt", **(metadata or {})})
 
 
 def _write_json(path: Path, value: Json) -> None:
@@ -225,6 +234,8 @@ def _read_index(folder: Path) -> tuple[Json, tuple[str, ...], tuple[str, ...]]:
         inner = sorted(folder.glob("*/model_index.json"))
         files = sorted(path.name for path in folder.glob("*") if path.suffix in (".safetensors", ".ckpt"))
         hint = "give the folder that holds model_index.json"
+        if any((folder / name).is_file() for name in LORA_FILES):
+            raise ValueError(f"{folder} is a LoRA and no model: give it with --lora, and the model with --model")
         if snapshots:
             hint = f"it is a cache of Hugging Face, give {snapshots[-1].parent}"
         elif inner:

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ldm.checkpoint import tables
+from ldm.checkpoint.folder import LORA_FILES
+from ldm.checkpoint.identify import find
 from ldm.checkpoint.keymap import Rule, translate
 from ldm.checkpoint.known import NAMES, kind_of
 from ldm.checkpoint.parts import TOWERS
@@ -25,7 +27,6 @@ from ldm.config import UNetConfig, check_number
 from ldm.models.lora import Change, Factors, rank, shape, sized_axis
 
 KINDS = "LoRA, LoCon, LoHa, LoKr, DoRA and whole differences"
-FOLDER_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # of diffusers; of PEFT
 PEFT_PREFIX, PEFT_CONFIG = "base_model.model.", "adapter_config.json"
 DIFFUSERS_METADATA = "lora_adapter_metadata"
 
@@ -80,13 +81,13 @@ class LoraFile:
     """What a file changes in one model.
 
     count: how many layers the file changes. unknown: those that the model does not have, by their names in the file.
-    words: learned words that some files bring along. They are not used.
+    words: the vectors, k d, of learned words that some files bring along.
     """
 
     changes: Mapping[Target, Change]
     count: int
     unknown: tuple[str, ...]
-    words: tuple[str, ...]
+    words: Mapping[str, Tensor]
 
 
 def read_lora(path: str | Path, networks: Mapping[str, nn.Module], config: UNetConfig) -> LoraFile:
@@ -96,7 +97,7 @@ def read_lora(path: str | Path, networks: Mapping[str, nn.Module], config: UNetC
     and the text towers, by the names of their parts.
     Raises ValueError for a file that is damaged, no LoRA, of a kind that is not supported, or for another model.
     """
-    path = _file_of(Path(path))
+    path = file_of(Path(path))
     tensors = TensorFiles([path])
     found, words = _by_layer(tensors)
     alphas = _Alphas(tensors, path, found)
@@ -122,7 +123,27 @@ def read_lora(path: str | Path, networks: Mapping[str, nn.Module], config: UNetC
             changes[target] = Change(factors, alphas.scale(name, target.part, rank(factors), alpha))
     if misfits or not changes:
         raise ValueError(f"{path} {_for_whom(config, misfits, unknown)}")
-    return LoraFile(changes, len(found), tuple(name for name, _ in unknown), words)
+    vectors = {name: value.reshape(-1, value.shape[-1]) for name, value in tensors.read(words)}
+    return LoraFile(changes, len(found), tuple(name for name, _ in unknown), vectors)
+
+
+def context_width(path: str | Path) -> int | None:
+    """Return how wide the text is that a LoRA's layers attend to, which tells its family; None if no layer tells.
+
+    Raises ValueError for a file that is damaged, no LoRA, or of a kind that is not supported.
+    """
+    tensors = TensorFiles([file_of(Path(path))])
+    for name, roles in _by_layer(tensors)[0].items():
+        if _TO_TEXT.search(name) or name == f"unet:{_NUMBERED['unet'][1].index('attn2.to_k')}":
+            wanted = {role: stored for role, stored in roles.items() if role != "alpha" and not role.startswith("size")}
+            held = dict(tensors.read(wanted.values()))
+            return _shape({role: held[stored] for role, stored in wanted.items()}, f"{tensors}: {name}")[1]
+    return None
+
+
+def is_factor(name: str) -> bool:
+    """Return whether a tensor's name is that of a factor of a supported kind."""
+    return _TENSOR.fullmatch(name) is not None
 
 
 def layers_of(networks: Mapping[str, nn.Module]) -> dict[Target, Any]:
@@ -155,7 +176,7 @@ def names_of(targets: Iterable[Target], config: UNetConfig) -> dict[str, list[Ta
 
 
 def _unet_names(target: Target, config: UNetConfig) -> Iterator[str]:
-    ldm, diffusers = (_stored(target, rules(config)) for rules in (tables.ldm_unet, tables.diffusers_unet))
+    ldm, diffusers = (stored_name(target, rules(config)) for rules in (tables.ldm_unet, tables.diffusers_unet))
     yield from (f"lora_unet_{ldm.replace('.', '_')}", f"lycoris_{diffusers.replace('.', '_')}")
     yield from (f"lora_unet_{diffusers.replace('.', '_')}", f"diffusion_model.{ldm}")
     for name in (diffusers, *_old_names(diffusers, ".processor")):
@@ -164,12 +185,13 @@ def _unet_names(target: Target, config: UNetConfig) -> Iterator[str]:
 
 def _text_names(target: Target, towers: list[str]) -> Iterator[str]:
     number = towers.index(target.part) + 1 if len(towers) > 1 else ""  # kohya's, for SDXL
-    for name in (_stored(target, tables.hf_text(level)) for level in ("text_model", "")):
+    for name in (stored_name(target, tables.hf_text(level)) for level in ("text_model", "")):
         yield from (f"lora_te{number}_{name.replace('.', '_')}", f"{PEFT_PREFIX}{name}")
         yield from (f"{target.part}.{each}" for each in (name, *_old_names(name, "")))
 
 
-def _stored(target: Target, rules: tuple[Rule, ...]) -> str:
+def stored_name(target: Target, rules: tuple[Rule, ...]) -> str:
+    """Return the name of a layer under the rules of a key table."""
     return translate(f"{target.layer}.weight", rules).name.removesuffix(".weight")
 
 
@@ -180,14 +202,16 @@ def _old_names(name: str, between: str) -> Iterator[str]:
             yield f"{name.removesuffix(f'.{new}')}{between}.{old}"
 
 
-def _file_of(path: Path) -> Path:
+def file_of(path: Path) -> Path:
     """Return the file with the tensors. Raises ValueError for a folder without a LoRA, or with two."""
     if not path.is_dir():
         return path
-    found = [path / name for name in FOLDER_FILES if (path / name).is_file()]
+    found = [path / name for name in LORA_FILES if (path / name).is_file()]
+    if (path / "model_index.json").is_file():
+        raise ValueError(f"{path} is a model and no LoRA: give it with --model")
     if len(found) != 1:
         held = "both" if found else "neither of"
-        raise ValueError(f"{path} holds {held} {' and '.join(FOLDER_FILES)}: give the file of the LoRA")
+        raise ValueError(f"{path} holds {held} {' and '.join(LORA_FILES)}: give the file of the LoRA")
     return found[0]
 
 
@@ -207,7 +231,7 @@ def _by_layer(tensors: Tensors) -> tuple[dict[str, dict[str, str]], tuple[str, .
         if role in found[match["layer"]]:
             raise ValueError(f"{tensors} changes {match['layer']} twice, the second time as {name}: save one alone")
         found[match["layer"]][role] = name
-    words = tuple(name for name in strange if tensors.metadata.get(name) == _EMBEDDED)
+    words = tuple(n for n in strange if tensors.metadata.get(n) == _EMBEDDED and len(tensors.shapes[n]) in (1, 2))
     strange = sorted(set(strange).difference(words))
     kind = kind_of(tensors)
     if kind is not None and not re.match("a LoRA|a LyCORIS", kind):
@@ -216,6 +240,8 @@ def _by_layer(tensors: Tensors) -> tuple[dict[str, dict[str, str]], tuple[str, .
         if any(re.search(pattern, name) for name in strange):
             raise ValueError(f"{tensors} holds {what}, which is not supported: {KINDS} are")
     if not found:
+        if any(find(tensors)):
+            raise ValueError(f"{tensors} is a model or a part of one, and no LoRA: give it with --model")
         raise ValueError(f"{tensors} is no LoRA, it holds {some(strange)}: give a LoRA")
     if strange:
         raise ValueError(f"{tensors} holds {len(strange)} tensors that no known kind of LoRA has: {some(strange)}")
@@ -251,7 +277,7 @@ def _shape(factors: Factors, where: str) -> _Shape:
 
 def _fits(factors: Factors, sides: _Shape, layer: Any) -> bool:
     """Return whether a change of this shape fits the weight and the bias of `layer`."""
-    weight, bias = _weight_shape(layer), 0 if layer.bias is None else len(layer.bias)
+    weight, bias = weight_shape(layer), 0 if layer.bias is None else len(layer.bias)
     size = factors.get("size")
     if "diff_b" in factors and factors["diff_b"].numel() != bias:
         return False
@@ -260,7 +286,7 @@ def _fits(factors: Factors, sides: _Shape, layer: Any) -> bool:
     return factors.keys() == {"diff_b"} or sides == (weight[0], math.prod(weight[1:]))
 
 
-def _weight_shape(layer: Any) -> tuple[int, ...]:
+def weight_shape(layer: Any) -> tuple[int, ...]:
     """Return the shape of the weight, which a packed layer does not have as a parameter."""
     if isinstance(layer, nn.Linear):
         return layer.out_features, layer.in_features

@@ -72,6 +72,14 @@ class Part:
             self._maps[keys] = found
         return self._maps[keys]
 
+    def dtype_of(self, name: str) -> torch.dtype:
+        """Return the dtype of the stored tensor `name`. Raises ValueError if it is not a floating-point one."""
+        if (held := self.tensors.dtypes[name]) not in FLOATS:
+            raise ValueError(
+                f"{name} in {self.tensors} is stored as {held}, weights are {', '.join(FLOATS)}: use another file"
+            )
+        return DTYPES[held]
+
 
 @dataclass(frozen=True)
 class Source:
@@ -174,15 +182,11 @@ def fill(module: nn.Module, part: Part, *, dtype: torch.dtype | None, device: to
     values: dict[str, Tensor] = {}
     groups: dict[bool, list[str]] = {True: [], False: []}  # by whether a tensor stays memory-mapped
     for name in keys_of:
-        if (held := part.tensors.dtypes[name]) not in FLOATS:
-            raise ValueError(
-                f"{name} in {part.tensors} is stored as {held}, weights are {', '.join(FLOATS)}: use another file"
-            )
-        groups[device.type == "cpu" and dtype in (None, DTYPES[held])].append(name)
+        groups[device.type == "cpu" and dtype in (None, part.dtype_of(name))].append(name)
     for mapped, names in groups.items():
         for name, value in part.tensors.read(names, mapped=mapped):
             if not mapped:
-                value = _cast(f"{name} in {part.tensors}", value, dtype or value.dtype)
+                value = cast(f"{name} in {part.tensors}", value, dtype or value.dtype)
             for key, piece in zip(keys_of[name], value.chunk(len(keys_of[name])), strict=True):
                 values[key] = stored[key].form.restore(piece, wanted[key].shape).to(device)
     module.load_state_dict(values, strict=True, assign=True)
@@ -218,7 +222,7 @@ def _stored_tensors(
     }
 
 
-def _cast(what: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+def cast(what: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a copy of `value` in `dtype`. Raises ValueError for NaN, infinity or a number out of its range.
 
     The cast goes through fp32, which is faster for bf16, in pieces that fit the processor's cache.

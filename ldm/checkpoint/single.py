@@ -36,7 +36,8 @@ def open_single(
     contents = identify.find(tensors)
     if contents == Contents(None, None, ()):
         what = kind_of(tensors) or f"no Stable Diffusion checkpoint, it has {some(sorted(tensors.shapes))}"
-        raise ValueError(f"{tensors} is {what}: give a full checkpoint or a model folder")
+        hint = "; a LoRA is given with --lora" if "LoRA" in what else ""
+        raise ValueError(f"{tensors} is {what}: give a full checkpoint or a model folder{hint}")
     identify.check_stored_plainly(tensors)
     if METADATA_KEY in tensors.metadata:
         config, why, notes = _from_metadata(tensors, prediction)
@@ -75,8 +76,13 @@ def _towers(contents: Contents, text: tuple[TextConfig, ...]) -> list[Tower | No
     return found
 
 
-def write_single(path: Path, model: ModelLike, dtype: torch.dtype | None) -> None:
-    """Write `model` into the new file `path`. Raises ValueError for a tokenizer other than CLIP's own."""
+def write_single(
+    path: Path, model: ModelLike, dtype: torch.dtype | None, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write `model` into the new file `path`. Raises ValueError for a tokenizer other than CLIP's own.
+
+    metadata: entries beside METADATA_KEY.
+    """
     vocab = official_vocabulary()[0]
     for tokenizer in model.text_encoder.tokenizers:
         if tokenizer.vocab != vocab:
@@ -84,7 +90,8 @@ def write_single(path: Path, model: ModelLike, dtype: torch.dtype | None) -> Non
                 f"a single file has no place for a tokenizer, and that of {model.config.name} is not CLIP's own: "
                 "save in the diffusers layout"
             )
-    write_tensors(ldm_tensors(model, dtype), path, {METADATA_KEY: json.dumps(dataclasses.asdict(model.config))})
+    config = {METADATA_KEY: json.dumps(dataclasses.asdict(model.config))}
+    write_tensors(ldm_tensors(model, dtype), path, {**(metadata or {}), **config})
 
 
 def ldm_tensors(model: ModelLike, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -115,17 +122,18 @@ def ldm_tensors(model: ModelLike, dtype: torch.dtype | None = None) -> dict[str,
 def _stand_ins(text: TextConfig, tower: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Stand-ins for the tensors of an official OpenCLIP tower that ours lacks: a temperature and, for SD 2, a block.
 
-    The block (the last one) adds nothing to its input, and the projection after it is the identity.
+    The block (the last one) adds nothing to its input, and the projection after it is the identity. They are on the
+    CPU, also for a model on the meta device.
     """
     like = tower["token_embedding.weight"]
-    neutral: dict[str, Tensor] = {"logit_scale": like.new_tensor(100.0).log()}
+    neutral: dict[str, Tensor] = {"logit_scale": torch.tensor(100.0, dtype=like.dtype, device="cpu").log()}
     if text.projection is None:
         before, last = (f"transformer.resblocks.{n}." for n in (text.layers - 1, text.layers))
         for name, value in tower.items():
             if name.startswith(before):
                 scale = "ln_" in name and name.endswith("weight")
-                neutral[last + name.removeprefix(before)] = torch.full_like(value, float(scale))
-        neutral["text_projection"] = torch.eye(text.width, dtype=like.dtype, device=like.device)
+                neutral[last + name.removeprefix(before)] = torch.full_like(value, float(scale), device="cpu")
+        neutral["text_projection"] = torch.eye(text.width, dtype=like.dtype, device="cpu")
     return neutral
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,18 @@ class TensorFiles(Tensors):
                     raise ValueError(f"{path} became shorter while it was read: fetch it again")
                 yield name, data.view(DTYPES[self.dtypes[name]]).reshape(self.shapes[name])
 
+    def overwrite(self, name: str, value: Tensor) -> None:
+        """Write `value` over a tensor of a file. It has the same dtype and shape."""
+        path, start, _ = self._places[name]
+        with _named(path), path.open("rb+") as file:
+            file.seek(start)
+            file.write(value.contiguous().flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]  # as above
+
+    def sync(self) -> None:
+        """Return once the disk has the files. Raises OSError on a full disk."""
+        for path in self.paths:
+            _sync(path)
+
 
 def read_header(path: Path) -> tuple[int, dict[str, Any]]:
     """Read the header of the safetensors file at `path`. Returns its size in bytes, and its entries by name.
@@ -192,9 +205,13 @@ def some(names: Sequence[str]) -> str:
 def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write the safetensors file `path`, and return once the disk has it.
 
+    Tensors on the meta device become zeros, which take no space until `TensorFiles.overwrite` replaces them.
     Raises OSError if the file cannot be written, for example on a full disk.
     """
     path.touch()
+    if any(value.is_meta for value in tensors.values()):
+        _write_with_holes(tensors, path, metadata)
+        return
     mode = path.stat().st_mode  # of a new file here; safetensors lets only the owner read it
     try:
         save_file(dict(tensors), path, metadata)
@@ -203,5 +220,36 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str,
             raise
         raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
     path.chmod(mode)
-    with path.open("rb+") as file:
+    _sync(path)
+
+
+def _write_with_holes(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None) -> None:
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    end = 0
+    for name, value in sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):  # aligns them
+        start, end = end, end + value.nbytes
+        header[name] = {"dtype": names[value.dtype], "shape": list(value.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with _named(path), path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    written = TensorFiles([path])
+    for name, value in tensors.items():
+        if not value.is_meta:
+            written.overwrite(name, value)
+
+
+def _sync(path: Path) -> None:
+    with _named(path), path.open("rb+") as file:
         os.fsync(file.fileno())  # some file systems notice only here that they are full
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Put `path` into an OSError that names no file."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, error.filename or str(path)) from error

@@ -103,7 +103,7 @@ def _generate(args: argparse.Namespace) -> None:
     seconds: dict[str, float] = {}
     with jobs.timed("load", seconds):
         models = load_models(job.model, job.placement)
-    if job.model.embeddings:
+    if job.model.embeddings or (models.base.loras and models.base.loras.words):
         _report_embeddings(models.base, job.request)
     with measuring(args, models) as stats, previews(models.base) as previewed:
         result = rescue.run(

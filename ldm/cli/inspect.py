@@ -109,7 +109,7 @@ def inspect(path: str | Path, *, prediction: Prediction | None = None, check_sha
     tensors = None if path.is_dir() else TensorFiles([path])
     if tensors is not None:
         report = dataclasses.replace(
-            report, metadata={_short(k): _short(v) for k, v in tensors.metadata.items()}, ema=count_ema(tensors)
+            report, metadata={short(k): short(v) for k, v in tensors.metadata.items()}, ema=count_ema(tensors)
         )
     try:
         source = open_source(path, prediction=prediction, sha256=sha256)
@@ -181,7 +181,7 @@ def _grouped(names: Sequence[str]) -> list[str]:
     return [f"{w}.* ({len(g)})" if len(g) > 1 else g[0] for w, g in groups.items()]
 
 
-def _short(text: str) -> str:
+def short(text: str) -> str:
     """Return the beginning of `text`, without line breaks and control characters."""
     shown = "".join(c if c.isprintable() else " " for c in text[:_LONGEST])
     return shown if len(text) <= _LONGEST else f"{shown}... ({len(text):,} characters)"

@@ -31,7 +31,7 @@ def add_options(parser: argparse.ArgumentParser, kind: type, only: Collection[st
         elif get_origin(hint) is tuple:
             parser.add_argument(flag, dest=field.name, type=float, nargs=2, metavar=("LOW", "HIGH"), help=text)
         elif get_origin(hint) is Mapping:
-            parser.add_argument(flag, dest=field.name, type=_pair, nargs="+", metavar="NAME=NUMBER", help=text)
+            parser.add_argument(flag, dest=field.name, type=pair, nargs="+", metavar="NAME=NUMBER", help=text)
         else:
             read = hint if hint in (int, float) else str
             parser.add_argument(flag, dest=field.name, type=read, metavar=metavar, help=text)
@@ -57,7 +57,7 @@ def _without_none(hint: Any) -> Any:
     return get_args(hint)[0] if get_origin(hint) in (typing.Union, types.UnionType) else hint
 
 
-def _pair(word: str) -> tuple[str, float]:
+def pair(word: str) -> tuple[str, float]:
     """Read NAME=NUMBER."""
     name, _, number = word.partition("=")
     try:

@@ -82,6 +82,30 @@ def rank(factors: Factors) -> int | None:
     return next((factors[name].shape[0] for name in names if name in factors), None)
 
 
+def kind(factors: Factors) -> str:
+    """Return the kind, such as "LoRA"; "difference" for whole differences."""
+    if "size" in factors:
+        return "DoRA"
+    if "up" in factors:
+        return "LoCon" if "mid" in factors or math.prod(factors["down"].shape[2:]) > 1 else "LoRA"
+    if "hada_w1_a" in factors:
+        return "LoHa"
+    return "LoKr" if any(name.startswith("lokr") for name in factors) else "difference"
+
+
+def norm(change: Change) -> float:
+    """Return the Frobenius norm of the change of the weight, or of the bias if only this changes; of DoRA that of C.
+
+    For a product of two factors, |B A|^2 is the sum of (B^T B) * (A A^T), which needs no o i matrix.
+    """
+    factors = {name: value.float() for name, value in change.factors.items()}
+    if "up" in factors and "mid" not in factors:
+        up, down = factors["up"].flatten(1).double(), factors["down"].flatten(1).double()
+        return abs(change.scale) * math.sqrt(max(((up.T @ up) * (down @ down.T)).sum().item(), 0.0))
+    found = product(factors)
+    return abs(change.scale) * float((factors["diff_b"] if found is None else found).norm())
+
+
 def _pair(up: Tensor, down: Tensor, core: Tensor | None = None) -> Tensor:
     """Multiply up: o r or o r 1 1, core: r r h w and down: r i h w or r i, into o (i h w)."""
     if core is None:

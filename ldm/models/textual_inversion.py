@@ -28,6 +28,7 @@ class NamedTokenizer(Tokenizer):
 
     def __init__(self, tokenizer: Tokenizer, names: Mapping[str, range]) -> None:
         vars(self).update(vars(tokenizer))
+        self.plain = getattr(tokenizer, "plain", tokenizer)
         self.names = dict(names)
         self.following = {i for ids in self.names.values() for i in ids[1:]}
         if "" in self.names:
@@ -112,6 +113,25 @@ def add_embedding(text_encoder: TextEncoder, name: str, parts: Sequence[Tensor])
         ids = range(first, len(embedding.weight) + len(part))
         tower.tokenizer = NamedTokenizer(tower.tokenizer, {**names, name: ids})
         tower.token_embedding = AddedVectors(embedding.weight, part)  # type: ignore[assignment]
+
+
+def remove_embedding(text_encoder: TextEncoder, name: str) -> None:
+    """Undo `add_embedding`: `name` is plain text again. Other embeddings stay. Raises KeyError for an unknown name."""
+    towers: Any = text_encoder.towers
+    for tower in towers:
+        tokenizer, embedding = tower.tokenizer, tower.token_embedding
+        names, weight = dict(tokenizer.names), embedding.weight
+        gone = names.pop(normal(name))
+        if not names:
+            tower.tokenizer = tokenizer.plain
+            tower.token_embedding = nn.Embedding(len(weight), weight.shape[1], _weight=weight)
+            tower.token_embedding.weight = weight
+            continue
+        first, count = gone.start - len(weight), len(gone)
+        kept = torch.cat([embedding.vectors[:first], embedding.vectors[first + count :]])
+        later = {n: range(own.start - count, own.stop - count) for n, own in names.items() if own.start > gone.start}
+        tower.tokenizer = NamedTokenizer(tokenizer.plain, names | later)
+        tower.token_embedding = AddedVectors(weight, kept)
 
 
 def normal(name: str) -> str:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import ldm
 from ldm.checkpoint.loras import Target, layers_of, names_of, read_lora
 from ldm.models.text import TextEncoder
 from ldm.models.unet import UNet
@@ -199,7 +200,7 @@ def test_files_of_cloneofsimo_number_the_layers(networks, tmp_path):
         "<s1>": "<embed>",
     }
     found = read(tensors, networks, tmp_path, classes)
-    assert found.words == ("<s1>",)
+    assert {name: value.shape for name, value in found.words.items()} == {"<s1>": (1, 32)}
     above = "down.3.transformer.blocks.0."
     layers = [target.layer.removeprefix(above) for target in found.changes if target.part == "unet"]
     attention = ["to_q", "to_k", "to_v", "to_out"]
@@ -249,6 +250,10 @@ WRONG = [
     (FACTORS | {"lora_controlnet": torch.zeros(1)}, r"is a Control-LoRA: give a LoRA"),
     ({"emb_params": torch.zeros(1, 768)}, r"is a textual-inversion embedding for Stable Diffusion 1.x: give a LoRA"),
     ({"first.weight": torch.zeros(1, 8)}, r"is no LoRA, it holds first.weight: give a LoRA"),
+    (
+        {"first_stage_model.encoder.down.0.block.0.conv1.weight": torch.zeros(1, 8, 3, 3)},
+        r"is a model or a part of one, and no LoRA: give it with --model",
+    ),
     ({name: value.int() for name, value in FACTORS.items()}, r"holds factors of I32, allowed are F64"),
 ]
 
@@ -267,6 +272,16 @@ def test_a_lora_for_sdxl_is_named_so(tmp_path):
         match=r"for Stable Diffusion XL, 2048 wide; the model is Stable Diffusion 1.x, 768 wide: give a LoRA",
     ):
         read(pair(*KOHYA, name, 640, 2048), networks, tmp_path, config=PRESETS["sd15"])
+
+
+def test_a_model_given_as_a_lora_and_a_lora_given_as_a_model_are_named_so(networks, model_folder, tmp_path):
+    with pytest.raises(ValueError, match=r"is a model and no LoRA: give it with --model"):
+        read_lora(model_folder, networks, TINY_RANDOM.unet)
+    read(FACTORS, networks, tmp_path, name="pytorch_lora_weights.safetensors")
+    with pytest.raises(ValueError, match=r"is a LoRA: give a full checkpoint or a model folder; a LoRA is given with"):
+        ldm.load(tmp_path / "pytorch_lora_weights.safetensors")
+    with pytest.raises(ValueError, match=r"is a LoRA and no model: give it with --lora, and the model with --model"):
+        ldm.load(tmp_path)
 
 
 def test_a_missing_file_is_named(networks, tmp_path):

@@ -3,12 +3,14 @@
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import nn
 
 import ldm
 from ldm.checkpoint.loras import read_lora
-from ldm.lora import set_loras
-from tests.parity import compare, reference, tenants, test_parity
+from ldm.lora import Lora, set_loras
+from ldm.lora_tools import extract, merge_loras
+from ldm.models.low_rank import Cut
+from tests.parity import compare, loras, reference, tenants, test_parity
+from tests.parity.loras import adapt, difference, drawn, kohya, write
 from tests.parity.reference import FAMILIES
 from tests.parity.test_parity import LEVELS, RELATIVE
 from tests.tiny import TINY_RANDOM, random_networks
@@ -90,30 +92,6 @@ def test_the_weights_are_those_of_lycoris(kind, options, tmp_path):
             torch.testing.assert_close(layer.bias + change.of("bias", layer.bias), bias, rtol=1e-5, atol=1e-5)
 
 
-def drawn(shape, seed):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def kohya(theirs, path):
-    """Write a LoRA of kohya's names, for the attentions and convolutions of the UNet and for the text encoders."""
-    tensors = {}
-    single = not hasattr(theirs, "text_encoder_2")
-    parts = {"lora_unet": theirs.unet, ("lora_te" if single else "lora_te1"): theirs.text_encoder}
-    parts |= {} if single else {"lora_te2": theirs.text_encoder_2}
-    for prefix, network in parts.items():
-        for i, (name, layer) in enumerate(network.named_modules()):
-            named = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "ff.net.2", "conv1", "q_proj", "out_proj", "fc1")
-            if not name.endswith(named) or not isinstance(layer, nn.Linear | nn.Conv2d):
-                continue
-            stem = f"{prefix}_{name.replace('.', '_')}"
-            out, inside, *kernel = layer.weight.shape
-            tensors[f"{stem}.lora_down.weight"] = drawn((4, inside, *kernel), i) / inside**0.5
-            tensors[f"{stem}.lora_up.weight"] = 0.2 * drawn((out, 4, *(1 for _ in kernel)), i + 1)
-            tensors[f"{stem}.alpha"] = torch.tensor(2.0)
-    save_file(tensors, path)
-    return len(tensors) // 3
-
-
 def assert_same(name, ours, theirs, before):
     """The networks predict the same, the picture is the same, and both differ from those without a LoRA."""
     given = compare.draw(reference.small(FAMILIES[name]), 0, 64)
@@ -178,4 +156,44 @@ def test_a_file_that_diffusers_saves_computes_what_diffusers_computes(options, p
     )
     (applied,) = set_loras(ours, [tmp_path])
     assert applied.applied == applied.total > 50
+    assert_same("sd15", ours, theirs, before)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", loras.CASES)
+def test_weighted_loras_make_the_pictures_of_diffusers(case, folder, both, tmp_path):
+    pytest.importorskip("peft")
+    ours, theirs = both("sd15")
+    assert difference(ours, theirs, write(tmp_path, theirs), case, tenants.request(steps=4)) <= LEVELS
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["sd15", "sdxl-base"])
+def test_an_extracted_lora_computes_in_diffusers_what_it_computes_here(name, folder, pair, tmp_path):
+    """Every kind of layer that `extract` changes is among the names that diffusers reads."""
+    pytest.importorskip("peft")
+    ours, theirs = pair(name)
+    before = without(name, ours)
+    for network in (ours.unet, *ours.text_encoder.towers):
+        for i, (key, value) in enumerate(network.named_parameters()):
+            if key.endswith("weight") and value.dim() > 1 and "embedding" not in key:
+                value += 0.1 * value.std() * drawn(value.shape, i)
+    ours.save(tmp_path / "tuned")
+    written = extract(tmp_path / "tuned", folder(name), tmp_path / "a.safetensors", Cut(8), convolutions=True)
+    print(written)
+    ours = ldm.load(folder(name), ldm.Placement("cpu"))
+    (applied,) = set_loras(ours, [tmp_path / "a.safetensors"])
+    assert applied.applied == applied.total == written.modules
+    theirs.load_lora_weights(tmp_path / "a.safetensors")
+    assert_same(name, ours, theirs, before)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_loras_merged_into_one_compute_what_diffusers_computes_with_all(folder, pair, tmp_path):
+    pytest.importorskip("peft")
+    ours, theirs = pair("sd15")
+    before, files = without("sd15", ours), write(tmp_path, theirs)
+    merge_loras([Lora(files[0], 0.7), Lora(files[1], -0.4)], tmp_path / "m.safetensors", model=folder("sd15"))
+    set_loras(ours, [tmp_path / "m.safetensors"])
+    adapt(theirs, files, (0.7, -0.4))
     assert_same("sd15", ours, theirs, before)
