@@ -144,9 +144,8 @@ class AuditLog:
     def _write(self, file: int, event: str, values: Mapping[str, Any]) -> str:
         """Write a line at the end of the locked file."""
         last, rest = _tail(file)
-        if last is None and not rest:
-            older = segments(self.path)
-            last = _tail_of(older[-1]) if older else None
+        if last is None and (older := segments(self.path)):
+            last = _tail_of(older[-1])
         begin, torn = b"", {}
         if rest and (complete := read_line(rest)) is not None:  # only its newline is missing
             last, begin = complete, b"\n"

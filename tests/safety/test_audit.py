@@ -309,6 +309,15 @@ def test_an_unfinished_line_is_recognized_when_the_file_is_rotated(log):
     assert (verify(log.path).problems, verify(log.path).last) == ((), 4)
 
 
+def test_a_first_line_that_was_cut_after_a_rotation_is_recognized(log):
+    written(log, 2)
+    log.rotate()
+    log.path.write_bytes(log.path.read_bytes()[:50])
+    assert verify(log.path).torn == 50
+    written(log, 1)
+    assert (verify(log.path).problems, verify(log.path).last) == ((), 4)
+
+
 def later():
     return datetime.now(UTC) + timedelta(seconds=1)
 
