@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 import ldm
 from ldm import jobs, rescue
+from ldm.cli.audit import add_audit, start_audit
 from ldm.cli.controls import add_controls
 from ldm.cli.image_prompts import add_image_prompts
 from ldm.cli.job import read_job
@@ -80,6 +81,7 @@ def _add_common(command: argparse.ArgumentParser) -> None:
         help="repeat the run that made this picture; other options change the run",
     )
     command.add_argument("--no-metadata", action="store_true", help="do not write into the PNG how it was made")
+    add_audit(command)
     command.add_argument("--json", action="store_true", help="print the results as JSON")
 
 
@@ -98,6 +100,7 @@ def _generate(args: argparse.Namespace) -> None:
         _ = region.picture
     for prompt in job.request.image_prompts:
         _ = prompt.picture
+    finish_audit = start_audit(args, job)
     way = rescue.prepare(job, _say)
     job = dataclasses.replace(job, placement=way.placement)
     seconds: dict[str, float] = {}
@@ -115,6 +118,7 @@ def _generate(args: argparse.Namespace) -> None:
             allow_smaller=args.allow_smaller,
             say=_say,
         )
+    finish_audit(result)
     results: dict[str, object] = {
         "files": [str(file) for file in result.files],
         "seeds": result.seeds,

@@ -1,0 +1,100 @@
+"""`ldm audit`: check an audit log, set its file aside, and remove old files; and the options that write one."""
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from ldm.cli.options import Commands
+from ldm.config import check_number
+from ldm.jobs import Job, Result
+
+
+def add(commands: Commands) -> None:
+    """Add the command."""
+    tasks = commands.add_parser("audit", help="check, rotate or shorten an audit log").add_subparsers(
+        title="commands", metavar="COMMAND", required=True
+    )
+    command = tasks.add_parser("verify", help="find changed, removed and reordered lines")
+    command.set_defaults(run=_verify)
+    command.add_argument("--head", metavar="HASH", help="a hash that was kept elsewhere: finds a cut tail, too")
+    command.add_argument("--json", action="store_true", help="print the verdict as JSON")
+    _add_file(command)
+    command = tasks.add_parser("rotate", help="set the file aside; a new file continues the chain")
+    command.set_defaults(run=_rotate)
+    _add_file(command)
+    command = tasks.add_parser("prune", help="remove old files, and write into the log what they were")
+    command.set_defaults(run=_prune)
+    command.add_argument("--older-than", type=float, required=True, metavar="DAYS", help="age of their last line")
+    _add_file(command)
+
+
+def _add_file(command: argparse.ArgumentParser) -> None:
+    command.add_argument("file", metavar="FILE", type=Path, help="the log, such as audit.jsonl")
+
+
+def add_audit(command: argparse.ArgumentParser) -> None:
+    """Add the options of a command that makes pictures."""
+    command.add_argument("--audit", metavar="FILE", type=Path, help="write who asked for what, and what was made")
+    command.add_argument("--audit-hidden", action="store_true", help="with --audit: prompts as salted hashes")
+
+
+def start_audit(args: argparse.Namespace, job: Job) -> Callable[[Result], None]:
+    """Write into the log, if there is one, that `job` was asked for. Return what writes that its pictures were made."""
+    if args.audit is None:
+        if args.audit_hidden:
+            raise ValueError("--audit-hidden is for the audit log: add --audit FILE")
+        return lambda result: None
+    from ldm.safety.audit import AuditLog  # imported here, because most runs have none
+
+    log = AuditLog(args.audit, hidden=args.audit_hidden)
+    asked = log.asked(job.request)
+
+    def finish(result: Result) -> None:
+        log.made(asked, result.files, result.record.as_dict())
+
+    return finish
+
+
+def _verify(args: argparse.Namespace) -> None:
+    """Print what was found. Raises ValueError for a log with faults."""
+    from ldm.safety.chain import verify
+
+    verdict = verify(_present(args.file), args.head)
+    if args.json:
+        table = dataclasses.asdict(verdict) | {"removed": [entry._asdict() for entry in verdict.removed]}
+        print(json.dumps(table))
+    if verdict.problems:
+        raise ValueError(f"{args.file} has faults: {'; '.join(verdict.problems)}")
+    if args.json:
+        return
+    print(f"{args.file}: lines {verdict.first} to {verdict.last} are whole")
+    for entry in verdict.removed:
+        print(f"lines {entry.first} to {entry.last} were removed with {entry.name}, sha256 {entry.sha256}")
+    if verdict.torn:
+        print(f"the last {verdict.torn} bytes are a line that its process did not finish")
+    if verdict.after is not None:
+        print(f"the kept hash is there; {verdict.after} lines came after it")
+    print(f"keep this hash elsewhere: {verdict.head}")
+
+
+def _rotate(args: argparse.Namespace) -> None:
+    from ldm.safety.audit import AuditLog
+
+    print(AuditLog(_present(args.file)).rotate())
+
+
+def _prune(args: argparse.Namespace) -> None:
+    from ldm.safety.audit import AuditLog
+
+    check_number("--older-than", args.older_than, 0, 36_500)
+    removed = AuditLog(_present(args.file)).prune(datetime.now(UTC) - timedelta(days=args.older_than))
+    print("\n".join(map(str, removed)) or "no file is that old")
+
+
+def _present(path: Path) -> Path:
+    if not path.exists():
+        raise ValueError(f"there is no audit log {path}")
+    return path
