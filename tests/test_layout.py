@@ -60,10 +60,11 @@ PACKAGES = {  # what each part of ldm may import of ldm, beside itself; "ldm" is
     "training": "atomic checkpoint conditioning config control diffusion geometry image_prompt images loading models "
     "pictures presets strict",
     "cli": "batch batch_ray checkpoint config control diffusion doctor download geometry image_prompt jobs ldm "
-    "loading outputs pictures pipeline placement previews prompts record regions request sizes source stats training "
+    "loading outputs pictures pipeline placement previews prompts record regions request safety sizes source stats training "
     "variations",
     "stats": "diffusion pipeline",
     "doctor": "atomic checkpoint config ldm loading pipeline placement request",
+    "safety": "",
     "ldm": "config control image_prompt loading pipeline placement presets refiner regions request sizes source "
     "variations",
 }
@@ -170,7 +171,7 @@ def test_a_picture_takes_no_import_that_it_has_no_use_for(model_folder, tmp_path
     if torch.__version__ < "2.8":  # compares as a version
         unneeded -= {"torch._dynamo", "sympy"}  # einops needs them there
     assert not unneeded & imported
-    assert not [name for name in imported if name.startswith("ldm.training")]
+    assert not [name for name in imported if name.startswith(("ldm.training", "ldm.safety"))]
 
 
 def test_the_library_never_prints_and_leaves_nothing_to_do():

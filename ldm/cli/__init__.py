@@ -15,7 +15,7 @@ from typing import NoReturn, TextIO
 from tqdm import tqdm
 
 import ldm
-from ldm.cli import batch, doctor, download, files, generate, interpolate, training
+from ldm.cli import batch, doctor, download, files, generate, interpolate, training, watermark
 from ldm.placement.allocator import keep_freed_memory
 
 
@@ -72,7 +72,7 @@ def _parser() -> Parser:
     parser = Parser(prog="ldm", description=ldm.__doc__)
     parser.add_argument("--version", action="version", version=f"ldm {ldm.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for group in (generate, interpolate, batch, files, download, training, doctor):
+    for group in (generate, interpolate, batch, files, download, training, doctor, watermark):
         group.add(commands)
     return parser
 

@@ -12,6 +12,7 @@ from tqdm import tqdm
 import ldm
 from ldm import jobs, rescue
 from ldm.cli.controls import add_controls
+from ldm.cli.finishing import add_finishing, read_finishing
 from ldm.cli.image_prompts import add_image_prompts
 from ldm.cli.job import read_job
 from ldm.cli.loras import add_loras
@@ -66,6 +67,7 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     add_loras(command)
     command.add_argument("--out", type=Path, help="the PNG to write; several pictures get numbers (default: out.png)")
     command.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    add_finishing(command)
     add_previews(command)
     command.add_argument(
         "--allow-smaller", action="store_true", help="make smaller pictures if no other way fits into memory"
@@ -86,7 +88,8 @@ def _add_common(command: argparse.ArgumentParser) -> None:
 def _generate(args: argparse.Namespace) -> None:
     """Make the pictures, write them, and print their paths."""
     job = read_job(args)
-    outputs = Outputs(args.out, job.count, args.overwrite, records=not args.no_metadata)
+    finishing = read_finishing(args)
+    outputs = Outputs(args.out, job.count, args.overwrite, not args.no_metadata, finishing.write)
     outputs.check()
     check_stats(args)
     previews = read_previews(args, outputs)
@@ -103,6 +106,7 @@ def _generate(args: argparse.Namespace) -> None:
     seconds: dict[str, float] = {}
     with jobs.timed("load", seconds):
         models = load_models(job.model, job.placement)
+    finishing.check(models.base, job.request)
     if job.model.embeddings:
         _report_embeddings(models.base, job.request)
     with measuring(args, models) as stats, previews(models.base) as previewed:

@@ -1,0 +1,1 @@
+"""Checks of prompts and pictures, watermarks, and the audit log."""
