@@ -61,9 +61,13 @@ def sign(path: str | Path, certificates: str | Path, key: str | Path, *, algorit
         try:
             info = c2pa.C2paSignerInfo(algorithm, *signer, None)
             context = c2pa.Context(c2pa.Settings.from_dict(_SETTINGS))
-            with c2pa.Signer.from_info(info) as by, c2pa.Builder(manifest, context) as builder:
-                with path.open("rb") as source, new.open("w+b") as target:
-                    builder.sign(by, path.suffix[1:].lower(), source, target)
+            with (
+                c2pa.Signer.from_info(info) as by,
+                c2pa.Builder(manifest, context) as builder,
+                path.open("rb") as source,
+                new.open("w+b") as target,
+            ):
+                builder.sign(by, path.suffix[1:].lower(), source, target)
         except c2pa.C2paError as error:
             raise ValueError(f"cannot sign {path} with {certificates}: {error}") from error
         os.replace(new, path)
