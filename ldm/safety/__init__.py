@@ -1,1 +1,1 @@
-"""Optional leaves for those who run the library for others. Nothing else in the library imports them by itself."""
+"""Checks of prompts and pictures, watermarks, and the audit log. Nothing else in the library imports them by itself."""
