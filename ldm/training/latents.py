@@ -48,7 +48,7 @@ class Latents:
         device = next(vae.parameters()).device
         batches = []
         for start in range(0, len(indices), BATCH):
-            images, _ = collate([self.dataset[i] for i in indices[start : start + BATCH]])
+            images = collate([self.dataset[i] for i in indices[start : start + BATCH]])[0]
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 batches.append(torch.cat(vae.encode(images.to(device)), dim=1).half().cpu())
         with beside(path) as new:

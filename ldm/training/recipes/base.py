@@ -25,6 +25,7 @@ FREE = frozenset(  # may change in a run that goes on, because they change no nu
         "loop.steps",
         "loop.workers",
         "loop.log_every",
+        "loop.validate_every",
         "loop.sample_every",
         "loop.checkpoint_every",
     }
