@@ -116,7 +116,7 @@ class DiffusionObjective(Objective):
         parts = [part for part in (self.networks.unet, self.networks.text_encoder) if learns(part)]
         return parts[0] if len(parts) == 1 else self.networks
 
-    def _with(self, trained: nn.Module) -> Networks:
+    def complete(self, trained: nn.Module) -> Networks:
         """Return both networks, with `trained` in place of those that are trained."""
         if isinstance(trained, UNet):
             return Networks(trained, self.networks.text_encoder)
@@ -158,7 +158,7 @@ class DiffusionObjective(Objective):
         """
         if self.kept_out is None:
             return {}
-        networks, device = self._with(trained), next(trained.parameters()).device
+        networks, device = self.complete(trained), next(trained.parameters()).device
         t = ((torch.arange(LEVELS, device=device) + 0.5) * len(self.schedule) / LEVELS).long()
         errors = []
         for i in range(len(self.kept_out)):
@@ -208,7 +208,7 @@ class DiffusionObjective(Objective):
 
     def sample(self, trained: nn.Module, batch: Batch) -> Tensor:
         """Return one guided picture for each sample prompt. The noise is the same at each call."""
-        networks, prompts = self._with(trained), self.sample_prompts or batch[1][:16]
+        networks, prompts = self.complete(trained), self.sample_prompts or batch[1][:16]
         return self._sampled(networks.unet.bind, networks.text_encoder, prompts, batch)
 
     def _sampled(self, bind: Bind, text_encoder: TextEncoder, prompts: Sequence[str], batch: Batch) -> Tensor:

@@ -30,8 +30,8 @@ from ldm.images import to_pil
 from ldm.pictures import save_png
 from ldm.training import order
 
-# Images: b 3 h w in [-1, 1], or the moments of their latents: b 2c h w; the captions; and, for data that have them, more
-# tensors by name, with one row for each image: "sizes", "mask", "context", "pooled" (see `ldm.training.diffusion`).
+# Images: b 3 h w in [-1, 1], or the moments of their latents: b 2c h w; the captions; and, for data that have them,
+# more tensors by name, with one row for each image: "sizes", "mask", "context", "pooled"; see `DiffusionObjective`.
 Batch = tuple[Tensor, list[str]] | tuple[Tensor, list[str], Mapping[str, Tensor]]
 Example = tuple[Tensor, str] | tuple[Tensor, str, Mapping[str, Tensor]]
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import signal
 from pathlib import Path
 
@@ -12,14 +13,19 @@ from PIL import Image
 import ldm
 from ldm import cli
 from ldm.checkpoint.controlnets import load_controlnet
-from ldm.checkpoint.files import load_vae
+from ldm.checkpoint.files import load, load_vae, save
+from ldm.checkpoint.parts import Model
+from ldm.config import DiffusionConfig
 from ldm.models.controlnet import ControlNet
+from ldm.models.tokens import Tokenizer
+from ldm.models.unet import UNet
 from ldm.training.controlnet import ControlNetObjective
 from ldm.training.data import Folder
 from ldm.training.diffusion import DiffusionLoss, DiffusionObjective
 from ldm.training.loop import collate
 from ldm.training.recipes import FREE, ControlNetRecipe, LDMRecipe, VAERecipe, read_recipe
 from ldm.training.vae import VAEObjective, latent_std
+from tests.tiny import TINY_RANDOM, TINY_SDXL, random_networks
 
 CPU = torch.device("cpu")
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
@@ -361,3 +367,98 @@ def test_a_unet_that_does_not_fit_the_latents_is_refused_before_the_training(pic
     text = LDM_TOML.replace("[unet]", "[unet]\nin_channels = 8")
     with pytest.raises(ValueError, match=r"in_channels and out_channels of \[unet\] must be 4, as many as the latents"):
         recipe(pictures, text).run(CPU)
+
+
+FINETUNE_TOML = """
+recipe = "ldm"
+out = "{out}/tuned"
+start = "{out}/start"
+train = ["unet"]
+sample_prompts = ["a wall"]
+[data]
+size = 32
+folder = "{out}/pictures"
+[loop]
+steps = 2
+batch_size = 2
+warmup = 0
+learning_rate = 1e-2
+log_every = 1
+"""
+
+
+def saved(folder, config, tokenizer=None, **options):
+    """Save a tiny random model in `folder`, and return it as it is read again."""
+    save(Model(config, *random_networks(config, tokenizer)), folder, **options)
+    return load(folder)
+
+
+def changed(before, after):
+    """The parts of a model of which any parameter changed by more than the rounding to fp16."""
+    parts = {"unet": 1, "vae": 1, "text_encoder": 3}  # levels of names: the towers apart
+    found = set()
+    for part, levels in parts.items():
+        pairs = zip(getattr(before, part).named_parameters(), getattr(after, part).parameters(), strict=True)
+        found |= {
+            ".".join([part, *n.split(".")][:levels]) for (n, a), b in pairs if not torch.equal(a.half().float(), b)
+        }
+    return found
+
+
+def test_sdxl_is_fine_tuned_from_a_checkpoint_without_its_architecture_in_the_recipe(pictures):
+    before = saved(pictures / "start", TINY_SDXL)
+    files = {path: path.read_bytes() for path in (pictures / "start").rglob("*") if path.is_file()}
+    after = load(recipe(pictures, FINETUNE_TOML).run(CPU))
+    assert changed(before, after) == {"unet"}
+    assert after.config == before.config  # its size is that of the pictures
+    assert {path: path.read_bytes() for path in (pictures / "start").rglob("*") if path.is_file()} == files
+    average = torch.load(pictures / "tuned" / "checkpoint.pt", weights_only=True)["average"]
+    assert average.keys() == before.unet.state_dict().keys()  # the frozen networks have no average
+
+    other = FINETUNE_TOML.replace("tuned", "v") + '[diffusion]\nprediction = "v"\nzero_terminal_snr = true\n'
+    config = load(recipe(pictures, other.replace("size = 32", "size = 16")).run(CPU)).config
+    assert config.diffusion == DiffusionConfig("v", zero_terminal_snr=True)
+    assert (config.image_size, config.guidance_scale, config.zero_negative) == (16, 3.0, True)
+
+
+@pytest.mark.parametrize(
+    ("names", "parts"),
+    [
+        ('"text_encoder"', {"text_encoder.towers.0"}),
+        ('"text_encoder_2"', {"text_encoder.towers.1"}),
+        ('"unet", "text_encoder", "text_encoder_2"', {"unet", "text_encoder.towers.0", "text_encoder.towers.1"}),
+    ],
+)
+def test_the_recipe_chooses_which_networks_are_trained(pictures, names, parts):
+    before = saved(pictures / "start", TINY_SDXL)
+    after = load(recipe(pictures, FINETUNE_TOML.replace('"unet"', names)).run(CPU))
+    assert changed(before, after) == parts
+
+
+def test_a_single_file_is_fine_tuned_and_saved_as_a_single_file(pictures):
+    tokenizer = Tokenizer.official()
+    text = dataclasses.replace(TINY_RANDOM.text[0], vocab_size=49408, pad_id=49407)
+    config = dataclasses.replace(TINY_RANDOM, text=(text,), image_size=32)
+    before = saved(pictures / "start.safetensors", config, tokenizer, layout="ldm")
+    text = FINETUNE_TOML.replace("/start", "/start.safetensors").replace("train =", 'layout = "ldm"\ntrain =')
+    path = recipe(pictures, text).run(CPU)
+    assert path == pictures / "tuned" / "model.safetensors"
+    assert changed(before, load(path)) == {"unet"}
+
+
+def test_mistakes_of_a_fine_tuning_are_named_before_the_training(pictures):
+    saved(pictures / "start", TINY_RANDOM)
+    for change, message in {
+        ('["unet"]', '["text_encoder_2"]'): "train must name one of unet, text_encoder, got text_encoder_2",
+        ('["unet"]', "[]"): "train must name one of unet, text_encoder, got nothing",
+        ("train =", 'layout = "ldm"\ntrain ='): 'layout "ldm" has no place for a vocabulary other than CLIP\'s',
+        ('start = "{out}/start"', ""): "vae is missing: name a VAE, or a model to start from as `start`",
+        ("size = 32", "size = 32\nbuckets = 2"): "buckets must be a multiple of 4 pixels for this VAE, got 2",
+    }.items():
+        with pytest.raises(ValueError, match=re.escape(message)):
+            recipe(pictures, FINETUNE_TOML.replace(*change)).run(CPU)
+    inpainting = dataclasses.replace(TINY_RANDOM, unet=dataclasses.replace(TINY_RANDOM.unet, in_channels=9))
+    save(Model(inpainting, UNet(inpainting.unet), *random_networks()[1:]), pictures / "inpainting")
+    with pytest.raises(ValueError, match=r"must be 4, .* got 9 and 4; models for inpainting or editing take more"):
+        recipe(pictures, FINETUNE_TOML.replace("/start", "/inpainting")).run(CPU)
+    assert not (pictures / "tuned" / "log.jsonl").exists()

@@ -19,6 +19,7 @@ FREE = frozenset(  # may change in a run that goes on, because they change no nu
         "out",
         "name",
         "guidance_scale",
+        "layout",
         "sample_prompts",
         "diffusion.spacing",
         "diffusion.offset",
