@@ -462,3 +462,56 @@ def test_mistakes_of_a_fine_tuning_are_named_before_the_training(pictures):
     with pytest.raises(ValueError, match=r"must be 4, .* got 9 and 4; models for inpainting or editing take more"):
         recipe(pictures, FINETUNE_TOML.replace("/start", "/inpainting")).run(CPU)
     assert not (pictures / "tuned" / "log.jsonl").exists()
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_killed_fine_tuning_in_buckets_goes_on_bit_for_bit(pictures, monkeypatch, cached):
+    saved(pictures / "start", TINY_SDXL)
+    for i, size in enumerate(((20, 60), (60, 20), (50, 18), (18, 50)), 3):
+        Image.effect_noise(size, 50).convert("RGBA").save(pictures / "pictures" / f"{i}.png")
+        (pictures / "pictures" / f"{i}.txt").write_text(f"noise {i}")
+    text = FINETUNE_TOML.replace("size = 32", 'size = 32\nbuckets = 8\nmask = "alpha"\nkeep_out = 1')
+    text = text.replace("steps = 2", "steps = 6\nvalidate_every = 3\ncheckpoint_every = 2")
+    text = text.replace("train =", "latents = 6\ntexts = true\ntrain =") if cached else text
+    seen, forward = [], DiffusionObjective.forward
+
+    def watched(self, batch):
+        seen.append((batch[0].shape, sorted(batch[2])))
+        if len(seen) == 4:
+            raise SystemExit
+        return forward(self, batch)
+
+    monkeypatch.setattr(DiffusionObjective, "forward", watched)
+    with pytest.raises(SystemExit):
+        recipe(pictures, text).run(CPU)
+    killed = recipe(pictures, text).run(CPU)
+    straight = recipe(pictures, text.replace("tuned", "straight")).run(CPU)
+    for path in killed.rglob("*.safetensors"):
+        assert path.read_bytes() == (straight / path.relative_to(killed)).read_bytes()
+    logs = [(pictures / run / "log.jsonl").read_text().splitlines() for run in ("tuned", "straight")]
+    found = [[(row["step"], row["loss"], row.get("validation")) for row in map(json.loads, log)] for log in logs]
+    assert found[0] == found[1]
+    assert [step for step, _, validation in found[0] if validation is not None] == [3, 6]
+    assert len({shape for shape, _ in seen}) > 1
+    names = ["context", "mask", "pooled", "sizes"] if cached else ["mask", "sizes"]
+    assert all(each == names for _, each in seen)
+
+
+def test_texts_of_a_text_encoder_that_is_trained_are_refused(pictures):
+    saved(pictures / "start", TINY_RANDOM)
+    text = FINETUNE_TOML.replace('["unet"]', '["unet", "text_encoder"]\ntexts = true')
+    with pytest.raises(ValueError, match="texts = true is for a text encoder that stays: set train"):
+        recipe(pictures, text).run(CPU)
+
+
+def test_a_fine_tuning_lowers_the_loss_on_pictures_that_are_kept_out(pictures):
+    saved(pictures / "start", TINY_RANDOM)
+    for i in range(3, 8):
+        Image.new("RGB", (32, 32), (30 * i, 255 - 30 * i, 90)).save(pictures / "pictures" / f"{i}.png")
+        (pictures / "pictures" / f"{i}.txt").write_text("a wall")
+    text = FINETUNE_TOML.replace("size = 32", "size = 32\nkeep_out = 2").replace("steps = 2", "steps = 60\nema = 0.9")
+    text = text.replace("log_every = 1", "validate_every = 20").replace("train =", "latents = 6\ntexts = true\ntrain =")
+    recipe(pictures, text).run(CPU)
+    rows = [json.loads(line) for line in (pictures / "tuned" / "log.jsonl").read_text().splitlines()]
+    first, *_, last = [row["validation"] for row in rows if "validation" in row]
+    assert last < 0.7 * first

@@ -18,8 +18,8 @@ from ldm.models.token_files import read_tokenizer, save_tokenizer
 from ldm.models.tokens import Tokenizer, official_vocabulary
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
-from ldm.training.diffusion import DiffusionLoss, DiffusionObjective, Networks, zero_init
-from ldm.training.latents import Latents
+from ldm.training.diffusion import DiffusionLoss, DiffusionObjective, Networks, learns, zero_init
+from ldm.training.latents import Latents, Texts
 from ldm.training.loop import Dataset, train
 from ldm.training.recipes.base import Recipe, check_side
 from ldm.training.vocabulary import build_vocabulary
@@ -40,6 +40,7 @@ class LDMRecipe(Recipe):
     vae: Path | None = None  # the `out`/vae of a VAE recipe, or any VAE or model that `load_vae` reads
     name: str | None = None
     latents: int = 0  # encode this many examples once, before the training; 0: encode every batch
+    texts: bool = False  # encode the captions once, before the training, for a text encoder that is not trained
     unet: UNetConfig | None = None
     text: TextConfig | None = None
     vocabulary: int = 0  # tokens of a new vocabulary, learned from the captions; 0: CLIP's vocabulary of 49,408 tokens
@@ -78,6 +79,8 @@ class LDMRecipe(Recipe):
         if self.latents:
             source = {name: value for name, value in self.fixed_values().items() if name.startswith("data.")}
             dataset = Latents(dataset, self.latents, vae, self.out / "latents", source, bf16=self.loop.bf16)
+        if self.texts:
+            dataset = Texts(dataset, networks.text_encoder, self.out / "texts", bf16=self.loop.bf16)
         average = objective.complete(train(objective, dataset, self.loop, self.out, self.fixed_values()))
 
         path = self.out / ("model.safetensors" if self.layout == "ldm" else "model")
@@ -123,6 +126,8 @@ class LDMRecipe(Recipe):
             part.requires_grad_(name in self.train)
         if not parts.keys() & set(self.train):
             raise ValueError(f"train must name one of {', '.join(parts)}, got {', '.join(self.train) or 'nothing'}")
+        if self.texts and learns(networks.text_encoder):
+            raise ValueError('texts = true is for a text encoder that stays: set train = ["unet"], or leave out texts')
 
 
 def _tokenizer(recipe: LDMRecipe, dataset: Dataset) -> Tokenizer:
