@@ -2,17 +2,18 @@
 
 import json
 from abc import ABC, abstractmethod
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from ldm.pictures import open_picture
+from ldm.pictures import FORMATS, MAX_PIXELS, open_picture
 from ldm.training.buckets import Size, bucket_table, crop_corner, nearest
 from ldm.training.loop import Dataset, Example
 from ldm.training.objects import FLUENT, FONT, OBJECTS, emoji_sprites, every_character
@@ -59,7 +60,7 @@ class DataConfig:
         Raises ValueError if the folder or the font cannot be used.
         """
         if self.folder is not None:
-            return Folder(self.folder, self.size, buckets=self.buckets, mask=self.mask, sizes=sizes)
+            return open_folder(self.folder, Frame(self.size, self.buckets, self.mask, sizes))
         if self.buckets or self.mask != "none":
             raise ValueError(
                 "buckets and mask are for the pictures of a folder, and emoji scenes are squares: omit them"
@@ -220,6 +221,40 @@ class Folder(Pictures):
     def open_mask(self, index: int) -> AbstractContextManager[Image.Image]:
         """Open the mask beside a picture."""
         return open_picture(self.items[index][0].with_suffix(MASK_SUFFIX))
+
+
+def open_folder(folder: Path, frame: Frame) -> Pictures:
+    """Return the pictures of a folder, which are files, tar files, or tables; the content decides.
+
+    Raises ValueError for a folder that cannot be used, with the name of the file.
+    """
+    if not (folder / "metadata.jsonl").is_file():
+        if tars := sorted(folder.glob("*.tar")):
+            from ldm.training.shards import Shards
+
+            return Shards(tars, frame)
+        if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")) or any(
+            folder.glob("*.parquet")
+        ):
+            from ldm.training.tables import Table
+
+            return Table(folder, frame)
+    return Folder(folder, frame.size, buckets=frame.buckets, mask=frame.mask, sizes=frame.sizes)
+
+
+@contextmanager
+def decoded(file: IO[bytes] | Path, name: str) -> Iterator[Image.Image]:
+    """Open a picture for a block of code that decodes it, as `open_picture` does. name: for messages."""
+    try:
+        with Image.open(file, formats=FORMATS) as picture:
+            if picture.width * picture.height > MAX_PIXELS:
+                raise ValueError(f"it has more than {MAX_PIXELS:,} pixels; make it smaller")
+            yield picture
+    except (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError) as error:
+        known = f"it must be one of {', '.join(FORMATS)}, and it has another format or is damaged"
+        raise ValueError(
+            f"the {name} cannot be read: {known if isinstance(error, UnidentifiedImageError) else error}"
+        ) from error
 
 
 def _read_metadata(folder: Path) -> list[tuple[Path, str]]:
