@@ -328,6 +328,9 @@ def test_the_recipes_that_ship_can_be_read():
     assert sharpen.vae == vae_recipe.vae
     assert isinstance(controlnet, ControlNetRecipe)
     assert len(controlnet.hint_channels) == len(vae_recipe.vae.channels)
+    for name, side in {"finetune_sd15": 512, "finetune_sdxl": 1024}.items():
+        tuned = read_recipe(CONFIGS / f"{name}.toml")
+        assert (tuned.train, tuned.data.size, tuned.data.buckets) == (("unet",), side, 64)
 
 
 def test_latents_that_were_encoded_once_train_as_those_of_each_batch_do(pictures):
