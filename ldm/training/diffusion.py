@@ -151,13 +151,17 @@ class DiffusionObjective(Objective):
         squares = mean_error((predicted.detach() - target) ** 2, mask)
         return (weights * errors).mean(), {"mse": squares.mean()}
 
+    @property
+    def validates(self) -> bool:
+        """Whether pictures are kept out."""
+        return self.kept_out is not None
+
     def validate(self, trained: nn.Module) -> dict[str, Tensor]:
         """Return the mean squared error on the kept-out pictures, each at LEVELS timesteps, as "validation".
 
         The timesteps, the noise and the latents, which are the means of the VAE's posterior, are always the same.
         """
-        if self.kept_out is None:
-            return {}
+        assert self.kept_out is not None
         networks, device = self.complete(trained), next(trained.parameters()).device
         t = ((torch.arange(LEVELS, device=device) + 0.5) * len(self.schedule) / LEVELS).long()
         errors = []

@@ -74,8 +74,13 @@ class Objective(nn.Module, ABC):
     def sample(self, trained: nn.Module, batch: Batch) -> Tensor:
         """Return pictures, n 3 h w in [-1, 1], made by `trained`, which is the average of the weights."""
 
+    @property
+    def validates(self) -> bool:
+        """Whether there are kept-out data for `validate`."""
+        return False
+
     def validate(self, trained: nn.Module) -> dict[str, Tensor]:
-        """Return named scalars of `trained`, which is the average of the weights, on kept-out data: none without."""
+        """Return named scalars of `trained`, which is the average of the weights, on the kept-out data."""
         return {}
 
 
@@ -166,9 +171,10 @@ def train(
 
             done = step + 1
             progress.update()
-            measured = _validate(objective, average, config) if _due(done, config.validate_every, config) else {}
-            if measured or _due(done, config.log_every, config):
-                row = {k: v.item() for k, v in (values | measured).items()}
+            validating = objective.validates and _due(done, config.validate_every, config)
+            if validating or _due(done, config.log_every, config):
+                values |= _validate(objective, average, config) if validating else {}
+                row = {k: v.item() for k, v in values.items()}
                 row |= {"step": done, "lr": rate, "step_seconds": sum(seconds) / len(seconds)}
                 seconds.clear()
                 log.write(json.dumps({k: float(f"{v:.6g}") for k, v in row.items()}) + "\n")

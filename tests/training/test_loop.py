@@ -391,6 +391,8 @@ def test_networks_compute_in_bfloat16_and_the_weights_stay_in_fp32(tmp_path):
 
 def test_the_validation_of_the_average_is_logged_at_its_own_interval(tmp_path):
     class Validated(Toy):
+        validates = True
+
         def validate(self, trained):
             assert not trained.training
             assert not torch.is_grad_enabled()
