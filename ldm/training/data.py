@@ -2,7 +2,7 @@
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,11 +110,12 @@ class Pictures(ABC):
     buckets: the bucket of each picture, or None for squares.
     """
 
-    def __init__(self, frame: Frame, sizes: list[Size]) -> None:
+    def __init__(self, frame: Frame, sizes: Sequence[Size]) -> None:
         """sizes: of the upright pictures; not needed for squares without "sizes"."""
         self.frame, self.originals = frame, torch.tensor(sizes)
         self.table = bucket_table(frame.size, frame.buckets) if frame.buckets else [Size(frame.size, frame.size)]
-        self.buckets = torch.tensor([nearest(self.table, size) for size in sizes]) if frame.buckets else None
+        found = {size: nearest(self.table, size) for size in set(sizes)}
+        self.buckets = torch.tensor([found[size] for size in sizes]) if frame.buckets else None
 
     @abstractmethod
     def __len__(self) -> int:

@@ -99,15 +99,8 @@ class DiffusionObjective(Objective):
         self.kept_out = kept_out
         self.networks = networks
         self.vae = vae.eval().requires_grad_(False)
-        diffusion = config.diffusion
-        self.prediction = diffusion.prediction
-        self.schedule = NoiseSchedule(
-            betas=diffusion.betas,
-            beta_start=diffusion.beta_start,
-            beta_end=diffusion.beta_end,
-            timesteps=diffusion.timesteps,
-            zero_terminal_snr=diffusion.zero_terminal_snr,
-        )
+        self.prediction = config.diffusion.prediction
+        self.schedule = NoiseSchedule.from_config(config.diffusion)
         self.sample_prompts = list(sample_prompts)
 
     @property
