@@ -307,6 +307,12 @@ def test_a_mistake_in_a_recipe_is_named(tmp_path, text, message):
         recipe(tmp_path, text)
 
 
+def test_keys_of_the_data_that_a_recipe_does_not_use_are_refused(pictures):
+    text = VAE_TOML.replace("size = 16", 'size = 16\nbuckets = 4\nmask = "alpha"')
+    with pytest.raises(ValueError, match=r"^buckets and mask under \[data\] cannot be used in this kind of recipe"):
+        recipe(pictures, text).run(CPU)
+
+
 def test_a_missing_recipe_says_where_others_are():
     with pytest.raises(ValueError, match=r"there is no recipe nowhere\.toml; the project's own recipes are in"):
         read_recipe("nowhere.toml")

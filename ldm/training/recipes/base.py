@@ -63,6 +63,13 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def refuse_keys(data: DataConfig, *names: str) -> None:
+    """Raise ValueError if [data] has one of these keys, because the recipe does not use them."""
+    given = [name for name in names if getattr(data, name) != getattr(DataConfig(), name)]
+    if given:
+        raise ValueError(f"{' and '.join(given)} under [data] cannot be used in this kind of recipe: leave the key out")
+
+
 def check_side(name: str, side: int, vae: VAEConfig) -> None:
     """Raise ValueError unless the VAE can encode pictures of `side` pixels. name: of the value in the recipe."""
     if side % vae.factor:
