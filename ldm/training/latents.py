@@ -1,27 +1,36 @@
-"""The latents of a data set, encoded once. A training that meets each picture several times saves the VAE's time."""
+"""Examples whose latents or captions were encoded once. A training that meets each picture several times saves time."""
 
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from ldm.atomic import beside
+from ldm.models.text import TextEncoder
 from ldm.models.vae import VAE
-from ldm.training.loop import Dataset, collate
+from ldm.training.data import Some
+from ldm.training.loop import Dataset, Example, collate, extras
 
-PART = 2048  # examples in a file
-BATCH = 32  # examples that the VAE encodes at a time
+PART = 2048  # examples in a file of latents
+TEXTS = 256  # examples in a file of captions, which are larger
+BATCH = 32  # examples that are encoded at a time
+
+Row = Mapping[str, Tensor]  # what is kept of one example
 
 
-class Latents:
-    """The first examples of a data set as moments: (the mean and std of the latents: 2c h w, caption)."""
+class Latents(Some):
+    """The first examples of a data set as moments: (the mean and std of the latents: 2c h w, caption).
+
+    The other tensors of the examples are kept, too: a mask as large as the latents.
+    """
 
     def __init__(
         self, dataset: Dataset, count: int, vae: VAE, folder: Path, source: Mapping[str, object], *, bf16: bool = False
@@ -31,56 +40,122 @@ class Latents:
         source: what the examples depend on, as JSON can hold it. The files keep it, with a digest of the encoder.
         Raises ValueError if `folder` has latents of another source or encoder.
         """
-        self.dataset = dataset
-        count, text = min(count, len(dataset)), json.dumps({**source, "encoder": _digest(vae)})
-        parts = []
-        with tqdm(total=count, unit="picture", desc="encode", disable=None) as progress:
-            for start in range(0, count, PART):
-                indices = range(start, min(start + PART, count))
-                path = folder / f"{start:08d}.safetensors"
-                if not path.is_file():
-                    self._write(path, indices, vae, text, bf16)
-                parts.append(_read(path, len(indices), text))
-                progress.update(len(indices))
-        self.moments = torch.cat(parts)  # n 2c h w
+        super().__init__(dataset, torch.arange(min(count, len(dataset))))
+        self.vae, self.bf16 = vae, bf16
+        encoder = {n: t for n, t in vae.state_dict().items() if n.startswith(("encoder.", "quant_conv."))}
+        text = json.dumps({**source, "encoder": _digest(encoder, str(vae.config.scaling_factor))})
+        self.rows = _kept(folder, "latents", len(self), PART, lambda indices: text, self._encode)
 
-    def _write(self, path: Path, indices: range, vae: VAE, source: str, bf16: bool) -> None:
-        device = next(vae.parameters()).device
-        batches = []
-        for start in range(0, len(indices), BATCH):
-            images, _ = collate([self.dataset[i] for i in indices[start : start + BATCH]])
-            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                batches.append(torch.cat(vae.encode(images.to(device)), dim=1).half().cpu())
-        with beside(path) as new:
-            save_file({"moments": torch.cat(batches).contiguous()}, new, {"source": source})
-            os.replace(new, path)
+    def _encode(self, indices: range) -> list[Row]:
+        examples = {i: self.dataset[i] for i in indices}
+        rows: dict[int, Row] = {}
+        device = next(self.vae.parameters()).device
+        for shape in {example[0].shape: None for example in examples.values()}:
+            group = [i for i in indices if examples[i][0].shape == shape]
+            batch = collate([examples[i] for i in group])
+            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+                moments = torch.cat(self.vae.encode(batch[0].to(device)), dim=1).half().cpu()
+            found = {**extras(batch), "moments": moments}
+            if "mask" in found:
+                found["mask"] = F.interpolate(found["mask"], moments.shape[-2:], mode="area").half()
+            rows |= zip(group, _rows(found), strict=True)
+        return [rows[i] for i in indices]
 
-    def __len__(self) -> int:
-        return len(self.moments)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, str]:
-        return self.moments[index].float(), self.dataset.caption(index)
-
-    def caption(self, index: int) -> str:
-        """Return the caption of an example."""
-        return self.dataset.caption(index)
+    def __getitem__(self, index: int) -> Example:
+        more = {name: tensor.float() for name, tensor in self.rows[index].items()}
+        moments = more.pop("moments")
+        return (moments, self.caption(index), more) if more else (moments, self.caption(index))
 
 
-def _digest(vae: VAE) -> str:
-    """Return the sha256 of what turns images into latents. The decoder may change."""
-    parts = sorted((n, t) for n, t in vae.state_dict().items() if n.startswith(("encoder.", "quant_conv.")))
-    found = hashlib.sha256(str(vae.config.scaling_factor).encode())
-    for _, tensor in parts:
-        found.update(tensor.cpu().numpy().tobytes())
+class Texts(Some):
+    """The examples of a data set with their captions encoded: "context": n d and, if it is pooled, "pooled": p."""
+
+    def __init__(self, dataset: Dataset, text_encoder: TextEncoder, folder: Path, *, bf16: bool = False) -> None:
+        """Encode the captions, or use those that an earlier run has written to `folder`. They are read when needed.
+
+        Raises ValueError if `folder` has other captions or those of another encoder.
+        """
+        super().__init__(dataset, torch.arange(len(dataset)))
+        self.text_encoder, self.bf16 = text_encoder, bf16
+        encoder = _digest(text_encoder.state_dict(), *(json.dumps(t.vocab) for t in text_encoder.tokenizers))
+
+        def source(indices: range) -> str:
+            captions = json.dumps([dataset.caption(i) for i in indices])
+            return json.dumps({"captions": hashlib.sha256(captions.encode()).hexdigest(), "encoder": encoder})
+
+        self.rows = _kept(folder, "captions", len(self), TEXTS, source, self._encode)
+
+    def _encode(self, indices: range) -> list[Row]:
+        device = next(self.text_encoder.parameters()).device
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+            given = self.text_encoder.encode([self.dataset.caption(i) for i in indices])
+        found = {"context": given.context} | ({} if given.vector is None else {"pooled": given.vector})
+        return _rows({name: tensor.half().cpu() for name, tensor in found.items()})
+
+    def __getitem__(self, index: int) -> Example:
+        example = self.dataset[index]
+        texts = {name: tensor.float() for name, tensor in self.rows[index].items()}
+        return example[0], example[1], {**extras(example), **texts}
+
+
+def _digest(tensors: Mapping[str, Tensor], *words: str) -> str:
+    """Return the sha256 of the words and of the tensors in the order of their names."""
+    found = hashlib.sha256("".join(words).encode())
+    for _, tensor in sorted(tensors.items()):
+        found.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 
-def _read(path: Path, count: int, source: str) -> Tensor:
+def _rows(tensors: Mapping[str, Tensor]) -> list[Row]:
+    """Split tensors with one row for each example."""
+    return [dict(zip(tensors, row, strict=True)) for row in zip(*tensors.values(), strict=True)]
+
+
+def _kept(
+    folder: Path, what: str, count: int, size: int, source: Callable[[range], str], encode: Callable[[range], list[Row]]
+) -> list[Row]:
+    """Return the rows of the first `count` examples, from files of `size` examples in `folder`.
+
+    A file that is absent is written: `encode` makes the rows of some indices. source: a text that the file of these
+    indices must have.
+    """
+    rows: list[Row] = []
+    with tqdm(total=count, desc=f"encode {what}", disable=None) as progress:
+        for start in range(0, count, size):
+            indices = range(start, min(start + size, count))
+            path, text = folder / f"{start:08d}.safetensors", source(indices)
+            if not path.is_file():
+                found = [row for i in range(0, len(indices), BATCH) for row in encode(indices[i : i + BATCH])]
+                with beside(path) as new:
+                    save_file(_packed(found), new, {"source": text})
+                    os.replace(new, path)
+            rows += _read(path, what, len(indices), text)
+            progress.update(len(indices))
+    return rows
+
+
+def _packed(rows: Sequence[Row]) -> dict[str, Tensor]:
+    """Join the tensors of one name if they have one shape, else number them."""
+    packed: dict[str, Tensor] = {}
+    for name in rows[0]:
+        tensors = [row[name] for row in rows]
+        if len({tensor.shape for tensor in tensors}) == 1:
+            packed[name] = torch.stack(tensors)
+        else:
+            packed |= {f"{name}.{i}": tensor.contiguous() for i, tensor in enumerate(tensors)}
+    return packed
+
+
+def _read(path: Path, what: str, count: int, source: str) -> list[Row]:
+    """Return the rows of a file; their tensors are read from the disk when they are used."""
     with safe_open(path, "pt") as file:
-        moments: Tensor = file.get_tensor("moments")
-        if file.metadata()["source"] != source or len(moments) != count:
-            raise ValueError(
-                f"{path} has latents of other data or of another encoder: delete the folder {path.parent}, or choose "
-                "another `out`"
-            )
-    return moments
+        same = file.metadata()["source"] == source
+        tensors = {name: file.get_tensor(name) for name in file.keys()} if same else {}  # noqa: SIM118
+    names = {name.split(".")[0] for name in tensors}
+    found = {n: tensors[n] if n in tensors else [tensors[f"{n}.{i}"] for i in range(count)] for n in sorted(names)}
+    if not same or any(len(rows) != count for rows in found.values()):
+        raise ValueError(
+            f"{path} has {what} of other data or of another encoder: delete the folder {path.parent}, or choose "
+            "another `out`"
+        )
+    return [{name: rows[i] for name, rows in found.items()} for i in range(count)]

@@ -28,9 +28,12 @@ from ldm.atomic import beside
 from ldm.geometry import grid
 from ldm.images import to_pil
 from ldm.pictures import save_png
+from ldm.training import order
 
-# Images: b 3 h w in [-1, 1], or the moments of their latents: b 2c h w, and the captions.
-Batch = tuple[Tensor, list[str]]
+# Images: b 3 h w in [-1, 1], or the moments of their latents: b 2c h w; the captions; and, for data that have them,
+# more tensors by name, with one row for each image: "sizes", "mask", "context", "pooled"; see `DiffusionObjective`.
+Batch = tuple[Tensor, list[str]] | tuple[Tensor, list[str], Mapping[str, Tensor]]
+Example = tuple[Tensor, str] | tuple[Tensor, str, Mapping[str, Tensor]]
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -39,12 +42,16 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Dataset(Protocol):
-    """Examples by index: an image as uint8 3 h w, or the moments of its latents as float 2c h w, and its caption."""
+    """Examples by index: an image as uint8 3 h w, or the moments of its latents as float 2c h w, and its caption.
+
+    A third member may hold more tensors by name; see `Batch`. A data set whose images differ in size has an attribute
+    `buckets`, and one that is stored in several files an attribute `shards`; see `ldm.training.order.batches`.
+    """
 
     def __len__(self) -> int:
         """Count the examples."""
 
-    def __getitem__(self, index: int) -> tuple[Tensor, str]:
+    def __getitem__(self, index: int) -> Example:
         """Return one example. The same index always gives the same example."""
 
     def caption(self, index: int) -> str:
@@ -67,6 +74,15 @@ class Objective(nn.Module, ABC):
     def sample(self, trained: nn.Module, batch: Batch) -> Tensor:
         """Return pictures, n 3 h w in [-1, 1], made by `trained`, which is the average of the weights."""
 
+    @property
+    def validates(self) -> bool:
+        """Whether there are kept-out data for `validate`."""
+        return False
+
+    def validate(self, trained: nn.Module) -> dict[str, Tensor]:
+        """Return named scalars of `trained`, which is the average of the weights, on the kept-out data."""
+        return {}
+
 
 @dataclass(frozen=True)
 class LoopConfig:
@@ -84,11 +100,13 @@ class LoopConfig:
     seed: int = 0
     workers: int = 0  # processes that load data; 0: the training process loads them
     log_every: int = 20  # steps
+    validate_every: int = 500  # steps; for recipes that keep pictures out
     sample_every: int = 500
     checkpoint_every: int = 500
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "log_every", "sample_every", "checkpoint_every"):
+        intervals = ("log_every", "validate_every", "sample_every", "checkpoint_every")
+        for name in ("steps", "batch_size", "accumulate", *intervals):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.warmup < self.steps:
@@ -153,7 +171,9 @@ def train(
 
             done = step + 1
             progress.update()
-            if _due(done, config.log_every, config):
+            validating = objective.validates and _due(done, config.validate_every, config)
+            if validating or _due(done, config.log_every, config):
+                values |= _validate(objective, average, config) if validating else {}
                 row = {k: v.item() for k, v in values.items()}
                 row |= {"step": done, "lr": rate, "step_seconds": sum(seconds) / len(seconds)}
                 seconds.clear()
@@ -171,6 +191,13 @@ def train(
             if stopping:
                 raise Interrupted(f"training stopped after step {done} of {config.steps}, saved in {out}")
     return average
+
+
+def _validate(objective: Objective, average: nn.Module, config: LoopConfig) -> dict[str, Tensor]:
+    objective.eval()
+    device = next(average.parameters()).device
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
+        return objective.validate(average)
 
 
 def _due(done: int, every: int, config: LoopConfig) -> bool:
@@ -216,9 +243,8 @@ def _step(
     group["lr"] = rate
     optimizer.zero_grad(set_to_none=True)
     for _ in range(config.accumulate):
-        images, captions = next(batches)
         device = group["params"][0].device
-        batch = images.to(device), captions
+        batch = to_device(next(batches), device)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
             loss, logs = objective(batch)
         (loss / config.accumulate).backward()
@@ -229,25 +255,12 @@ def _step(
 
 
 def _batches(dataset: Dataset, config: LoopConfig, start: int) -> Iterator[Batch]:
-    """Yield batches without end, beginning with step `start`. Each epoch has its own seeded order."""
-    size, per_step = len(dataset), config.batch_size * config.accumulate
-
-    def indices() -> Iterator[list[int]]:
-        position, epoch, order = start * per_step, -1, torch.empty(0)
-        while True:
-            batch = []
-            for i in range(position, position + config.batch_size):
-                if i // size != epoch:
-                    epoch = i // size
-                    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
-                    order = torch.randperm(size, generator=generator)
-                batch.append(int(order[i % size]))
-            position += config.batch_size
-            yield batch
-
+    """Yield batches without end, beginning with step `start`."""
+    parts: dict[str, Tensor | None] = {name: getattr(dataset, name, None) for name in ("buckets", "shards")}
+    indices = order.batches(len(dataset), config.batch_size, config.seed, start * config.accumulate, **parts)
     loader: DataLoader[Any] = DataLoader(
         dataset,  # type: ignore[arg-type]
-        batch_sampler=indices(),
+        batch_sampler=indices,
         num_workers=config.workers,
         collate_fn=collate,
         worker_init_fn=_ignore_stop_signals,
@@ -261,12 +274,30 @@ def _ignore_stop_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def collate(examples: list[tuple[Tensor, str]]) -> Batch:
-    """Stack uint8 images as b 3 h w in [-1, 1], or float moments as they are, and list the captions."""
-    images = torch.stack([image for image, _ in examples])
+def collate(examples: list[Example]) -> Batch:
+    """Stack uint8 images as b 3 h w in [-1, 1], or float moments as they are; list the captions; stack the rest.
+
+    Other uint8 tensors, such as masks, are scaled to [0, 1].
+    """
+    images = torch.stack([example[0] for example in examples])
     if images.dtype == torch.uint8:
         images = images.float() / 127.5 - 1
-    return images, [caption for _, caption in examples]
+    captions = [example[1] for example in examples]
+    rows = [extras(example) for example in examples]
+    more = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    more = {name: tensor / 255 if tensor.dtype == torch.uint8 else tensor for name, tensor in more.items()}
+    return (images, captions, more) if more else (images, captions)
+
+
+def extras(batch: Batch | Example) -> Mapping[str, Tensor]:
+    """Return the tensors of a batch or an example beside the images; none if it has two members."""
+    return batch[2] if len(batch) == 3 else {}
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Move the tensors of a batch to a device."""
+    images, more = batch[0].to(device), {name: tensor.to(device) for name, tensor in extras(batch).items()}
+    return (images, batch[1], more) if more else (images, batch[1])
 
 
 def _update(average: nn.Module, trained: nn.Module, decay: float) -> None:

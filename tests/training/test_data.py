@@ -1,5 +1,6 @@
 """Folders of pictures: the caption format, geometry, transparency, and an error for each mistake."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from PIL import Image
 
 from ldm.training import data
 from ldm.training.data import DataConfig, Folder
+from ldm.training.loop import collate
 from ldm.training.objects import FLUENT, FONT, OBJECTS
 from ldm.training.scenes import Scenes
 from tests.training.drawn import drawn_sprites, write_archive
@@ -248,3 +250,84 @@ def test_every_emoji_of_the_archive_becomes_an_object_in_both_styles(archive):
         "flat": ["frog", "mouse"],
     }
     assert dataset[9][0].shape == (3, 32, 32)
+
+
+def test_pictures_in_buckets_keep_their_shape_and_record_their_sizes(tmp_path):
+    save(tmp_path / "a.png", (40, 20), text="wide")
+    save(tmp_path / "b.png", (16, 16), text="square")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    save(tmp_path / "c.jpg", (60, 20), text="turned upright", exif=exif)
+    folder = Folder(tmp_path, 16, buckets=4, sizes=True)
+    wide, square, tall = (folder[i] for i in range(3))
+    assert wide[0].shape == (3, 12, 20)  # of the ratios 1, 1.67 and 4
+    assert square[0].shape == (3, 16, 16)
+    assert tall[0].shape == (3, 32, 8)
+    # original height and width, and top and left of the crop: 40 x 20 is scaled to 24 x 12, and 20 x 60 to 10.7 x 32
+    assert wide[2]["sizes"].tolist() == [20, 40, 0, 2]
+    assert square[2]["sizes"].tolist() == [16, 16, 0, 0]
+    assert tall[2]["sizes"].tolist() == [60, 20, 0, 1]
+    assert len(set(folder.buckets.tolist())) == 3
+    images, _, more = collate([wide, wide])
+    assert (images.shape, more["sizes"].shape) == ((2, 3, 12, 20), (2, 4))
+
+
+def test_squares_record_their_crop_if_asked(tmp_path):
+    save(tmp_path / "a.png", (40, 20), text="wide")
+    _, _, more = Folder(tmp_path, 16, sizes=True)[0]
+    assert more["sizes"].tolist() == [20, 40, 0, 8]
+
+
+def test_a_mask_beside_a_picture_is_cropped_with_it_and_is_no_picture_itself(tmp_path):
+    save(tmp_path / "a.jpg", (32, 16), text="wide")
+    mask = Image.new("L", (32, 16), 0)
+    mask.paste(255, (8, 0, 16, 16))  # the left half of the middle
+    mask.save(tmp_path / "a.mask.png")
+    folder = Folder(tmp_path, 8, mask="file")
+    assert len(folder) == 1
+    _, _, more = collate([folder[0]])
+    assert more["mask"].shape == (1, 1, 8, 8)
+    assert (more["mask"][..., 1:3] == 1).all()  # the first column has a part of the pixels outside of the crop
+    assert (more["mask"][..., 5:] == 0).all()
+
+    Image.new("L", (16, 16)).save(tmp_path / "a.mask.png")
+    with pytest.raises(ValueError, match=r"mask of picture 0 \('wide'\) has 16 x 16 pixels, and the picture 32 x 16"):
+        folder[0]
+    (tmp_path / "a.mask.png").unlink()
+    with pytest.raises(ValueError, match=r"a\.mask\.png cannot be read: No such file"):
+        folder[0]
+
+
+def test_the_alpha_channel_can_be_the_mask(tmp_path):
+    picture = Image.new("RGBA", (8, 8), (255, 0, 0, 255))
+    picture.paste((0, 0, 0, 0), (0, 0, 4, 8))
+    picture.save(tmp_path / "a.png")
+    save(tmp_path / "b.png", text="opaque")
+    (tmp_path / "a.txt").write_text("half")
+    half, opaque = (Folder(tmp_path, 8, mask="alpha")[i][2]["mask"] for i in range(2))
+    assert (half[..., :4] == 0).all()
+    assert (half[..., 4:] == 255).all()
+    assert (opaque == 255).all()
+
+
+def test_kept_out_pictures_are_never_trained_on(tmp_path):
+    for i in range(6):
+        save(tmp_path / f"{i}.png", (8 + 8 * (i % 2), 8), text=str(i))
+    config = DataConfig(size=8, folder=tmp_path, buckets=4, keep_out=2, seed=3)
+    dataset = config.open()
+    rest, out = config.split(dataset)
+    captions = [[part.caption(i) for i in range(len(part))] for part in (rest, out)]
+    assert [len(each) for each in captions] == [4, 2]
+    assert sorted(captions[0] + captions[1]) == list("012345")
+    assert [part[i][1] for part in (rest, out) for i in range(len(part))] == captions[0] + captions[1]
+    assert rest.buckets.tolist() == [dataset.buckets[int(caption)] for caption in captions[0]]
+    other = dataclasses.replace(config, seed=4).split(dataset)[1]
+    assert {other.caption(0), other.caption(1)} != set(captions[1])
+    assert dataclasses.replace(config, keep_out=0).split(dataset) == (dataset, None)
+    with pytest.raises(ValueError, match="keep_out must be from 0 to less than the 6 pictures, got 6"):
+        dataclasses.replace(config, keep_out=6).split(dataset)
+
+
+def test_buckets_and_masks_of_scenes_are_refused():
+    with pytest.raises(ValueError, match="buckets and mask are for the pictures of a folder"):
+        DataConfig(buckets=8).open()

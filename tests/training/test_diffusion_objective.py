@@ -1,5 +1,6 @@
 """The diffusion objective: its targets, weights and conditions, and the networks that it changes."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -12,6 +13,7 @@ from ldm.models.text import TextEncoder
 from ldm.models.tokens import Tokenizer
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
+from ldm.training import diffusion
 from ldm.training.diffusion import (
     DiffusionLoss,
     DiffusionObjective,
@@ -33,14 +35,14 @@ def tokenizer():
     return Tokenizer(*build_vocabulary(CAPTIONS, 600))
 
 
-def objective(tokenizer, prediction="v", **loss):
+def objective(tokenizer, prediction="v", *, zero_terminal_snr=False, **loss):
     torch.manual_seed(0)
     text = TextConfig(
         width=8, layers=1, heads=2, mlp=16, max_length=8,
         vocab_size=len(tokenizer.vocab), pad_id=tokenizer.eos_id,
     )  # fmt: skip
     encoder = TextEncoder((text,), (tokenizer,))
-    diffusion = DiffusionConfig(prediction=prediction)
+    diffusion = DiffusionConfig(prediction=prediction, zero_terminal_snr=zero_terminal_snr)
     config = ModelConfig(unet=UNET, vae=VAE_, text=(text,), diffusion=diffusion, guidance_scale=4.0)
     return DiffusionObjective(config, Networks(zero_init(UNet(UNET)), encoder), VAE(VAE_), DiffusionLoss(**loss))
 
@@ -202,6 +204,8 @@ def test_samples_are_pictures_of_the_captions_from_fixed_noise(tokenizer):
     [
         ({"caption_dropout": 1.0}, "caption_dropout must be at least 0 and less than 1, got 1.0"),
         ({"min_snr_gamma": -1.0}, "min_snr_gamma must be at least 0, got -1.0"),
+        ({"huber_delta": 0.0}, "huber_delta must be larger than 0, got 0.0"),
+        ({"offset_noise": -0.1}, "offset_noise must be at least 0, got -0.1"),
     ],
 )
 def test_a_bad_loss_configuration_is_refused(loss, message):
@@ -285,3 +289,188 @@ def test_the_timesteps_of_a_batch_are_spread_evenly_and_each_is_uniform():
     assert counts.sum() == 4000
     assert counts.min() > 320  # of 400; the standard deviation is 19
     assert 0 <= drawn.min() < drawn.max() < 1000
+
+
+def predicting(o, network):
+    """Let the UNet of `o` be `network`: (noisy, t) -> prediction. Return a dict that receives its last arguments."""
+    seen = {}
+
+    def forward(noisy, t, context, vector=None):
+        seen.update(noisy=noisy, t=t, context=context)
+        return network(noisy, t)
+
+    o.networks.unet.forward = forward
+    return seen
+
+
+@pytest.mark.parametrize("error", ["huber", "pseudo_huber"])
+def test_large_errors_count_less_than_their_square(tokenizer, error):
+    o = objective(tokenizer, "x0", error=error, huber_delta=0.3)
+    seen = without_vae_noise(o)
+    predicting(o, lambda noisy, t: torch.zeros_like(noisy))
+    loss, logs = o(batch())
+    e = seen["x0"].double()
+    expected = {
+        "huber": torch.where(e.abs() <= 0.3, e**2, 0.6 * e.abs() - 0.09),
+        "pseudo_huber": 0.6 * ((e**2 + 0.09).sqrt() - 0.3),
+    }[error].mean()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(logs["mse"].double(), (e**2).mean(), rtol=1e-5, atol=0)
+    assert (e.abs() > 0.3).float().mean() > 0.1
+
+
+def test_offset_noise_shifts_each_channel_of_each_image_and_is_part_of_the_target(tokenizer):
+    o = objective(tokenizer, "eps", offset_noise=2.0)
+    latents = without_vae_noise(o)
+    seen = predicting(o, lambda noisy, t: torch.zeros_like(noisy))
+    means, losses = [], []
+    for seed in range(20):
+        torch.manual_seed(seed)
+        loss, _ = o(batch())
+        a = o.schedule.alphas_cumprod[seen["t"]][:, None, None, None]
+        noise = (seen["noisy"].double() - a.sqrt() * latents["x0"]) / (1 - a).sqrt()
+        means.append(noise.mean(dim=(2, 3)))
+        losses.append((loss.double(), noise.square().mean()))
+    # 16 pixels: the variance of a mean is 1 / 16 without the offset, and 4 more with it; 320 means
+    assert 1.7 < torch.cat(means).std() < 2.4
+    for loss, power in losses:
+        torch.testing.assert_close(loss, power, rtol=1e-3, atol=0)  # division by the smallest noise level
+
+
+def test_a_mask_weights_the_error_of_each_latent_pixel(tokenizer):
+    o = objective(tokenizer, "x0", caption_dropout=0.0)
+    seen = without_vae_noise(o)
+    predicting(o, lambda noisy, t: torch.zeros_like(noisy))
+    images, captions = batch()
+    mask = torch.ones(4, 1, 8, 8)
+    mask[0, :, :, 4:] = 0  # half of the image
+    mask[1] = 0.25  # equal everywhere: as without a mask
+    mask[2, :, :2, :2] = 0.5
+    mask[2, :, 2:] = mask[2, :, :, 2:] = 0
+    mask[3] = 0
+    torch.manual_seed(1)
+    loss, logs = o((images, captions, {"mask": mask}))
+    x0 = seen["x0"].square()  # 4 x 4 latent pixels
+    parts = [x0[0, :, :, :2].mean(), x0[1].mean(), x0[2, :, 0, 0].mean(), torch.zeros(())]
+    torch.testing.assert_close(loss, torch.stack(parts).mean())
+    torch.testing.assert_close(logs["mse"], loss)
+    torch.manual_seed(1)
+    whole, _ = o((images, captions, {"mask": torch.ones(4, 1, 4, 4)}))  # a mask of the latents
+    torch.manual_seed(1)
+    torch.testing.assert_close(whole, o((images, captions))[0])
+
+
+@pytest.mark.parametrize("prediction", ["v", "x0"])
+def test_with_zero_terminal_snr_the_last_timestep_trains_the_picture_from_pure_noise(
+    tokenizer, prediction, monkeypatch
+):
+    o = objective(tokenizer, prediction, zero_terminal_snr=True)
+    latents = without_vae_noise(o)
+    seen = predicting(o, lambda noisy, t: torch.zeros_like(noisy))
+    monkeypatch.setattr(diffusion, "spread_timesteps", lambda count, timesteps: torch.full((count,), timesteps - 1))
+    torch.manual_seed(1)
+    loss, _ = o(batch())
+    x0 = latents["x0"]
+    correlation = torch.corrcoef(torch.stack([seen["noisy"].flatten(), x0.flatten()]))[0, 1]
+    assert abs(correlation) < 0.3  # 256 numbers
+    torch.testing.assert_close(loss, x0.square().mean(), rtol=1e-3, atol=1e-3)  # v is -x0 there; a is 2^-24, not 0
+
+
+def test_eps_with_zero_terminal_snr_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="the last timestep is pure noise, and eps tells nothing about the picture"):
+        objective(tokenizer, "eps", zero_terminal_snr=True)
+
+
+def test_a_unet_that_takes_the_guidance_scale_is_refused(tokenizer):
+    o = objective(tokenizer)
+    config = dataclasses.replace(o.config, unet=dataclasses.replace(UNET, guidance_dim=8))
+    with pytest.raises(ValueError, match="was distilled with guidance, and this objective has no guidance scale"):
+        DiffusionObjective(config, o.networks, o.vae, DiffusionLoss())
+
+
+def test_sdxl_is_conditioned_on_the_sizes_and_the_crop_of_each_image_as_the_pipeline_is():
+    unet, vae, text_encoder = random_networks(TINY_SDXL)
+    pipe = ldm.Pipeline(TINY_SDXL, unet, vae, text_encoder)
+    seen, expected = vectors_of(unet), []
+    sizes = [(300, 400, 0, 17), (50, 40, 3, 0)]
+    for height, width, top, left in sizes:
+        given = ldm.Sizes(original_height=height, original_width=width, crop_top=top, crop_left=left)
+        pipe.generate(ldm.Request("a frog", width=32, height=24, steps=1, guidance_scale=1.0, sizes=given))
+        expected.append(seen[0])
+        seen.clear()
+    o = DiffusionObjective(TINY_SDXL, Networks(unet, text_encoder), vae, DiffusionLoss(caption_dropout=0.0))
+    o((torch.rand(2, 3, 24, 32) * 2 - 1, ["a frog"] * 2, {"sizes": torch.tensor(sizes)}))
+    torch.testing.assert_close(seen[0], torch.cat(expected))
+
+
+@pytest.mark.parametrize(("config", "dropout"), [(TINY_RANDOM, 0.5), (TINY_SDXL, 0.5), (TINY_SDXL, 0.0)])
+def test_captions_that_were_encoded_before_train_as_their_texts_do_with_caption_dropout_too(config, dropout):
+    unet, vae, text_encoder = random_networks(config)
+    o = DiffusionObjective(config, Networks(unet, text_encoder), vae, DiffusionLoss(caption_dropout=dropout))
+    images, captions = torch.rand(4, 3, 32, 32) * 2 - 1, ["a frog", "a car", "", "an owl"]
+    encoded = text_encoder.encode(captions)
+    more = (
+        {"context": encoded.context, "pooled": encoded.vector} if config.unet.is_sdxl else {"context": encoded.context}
+    )
+    losses = []
+    for each in ((images, captions), (images, ["?"] * 2 + [""] + ["?"], more)):
+        torch.manual_seed(0)  # drops two of the captions
+        losses.append(o(each)[0])
+    torch.testing.assert_close(*losses)
+
+
+def test_the_networks_whose_parameters_need_no_gradient_stay_and_are_no_part_of_the_average(tokenizer):
+    o = objective(tokenizer)
+    assert o.trained is o.networks
+    o.networks.text_encoder.requires_grad_(False)
+    assert o.trained is o.networks.unet
+    with torch.no_grad():
+        expected = o.sample(o.networks, batch())
+        assert torch.equal(o.sample(o.networks.unet, batch()), expected)
+        o.networks.requires_grad_(True)
+        o.networks.unet.requires_grad_(False)
+        assert o.trained is o.networks.text_encoder
+        assert torch.equal(o.sample(o.networks.text_encoder, batch()), expected)
+
+
+def test_validation_measures_the_given_weights_at_fixed_timesteps_with_fixed_noise(tokenizer):
+    class KeptOut:
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, i):
+            generator = torch.Generator().manual_seed(7 + i)
+            return torch.randint(256, (3, 8, 8 + 4 * i), generator=generator, dtype=torch.uint8), CAPTIONS[i]
+
+    o = objective(tokenizer, "x0", min_snr_gamma=5.0, caption_dropout=0.9, error="huber")
+    assert not o.validates
+    o.kept_out = KeptOut()
+    assert o.validates
+    seen = []
+
+    def watched(noisy, t, context, vector=None):
+        seen.append((noisy, t, context))
+        return torch.zeros_like(noisy)
+
+    o.networks.unet.forward = watched
+    values = []
+    with torch.no_grad():
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            values.append(o.validate(o.trained)["validation"])
+        images = [o.kept_out[i][0].float()[None] / 127.5 - 1 for i in range(2)]
+        expected = torch.stack([o.vae.encode(image).mode().square().mean() for image in images]).mean()
+    torch.testing.assert_close(values[0], expected)  # squared errors without weights
+    assert values[0] == values[1]
+    assert all(
+        torch.equal(a, b)
+        for first, second in zip(seen[:2], seen[2:], strict=True)
+        for a, b in zip(first, second, strict=True)
+    )
+    assert seen[0][1].tolist() == [62, 187, 312, 437, 562, 687, 812, 937]
+    torch.testing.assert_close(seen[1][2], o.networks.text_encoder.encode(["an apple"] * 8).context)
+
+    other = copy.deepcopy(o.trained)
+    other.unet.forward = lambda noisy, t, context, vector=None: torch.ones_like(noisy)
+    with torch.no_grad():
+        assert o.validate(other)["validation"] != values[0]

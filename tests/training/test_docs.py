@@ -16,9 +16,10 @@ from ldm.checkpoint.files import save
 from ldm.checkpoint.parts import Model
 from ldm.strict import from_dict, read_toml
 from ldm.training.data import SUFFIXES, DataConfig, Folder
+from ldm.training.diffusion import DiffusionLoss
 from ldm.training.loop import LoopConfig
 from ldm.training.objects import FLUENT, FONT, OBJECTS, UNSEEN
-from ldm.training.recipes import FREE, RECIPES
+from ldm.training.recipes import FREE, RECIPES, LDMRecipe
 from tests.tiny import TINY_SDXL, random_networks
 
 ROOT = Path(__file__).parent.parent.parent
@@ -68,12 +69,23 @@ def test_the_font_the_archive_and_the_suffixes_are_those_of_the_code():
 def test_the_keys_of_the_data_are_those_of_the_code():
     rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \| ", TEXT.split("all keys of `[data]`")[1], re.MULTILINE))
     fields = {field.name: field.default for field in dataclasses.fields(DataConfig)}
-    assert {"size", "folder", "font", "fluent", "every_emoji", "seed"} == fields.keys()
-    assert fields.keys() <= rows.keys()
-    for name in ("size", "every_emoji", "seed"):
+    assert {"size", "folder", "font", "fluent"} <= fields.keys() <= rows.keys()
+    for name in fields.keys() - {"folder", "font", "fluent"}:
         assert rows[name] == f"`{json.dumps(fields[name])}`"
     assert f"instead of the {len(OBJECTS)} with names" in TEXT
     assert (len(UNSEEN), "Ten emoji with names are kept out" in TEXT) == (10, True)
+
+
+def test_the_keys_of_the_loss_are_those_of_the_code():
+    rows = dict(re.findall(r"^\| `(\w+)` \| `(.*?)` \| ", TEXT.split("keys stand under `[loss]`")[1], re.MULTILINE))
+    fields = {field.name: json.dumps(field.default) for field in dataclasses.fields(DiffusionLoss)}
+    assert rows == fields
+
+
+def test_the_keys_of_a_fine_tuning_are_those_of_the_code():
+    keys = set(re.findall(r"^\| `(\w+)` \| ", TEXT.split("## Fine-tuning")[1].split("### The loss")[0], re.MULTILINE))
+    assert keys == {"start", "train", "latents", "texts", "layout"}
+    assert keys <= {field.name for field in dataclasses.fields(LDMRecipe)}
 
 
 def test_the_training_in_bfloat16_is_off_by_default_and_fixed_in_a_run():

@@ -387,3 +387,44 @@ def test_networks_compute_in_bfloat16_and_the_weights_stay_in_fp32(tmp_path):
         train(toy, Colors(), LoopConfig(steps=1, batch_size=2, warmup=0, bf16=bf16), tmp_path / str(bf16), {})
         assert seen[0] == dtype
         assert {p.dtype for p in toy.parameters()} == {torch.float32}
+
+
+def test_the_validation_of_the_average_is_logged_at_its_own_interval(tmp_path):
+    class Validated(Toy):
+        validates = True
+
+        def validate(self, trained):
+            assert not trained.training
+            assert not torch.is_grad_enabled()
+            measured_by.append(trained)
+            return {"validation": weights(trained).sum()}
+
+    measured_by = []
+    average = train(Validated(), Colors(), dataclasses.replace(CONFIG, log_every=4, validate_every=2), tmp_path, RECIPE)
+    assert [each is average for each in measured_by] == [True] * 3
+    found = [(row["step"], "validation" in row) for row in rows(tmp_path)]
+    assert found == [(2, True), (4, True), (6, True)]
+    assert rows(tmp_path)[-1]["validation"] == pytest.approx(weights(average).sum().item(), rel=1e-4)
+
+
+def test_a_data_set_with_buckets_gives_batches_of_one_bucket_and_its_tensors_reach_the_objective(tmp_path):
+    class Shapes(Colors):
+        buckets = torch.arange(10) % 2
+
+        def __getitem__(self, index):
+            image = torch.zeros(3, 4, 4 + 2 * (index % 2), dtype=torch.uint8)
+            return image, self.caption(index), {"mask": torch.full((1, 4, 4), 51 * (index % 2), dtype=torch.uint8)}
+
+    class Wide(Toy):
+        def forward(self, batch):
+            assert set(batch[2]) == {"mask"}
+            odd = {int(caption.split()[1]) % 2 for caption in batch[1]}
+            assert odd == {(batch[0].shape[-1] - 4) // 2}
+            torch.testing.assert_close(batch[2]["mask"], torch.full((2, 1, 4, 4), 0.2 * odd.pop()))
+            return super().forward(batch[:2])
+
+    toy = Wide()
+    train(toy, Shapes(), dataclasses.replace(CONFIG, steps=10), tmp_path, RECIPE)
+    assert sorted(caption for captions in toy.seen for caption in captions) == sorted(
+        2 * [f"color {i}" for i in range(10)]
+    )

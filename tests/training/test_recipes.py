@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import signal
 from pathlib import Path
 
@@ -12,14 +13,19 @@ from PIL import Image
 import ldm
 from ldm import cli
 from ldm.checkpoint.controlnets import load_controlnet
-from ldm.checkpoint.files import load_vae
+from ldm.checkpoint.files import load, load_vae, save
+from ldm.checkpoint.parts import Model
+from ldm.config import DiffusionConfig
 from ldm.models.controlnet import ControlNet
+from ldm.models.tokens import Tokenizer
+from ldm.models.unet import UNet
 from ldm.training.controlnet import ControlNetObjective
 from ldm.training.data import Folder
 from ldm.training.diffusion import DiffusionLoss, DiffusionObjective
 from ldm.training.loop import collate
 from ldm.training.recipes import FREE, ControlNetRecipe, LDMRecipe, VAERecipe, read_recipe
 from ldm.training.vae import VAEObjective, latent_std
+from tests.tiny import TINY_RANDOM, TINY_SDXL, random_networks
 
 CPU = torch.device("cpu")
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
@@ -301,6 +307,12 @@ def test_a_mistake_in_a_recipe_is_named(tmp_path, text, message):
         recipe(tmp_path, text)
 
 
+def test_keys_of_the_data_that_a_recipe_does_not_use_are_refused(pictures):
+    text = VAE_TOML.replace("size = 16", 'size = 16\nbuckets = 4\nmask = "alpha"')
+    with pytest.raises(ValueError, match=r"^buckets and mask under \[data\] cannot be used in this kind of recipe"):
+        recipe(pictures, text).run(CPU)
+
+
 def test_a_missing_recipe_says_where_others_are():
     with pytest.raises(ValueError, match=r"there is no recipe nowhere\.toml; the project's own recipes are in"):
         read_recipe("nowhere.toml")
@@ -322,6 +334,9 @@ def test_the_recipes_that_ship_can_be_read():
     assert sharpen.vae == vae_recipe.vae
     assert isinstance(controlnet, ControlNetRecipe)
     assert len(controlnet.hint_channels) == len(vae_recipe.vae.channels)
+    for name, side in {"finetune_sd15": 512, "finetune_sdxl": 1024}.items():
+        tuned = read_recipe(CONFIGS / f"{name}.toml")
+        assert (tuned.train, tuned.data.size, tuned.data.buckets) == (("unet",), side, 64)
 
 
 def test_latents_that_were_encoded_once_train_as_those_of_each_batch_do(pictures):
@@ -361,3 +376,151 @@ def test_a_unet_that_does_not_fit_the_latents_is_refused_before_the_training(pic
     text = LDM_TOML.replace("[unet]", "[unet]\nin_channels = 8")
     with pytest.raises(ValueError, match=r"in_channels and out_channels of \[unet\] must be 4, as many as the latents"):
         recipe(pictures, text).run(CPU)
+
+
+FINETUNE_TOML = """
+recipe = "ldm"
+out = "{out}/tuned"
+start = "{out}/start"
+train = ["unet"]
+sample_prompts = ["a wall"]
+[data]
+size = 32
+folder = "{out}/pictures"
+[loop]
+steps = 2
+batch_size = 2
+warmup = 0
+learning_rate = 1e-2
+log_every = 1
+"""
+
+
+def saved(folder, config, tokenizer=None, **options):
+    """Save a tiny random model in `folder`, and return it as it is read again."""
+    save(Model(config, *random_networks(config, tokenizer)), folder, **options)
+    return load(folder)
+
+
+def changed(before, after):
+    """The parts of a model of which any parameter changed by more than the rounding to fp16."""
+    parts = {"unet": 1, "vae": 1, "text_encoder": 3}  # levels of names: the towers apart
+    found = set()
+    for part, levels in parts.items():
+        pairs = zip(getattr(before, part).named_parameters(), getattr(after, part).parameters(), strict=True)
+        found |= {
+            ".".join([part, *n.split(".")][:levels]) for (n, a), b in pairs if not torch.equal(a.half().float(), b)
+        }
+    return found
+
+
+def test_sdxl_is_fine_tuned_from_a_checkpoint_without_its_architecture_in_the_recipe(pictures):
+    before = saved(pictures / "start", TINY_SDXL)
+    files = {path: path.read_bytes() for path in (pictures / "start").rglob("*") if path.is_file()}
+    after = load(recipe(pictures, FINETUNE_TOML).run(CPU))
+    assert changed(before, after) == {"unet"}
+    assert after.config == before.config  # its size is that of the pictures
+    assert {path: path.read_bytes() for path in (pictures / "start").rglob("*") if path.is_file()} == files
+    average = torch.load(pictures / "tuned" / "checkpoint.pt", weights_only=True)["average"]
+    assert average.keys() == before.unet.state_dict().keys()  # the frozen networks have no average
+
+    other = FINETUNE_TOML.replace("tuned", "v") + '[diffusion]\nprediction = "v"\nzero_terminal_snr = true\n'
+    config = load(recipe(pictures, other.replace("size = 32", "size = 16")).run(CPU)).config
+    assert config.diffusion == DiffusionConfig("v", zero_terminal_snr=True)
+    assert (config.image_size, config.guidance_scale, config.zero_negative) == (16, 3.0, True)
+
+
+@pytest.mark.parametrize(
+    ("names", "parts"),
+    [
+        ('"text_encoder"', {"text_encoder.towers.0"}),
+        ('"text_encoder_2"', {"text_encoder.towers.1"}),
+        ('"unet", "text_encoder", "text_encoder_2"', {"unet", "text_encoder.towers.0", "text_encoder.towers.1"}),
+    ],
+)
+def test_the_recipe_chooses_which_networks_are_trained(pictures, names, parts):
+    before = saved(pictures / "start", TINY_SDXL)
+    after = load(recipe(pictures, FINETUNE_TOML.replace('"unet"', names)).run(CPU))
+    assert changed(before, after) == parts
+
+
+def test_a_single_file_is_fine_tuned_and_saved_as_a_single_file(pictures):
+    tokenizer = Tokenizer.official()
+    text = dataclasses.replace(TINY_RANDOM.text[0], vocab_size=49408, pad_id=49407)
+    config = dataclasses.replace(TINY_RANDOM, text=(text,), image_size=32)
+    before = saved(pictures / "start.safetensors", config, tokenizer, layout="ldm")
+    text = FINETUNE_TOML.replace("/start", "/start.safetensors").replace("train =", 'layout = "ldm"\ntrain =')
+    path = recipe(pictures, text).run(CPU)
+    assert path == pictures / "tuned" / "model.safetensors"
+    assert changed(before, load(path)) == {"unet"}
+
+
+def test_mistakes_of_a_fine_tuning_are_named_before_the_training(pictures):
+    saved(pictures / "start", TINY_RANDOM)
+    for change, message in {
+        ('["unet"]', '["text_encoder_2"]'): "train must name one of unet, text_encoder, got text_encoder_2",
+        ('["unet"]', "[]"): "train must name one of unet, text_encoder, got nothing",
+        ("train =", 'layout = "ldm"\ntrain ='): 'layout "ldm" has no place for a vocabulary other than CLIP\'s',
+        ('start = "{out}/start"', ""): "vae is missing: name a VAE, or a model to start from as `start`",
+        ("size = 32", "size = 32\nbuckets = 2"): "buckets must be a multiple of 4 pixels for this VAE, got 2",
+    }.items():
+        with pytest.raises(ValueError, match=re.escape(message)):
+            recipe(pictures, FINETUNE_TOML.replace(*change)).run(CPU)
+    inpainting = dataclasses.replace(TINY_RANDOM, unet=dataclasses.replace(TINY_RANDOM.unet, in_channels=9))
+    save(Model(inpainting, UNet(inpainting.unet), *random_networks()[1:]), pictures / "inpainting")
+    with pytest.raises(ValueError, match=r"must be 4, .* got 9 and 4; models for inpainting or editing take more"):
+        recipe(pictures, FINETUNE_TOML.replace("/start", "/inpainting")).run(CPU)
+    assert not (pictures / "tuned" / "log.jsonl").exists()
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_killed_fine_tuning_in_buckets_goes_on_bit_for_bit(pictures, monkeypatch, cached):
+    saved(pictures / "start", TINY_SDXL)
+    for i, size in enumerate(((20, 60), (60, 20), (50, 18), (18, 50)), 3):
+        Image.effect_noise(size, 50).convert("RGBA").save(pictures / "pictures" / f"{i}.png")
+        (pictures / "pictures" / f"{i}.txt").write_text(f"noise {i}")
+    text = FINETUNE_TOML.replace("size = 32", 'size = 32\nbuckets = 8\nmask = "alpha"\nkeep_out = 1')
+    text = text.replace("steps = 2", "steps = 6\nvalidate_every = 3\ncheckpoint_every = 2")
+    text = text.replace("train =", "latents = 6\ntexts = true\ntrain =") if cached else text
+    seen, forward = [], DiffusionObjective.forward
+
+    def watched(self, batch):
+        seen.append((batch[0].shape, sorted(batch[2])))
+        if len(seen) == 4:
+            raise SystemExit
+        return forward(self, batch)
+
+    monkeypatch.setattr(DiffusionObjective, "forward", watched)
+    with pytest.raises(SystemExit):
+        recipe(pictures, text).run(CPU)
+    killed = recipe(pictures, text).run(CPU)
+    straight = recipe(pictures, text.replace("tuned", "straight")).run(CPU)
+    for path in killed.rglob("*.safetensors"):
+        assert path.read_bytes() == (straight / path.relative_to(killed)).read_bytes()
+    logs = [(pictures / run / "log.jsonl").read_text().splitlines() for run in ("tuned", "straight")]
+    found = [[(row["step"], row["loss"], row.get("validation")) for row in map(json.loads, log)] for log in logs]
+    assert found[0] == found[1]
+    assert [step for step, _, validation in found[0] if validation is not None] == [3, 6]
+    assert len({shape for shape, _ in seen}) > 1
+    names = ["context", "mask", "pooled", "sizes"] if cached else ["mask", "sizes"]
+    assert all(each == names for _, each in seen)
+
+
+def test_texts_of_a_text_encoder_that_is_trained_are_refused(pictures):
+    saved(pictures / "start", TINY_RANDOM)
+    text = FINETUNE_TOML.replace('["unet"]', '["unet", "text_encoder"]\ntexts = true')
+    with pytest.raises(ValueError, match="texts = true is for a text encoder that stays: set train"):
+        recipe(pictures, text).run(CPU)
+
+
+def test_a_fine_tuning_lowers_the_loss_on_pictures_that_are_kept_out(pictures):
+    saved(pictures / "start", TINY_RANDOM)
+    for i in range(3, 8):
+        Image.new("RGB", (32, 32), (30 * i, 255 - 30 * i, 90)).save(pictures / "pictures" / f"{i}.png")
+        (pictures / "pictures" / f"{i}.txt").write_text("a wall")
+    text = FINETUNE_TOML.replace("size = 32", "size = 32\nkeep_out = 2").replace("steps = 2", "steps = 60\nema = 0.9")
+    text = text.replace("log_every = 1", "validate_every = 20").replace("train =", "latents = 6\ntexts = true\ntrain =")
+    recipe(pictures, text).run(CPU)
+    rows = [json.loads(line) for line in (pictures / "tuned" / "log.jsonl").read_text().splitlines()]
+    first, *_, last = [row["validation"] for row in rows if "validation" in row]
+    assert last < 0.7 * first

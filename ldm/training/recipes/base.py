@@ -19,12 +19,14 @@ FREE = frozenset(  # may change in a run that goes on, because they change no nu
         "out",
         "name",
         "guidance_scale",
+        "layout",
         "sample_prompts",
         "diffusion.spacing",
         "diffusion.offset",
         "loop.steps",
         "loop.workers",
         "loop.log_every",
+        "loop.validate_every",
         "loop.sample_every",
         "loop.checkpoint_every",
     }
@@ -59,6 +61,13 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in table.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
     return flat
+
+
+def refuse_keys(data: DataConfig, *names: str) -> None:
+    """Raise ValueError if [data] has one of these keys, because the recipe does not use them."""
+    given = [name for name in names if getattr(data, name) != getattr(DataConfig(), name)]
+    if given:
+        raise ValueError(f"{' and '.join(given)} under [data] cannot be used in this kind of recipe: leave the key out")
 
 
 def check_side(name: str, side: int, vae: VAEConfig) -> None:

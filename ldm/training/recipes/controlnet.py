@@ -15,7 +15,7 @@ from ldm.models.controlnet import HINT_CHANNELS, ControlNet
 from ldm.training.controlnet import ControlNetObjective
 from ldm.training.diffusion import DiffusionLoss
 from ldm.training.loop import train
-from ldm.training.recipes.base import Recipe, check_side
+from ldm.training.recipes.base import Recipe, check_side, refuse_keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,8 @@ class ControlNetRecipe(Recipe):
                 f"hint_channels must be {(model.config.vae.factor).bit_length()} numbers, because the latents are "
                 f"{model.config.vae.factor} times smaller than the pictures, got {self.hint_channels}"
             )
-        dataset = self.data.open()
+        refuse_keys(self.data, "keep_out")
+        dataset = self.data.open(sizes=model.config.unet.is_sdxl)
         torch.manual_seed(self.loop.seed)
         network = ControlNet.copy_of(model.unet, hint_channels=self.hint_channels, mid=self.mid).to(device)
         objective = ControlNetObjective(model, network, self.loss)

@@ -10,7 +10,7 @@ from ldm.checkpoint.files import load_vae, save_vae
 from ldm.config import VAEConfig
 from ldm.models.vae import VAE
 from ldm.training.loop import collate, train
-from ldm.training.recipes.base import Recipe, check_side
+from ldm.training.recipes.base import Recipe, check_side, refuse_keys
 from ldm.training.scripted import open_script
 from ldm.training.vae import Perceptual, VAELoss, VAEObjective, latent_std
 
@@ -34,6 +34,7 @@ class VAERecipe(Recipe):
         check_side("crop", crop, config)
         if crop > size:
             raise ValueError(f"crop must be at most the pictures' size of {size} pixels, got {crop}")
+        refuse_keys(self.data, "buckets", "mask", "keep_out")
         dataset = self.data.open()
         torch.manual_seed(self.loop.seed)
         objective = VAEObjective(config, self.loss, self._perceptual(device)).to(device)
