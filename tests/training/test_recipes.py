@@ -289,8 +289,8 @@ def test_pictures_that_do_not_fit_the_vae_are_refused_before_the_training(pictur
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('recipe = "gan"', "recipe must be one of 'vae', 'ldm', 'controlnet', got 'gan'"),
-        ("steps = 1", "recipe must be one of 'vae', 'ldm', 'controlnet', got None"),
+        ('recipe = "gan"', "recipe must be one of 'vae', 'ldm', 'controlnet', .*, got 'gan'"),
+        ("steps = 1", "recipe must be one of 'vae', 'ldm', 'controlnet', .*, got None"),
         ("recipe = ", "is not valid TOML"),
         (VAE_TOML + "speed = 3\n", "loop: unknown 'speed'; valid keys: steps, batch_size"),
         ('recipe = "vae"\nout = "x"\n', " lacks loop"),

@@ -71,15 +71,14 @@ def models(tmp_path_factory):
 def recipe(models, tmp_path):
     """Read a recipe from its own text and COMMON, whose top-level keys come first."""
 
-    def read(text, family="one", rate=3e-3, **values):
+    def read(text, family="one", rate=3e-3, common=COMMON, **values):
         (tmp_path / "pictures").symlink_to(models / "pictures") if not (tmp_path / "pictures").exists() else None
         for name in FAMILIES:
             (tmp_path / name).symlink_to(models / name) if not (tmp_path / name).exists() else None
-        own, _, tables = text.partition("[")
-        top, _, common = COMMON.partition("[")
-        whole = f"{own}{top}[{common}{'[' if tables else ''}{tables}"
         for key, value in {"out": tmp_path, "family": family, "rate": rate, **values}.items():
-            whole = whole.replace(f"{{{key}}}", str(value))
+            text, common = (part.replace(f"{{{key}}}", str(value)) for part in (text, common))
+        (own, *tables), (top, *more) = (part.split("\n[", 1) for part in (text, common))
+        whole = "\n[".join([f"{own}\n{top}", *more, *tables])
         (tmp_path / "recipe.toml").write_text(whole)
         return read_recipe(tmp_path / "recipe.toml")
 
@@ -307,6 +306,7 @@ def test_without_an_instance_prompt_the_pictures_have_their_own_captions(recipe)
         ({"class_images = 3": "class_images = 0"}, "class_images must be at least 1, got 0"),
         ({"class_images = 3": "prior_weight = -1.0"}, "prior_weight must be at least 0, got -1"),
         ({"{more}": TEXT + "\n" + ON_LORA}, "for a LoRA give text_targets under"),
+        ({"{more}": "[lesson]\npictures = 3"}, "the pictures of .lesson. have captions: omit instance_prompt"),
     ],
 )
 def test_a_dreambooth_that_cannot_be_meant_is_refused(recipe, change, message):
@@ -399,6 +399,7 @@ def test_the_files_of_a_word_are_read_and_mean_the_same(recipe, family):
             "the caption 'the thing' does not have the word '<zorb>': write it into each",
         ),
         ({'start = "hut"': 'start = " "'}, "the vectors start from those of a word, and ' ' has none: give a word"),
+        ({"captions": "[lesson]\npictures = 3\n#"}, "lesson. needs word = '<zorb>', as the recipe, got ''"),
         ({"vectors = 2": "vectors = 0"}, "vectors must be at least 1, got 0"),
         ({"vectors = 2": "vectors = 31"}, "an embedding needs 1 to 30 vectors"),
     ],

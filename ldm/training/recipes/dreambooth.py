@@ -43,13 +43,18 @@ class DreamBoothRecipe(TeachingRecipe):
             raise ValueError(f"class_images must be at least 1, got {self.class_images}")
         if not self.prior_weight >= 0:
             raise ValueError(f"prior_weight must be at least 0, got {self.prior_weight}")
+        if self.lesson and self.instance_prompt:
+            raise ValueError("the pictures of [lesson] have captions: omit instance_prompt")
         if self.lora and self.train_text_encoder:
             raise ValueError(
                 "train_text_encoder trains whole networks: for a LoRA give text_targets under [lora] instead"
             )
 
     def run(self, device: torch.device) -> Path:
-        """Draw the class, train, and return the folder of the model or the path of the LoRA. Raises as others do."""
+        """Draw the class, train, and return the folder of the model or the path of the LoRA.
+
+        Raises as `Recipe.run` does.
+        """
         model = self.load(device)
         dataset = self.encoded(self.pictures(), model)
         prior = Prior(self._class_pictures(model), self.prior_weight) if self.class_prompts else None
@@ -69,7 +74,7 @@ class DreamBoothRecipe(TeachingRecipe):
 
     def pictures(self) -> Dataset:
         """Return the data set, whose captions are the instance prompt if there is one."""
-        if not self.instance_prompt or self.data.folder is None:
+        if not self.instance_prompt:
             return super().pictures()
         return captioned(self.data, (self.instance_prompt,), self.out / "instance")
 

@@ -67,9 +67,10 @@ class TeachingRecipe(Recipe):
 def captioned(data: DataConfig, captions: Sequence[str], listing: Path) -> Dataset:
     """Return all pictures in `data.folder`, each with every one of the captions. Their own captions are not read.
 
-    listing: the folder for the list of the pictures. Raises ValueError as `DataConfig.open` does.
+    listing: the folder for the list of the pictures. Raises ValueError without a folder, and as `DataConfig.open` does.
     """
-    assert data.folder is not None
+    if data.folder is None:
+        raise ValueError("captions in the recipe are for your own pictures: give their folder under [data]")
     names = sorted(path.resolve() for path in data.folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     write_list(listing, [{"file_name": str(name), "text": caption} for caption in captions for name in names])
     return dataclasses.replace(data, folder=listing if names else data.folder).open()

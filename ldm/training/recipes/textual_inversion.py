@@ -26,6 +26,8 @@ class TextualInversionRecipe(TeachingRecipe):
     def __post_init__(self) -> None:
         if self.vectors < 1:
             raise ValueError(f"vectors must be at least 1, got {self.vectors}")
+        if self.lesson and self.captions:
+            raise ValueError("the pictures of [lesson] have captions: omit captions")
         if self.lesson and self.lesson.word != self.word:
             raise ValueError(f"[lesson] needs word = {self.word!r}, as the recipe, got {self.lesson.word!r}")
 
@@ -49,6 +51,6 @@ class TextualInversionRecipe(TeachingRecipe):
 
     def pictures(self) -> Dataset:
         """Return the data set, whose captions are those of the recipe if there are any."""
-        if not self.captions or self.data.folder is None:
+        if not self.captions:
             return super().pictures()
         return captioned(self.data, self.captions, self.out / "captions")
