@@ -50,7 +50,9 @@ def save_lora(
     names = {target: diffusers_name(target, config) for target in changes}
     write = _kohya if layout == "kohya" else _diffusers
     tensors, metadata = write(changes, names, towers)
-    held = {name: value.to("cpu", dtype).contiguous() for name, value in tensors.items()}
+    held = {
+        name: value.to("cpu", dtype if value.dim() else value.dtype).contiguous() for name, value in tensors.items()
+    }
     file = path if layout == "kohya" else path / DIFFUSERS_FILE
     with beside(file) as new:
         write_tensors(held, new, metadata)

@@ -33,7 +33,7 @@ folder = "{out}/pictures"
 [loss]
 caption_dropout = 0.0
 [loop]
-steps = 6
+steps = 4
 batch_size = 2
 warmup = 0
 schedule = "constant"
@@ -103,14 +103,21 @@ def weights(pipe):
     return {f"{i}.{k}": v for i, network in enumerate(networks) for k, v in network.state_dict().items()}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("layout", "dora"), [("kohya", "false"), ("diffusers", "true")])
+@pytest.mark.parametrize(
+    ("layout", "dora", "family"),
+    [
+        ("kohya", "false", "one"),
+        ("diffusers", "true", "sdxl"),
+        pytest.param("kohya", "false", "sdxl", marks=pytest.mark.slow),
+        pytest.param("diffusers", "true", "one", marks=pytest.mark.slow),
+    ],
+)
 def test_a_lora_is_trained_saved_and_loaded(recipe, monkeypatch, family, layout, dora):
     own = recipe(LORA, family, rate=1e-2, layout=layout, dora=dora)
     path = falls(monkeypatch, lambda: own.run(CPU))
     assert path == own.out / ("lora.safetensors" if layout == "kohya" else "lora")
     first, *_, last = losses(own.out)
-    assert last < 0.99 * first
+    assert last < 0.995 * first
     plain = ldm.load(own.model, ldm.Placement(device="cpu"))
     changed = ldm.load(own.model, ldm.Placement(device="cpu"), loras=[path])
     (applied,) = changed.loras.applied
@@ -207,7 +214,7 @@ def stopped_and_resumed(own, monkeypatch):
 
 
 def assert_equal_runs(expected, resumed):
-    assert resumed["step"] == 6
+    assert resumed["step"] == 4
     for part in ("objective", "average"):
         assert resumed[part].keys() == expected[part].keys()
         assert all(torch.equal(resumed[part][name], expected[part][name]) for name in expected[part])
@@ -246,15 +253,20 @@ TEXT = "train_text_encoder = true"
 ON_LORA = '[lora]\nrank = 2\ntext_targets = ["q_proj"]'
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("more", ["", TEXT, ON_LORA], ids=["unet", "text", "lora"])
+@pytest.mark.parametrize(
+    ("more", "family"),
+    [
+        pytest.param(ON_LORA, "one", id="lora"),
+        pytest.param("", "one", id="unet", marks=pytest.mark.slow),
+        pytest.param(TEXT, "one", id="text", marks=pytest.mark.slow),
+        pytest.param(TEXT, "sdxl", id="sdxl", marks=pytest.mark.slow),
+    ],
+)
 def test_dreambooth_teaches_a_model_and_changes_what_was_asked_for(recipe, monkeypatch, family, more):
-    if family == "sdxl" and more != TEXT:
-        pytest.skip("as with one text encoder")
     own = recipe(DREAMBOOTH, family, rate=1e-2 if more == ON_LORA else 1e-3, more=more)
     path = falls(monkeypatch, lambda: own.run(CPU))
     first, *_, last = losses(own.out)
-    assert last < 0.99 * first
+    assert last < 0.995 * first
     plain = ldm.load(own.model, ldm.Placement(device="cpu"))
     placement = ldm.Placement(device="cpu")
     taught = ldm.load(own.model, placement, loras=[path]) if more == ON_LORA else ldm.load(path, placement)
@@ -267,7 +279,7 @@ def test_dreambooth_teaches_a_model_and_changes_what_was_asked_for(recipe, monke
 
 def test_the_class_is_drawn_once_by_the_model_with_the_seeds_of_the_recipe(recipe):
     own = recipe(DREAMBOOTH, more="")
-    own.run(CPU)
+    drawn = own._class_pictures(own.load(CPU))
     pipe = ldm.load(own.model, ldm.Placement(device="cpu"))
     rows = [json.loads(line) for line in (own.out / "class" / "metadata.jsonl").read_text().splitlines()]
     assert [row["text"] for row in rows] == ["a wall", "a house", "a wall"]
@@ -281,13 +293,15 @@ def test_the_class_is_drawn_once_by_the_model_with_the_seeds_of_the_recipe(recip
     (own.out / "class" / "00002.png").unlink()
     Image.new("RGB", (32, 32), "gold").save(kept)
     before = kept.read_bytes()
-    own.run(CPU)
+    again = own._class_pictures(own.load(CPU))
+    assert torch.equal(again[1][0], drawn[1][0])
     assert kept.read_bytes() == before
     assert (own.out / "class" / "00002.png").is_file()
     with pytest.raises(ValueError, match=r"class holds class pictures of another recipe: delete it, or choose another"):
         recipe(DREAMBOOTH.replace('"a house"', '"a hut"'), more="").run(CPU)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", ["", ON_LORA], ids=["unet", "lora"])
 def test_a_resumed_dreambooth_equals_one_without_a_stop(recipe, monkeypatch, more):
     assert_equal_runs(*stopped_and_resumed(recipe(DREAMBOOTH, more=more), monkeypatch))
@@ -329,7 +343,7 @@ captions = ["a photo of <zorb>", "the <Zorb>"]
 """
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["sdxl", pytest.param("one", marks=pytest.mark.slow)])
 def test_textual_inversion_teaches_a_word_and_changes_nothing_else(recipe, monkeypatch, family):
     own = recipe(INVERSION, family, rate=0.05)
     teach, held = teaching.TeachingObjective.__init__, []
@@ -339,8 +353,10 @@ def test_textual_inversion_teaches_a_word_and_changes_nothing_else(recipe, monke
         held.append(self)
 
     monkeypatch.setattr(teaching.TeachingObjective, "__init__", watched)
-    own.run(CPU)
+    falls(monkeypatch, lambda: own.run(CPU))
     (objective,) = held
+    first, *_, last = losses(own.out)
+    assert last < first
     plain = ldm.load(own.model, ldm.Placement(device="cpu"))
     networks = {"unet.": plain.unet, "text_encoder.": plain.text_encoder}
     expected = {above + name: value for above, n in networks.items() for name, value in n.state_dict().items()}
@@ -360,18 +376,12 @@ def test_textual_inversion_teaches_a_word_and_changes_nothing_else(recipe, monke
     assert state["objective"].keys() == {f"learned.{i}" for i in range(len(FAMILIES[family].text))}
 
 
-def test_the_loss_of_a_word_falls(recipe, monkeypatch):
-    own = recipe(INVERSION, rate=0.05)
-    falls(monkeypatch, lambda: own.run(CPU))
-    first, *_, last = losses(own.out)
-    assert last < 0.9999 * first  # a random text encoder moves the prediction little
-
-
+@pytest.mark.slow
 def test_a_resumed_textual_inversion_equals_one_without_a_stop(recipe, monkeypatch):
     assert_equal_runs(*stopped_and_resumed(recipe(INVERSION, rate=0.05), monkeypatch))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["one", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_the_files_of_a_word_are_read_and_mean_the_same(recipe, family):
     own = recipe(INVERSION, family, rate=0.05)
     folder = own.run(CPU)
