@@ -19,7 +19,7 @@ from ldm.training.checker import Checker
 from ldm.training.evaluate import Generate, generate_all, judge
 from ldm.training.grounds import GROUNDS
 from ldm.training.objects import OBJECTS, UNSEEN, Sprites, emoji_sprites, name_of
-from ldm.training.scenes import PLACES, SIZES, Painter, Scene, pick
+from ldm.training.scenes import PLACES, Painter, Scene, pick
 
 INK = "ink"
 STEP = 5  # between the objects that show a style, and between the grounds that show an object
@@ -84,7 +84,7 @@ class LessonScenes:
         self.scenes, self.captions = [], []
         for i in range(lesson.pictures):
             rng = np.random.default_rng((seed, i))
-            size = pick(rng, SIZES)
+            size = pick(rng, ("", "big"))  # a small object shows little
             place = "" if size == "big" else pick(rng, PLACES)
             scene = Scene((names[i % len(names)],), grounds[i % len(grounds)], styles[i % len(styles)], size, place)
             self.scenes.append(scene)
