@@ -104,6 +104,8 @@ def test_diffusers_loads_a_word_of_both_encoders_of_sdxl(common, folder):
     path = recipe.run(CPU) / "toy.safetensors"
     plain, theirs = ldm.load(folder("sdxl-base"), ldm.Placement("cpu")), reference.load(folder("sdxl-base"))
     ours = ldm.load(folder("sdxl-base"), ldm.Placement("cpu"), embeddings=[f"<toy>={path}"])
+    pooled = theirs.text_encoder_2  # its published config lets it pool at the largest id, which is the new word's
+    getattr(pooled, "text_model", pooled).eos_token_id = theirs.tokenizer_2.eos_token_id
     held = load_file(path)
     for key, i in (("clip_l", ""), ("clip_g", "_2")):
         tower, tokenizer = (getattr(theirs, f"{kind}{i}") for kind in ("text_encoder", "tokenizer"))
