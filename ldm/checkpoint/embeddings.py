@@ -8,6 +8,7 @@ A file of diffusers holds its name. Any other embedding has the name of its file
 Pickles are read without running code, see `ldm.checkpoint.pickles`.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.atomic import beside
 from ldm.checkpoint.known import NAMES, kind_of
 from ldm.checkpoint.pickles import PickledTensors, is_pickle
-from ldm.checkpoint.tensors import FLOATS, TensorFiles, Tensors, check_file, some
+from ldm.checkpoint.tensors import FLOATS, TensorFiles, Tensors, check_file, some, write_tensors
 from ldm.models.text import TextEncoder
 from ldm.models.textual_inversion import add_embedding
 
@@ -43,6 +45,26 @@ def read_embedding(path: Path) -> tuple[str, list[Tensor]]:
     vectors = [found[n].to(torch.float32, copy=True).reshape(-1, found[n].shape[-1]) for n in names]
     own = names[0] if len(names) == 1 and names[0] not in _UNNAMED else path.stem
     return own, vectors
+
+
+def save_embedding(folder: Path, name: str, vectors: Sequence[Tensor]) -> None:
+    """Write the embedding `name` into `folder` in the formats above; for two text encoders only in that of SDXL.
+
+    vectors: k d for each text tower. The files of A1111 are called like the name, without characters such as "<".
+    Raises ValueError for a name without letters and digits.
+    """
+    stem = re.sub(r"[^\w-]", "", name)
+    if not stem:
+        raise ValueError(f"the name of an embedding needs letters or digits, got {name!r}")
+    held = [part.detach().to("cpu", torch.float32).contiguous() for part in vectors]
+    files: dict[str, dict[str, Any]] = {f"{stem}.safetensors": dict(zip(_PAIRS[0], held, strict=False))}
+    if len(held) == 1:
+        files = {f"{stem}.safetensors": {"emb_params": held[0]}, "learned_embeds.safetensors": {name: held[0]}}
+        files[f"{stem}.pt"] = {"string_to_token": {"*": 265}, "string_to_param": {"*": held[0]}, "name": name}
+    for file, content in files.items():
+        with beside(folder / file) as new:
+            torch.save(content, new) if file.endswith(".pt") else write_tensors(content, new)
+            new.replace(folder / file)
 
 
 def load_embeddings(text_encoder: TextEncoder, files: Sequence[tuple[str | None, Path]]) -> None:

@@ -17,6 +17,7 @@ from ldm.cli.options import Commands, add_options, given
 from ldm.placement.choice import find_device
 from ldm.record import MODEL_AND_PARTS, ModelChoice
 
+TAUGHT = 64  # pictures of what a recipe has taught, and as many of what the model knew
 ASKED = ("steps", "sampler", "spacing", "seed", "guidance_scale", "guidance_rescale", "guidance_interval")
 
 
@@ -31,13 +32,14 @@ def add(commands: Commands) -> None:
 
     command = commands.add_parser("evaluate", help="measure how often a model of emoji scenes draws its prompts")
     command.set_defaults(run=_evaluate)
-    add_options(command, ModelChoice, (*MODEL_AND_PARTS, "loras"))
+    add_options(command, ModelChoice, (*MODEL_AND_PARTS, "embeddings", "loras"))
     command.add_argument("--font", type=Path, help="the font of the flat emoji that the model was trained with")
     command.add_argument("--fluent", type=Path, help="the archive of the 3D emoji, see docs/training.md")
     other = command.add_mutually_exclusive_group()
     other.add_argument("--kid", type=int, metavar="N", help="measure KID with N pictures instead, such as 1000")
     other.add_argument("--controlnet", help="measure instead how well pictures follow the edges that this one is given")
     metrics.add(command, other)
+    other.add_argument("--recipe", type=Path, help="measure instead what this recipe with a [lesson] has taught")
     add_options(command, ldm.Request, ASKED)
     add_options(command, ldm.Placement)
     command.add_argument("--json", action="store_true", help="print the results of all pictures as JSON")
@@ -70,6 +72,7 @@ def _train(args: argparse.Namespace) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     """Make pictures of fixed prompts, and print how often they show what the prompts say; or another measure."""
     from ldm.training.evaluate import distance, evaluate, fixed_scenes
+    from ldm.training.lessons import measure, table
     from ldm.training.objects import FLUENT, FONT, emoji_sprites
 
     asked = ldm.Request("", **given(args, ldm.Request, ASKED))
@@ -77,13 +80,16 @@ def _evaluate(args: argparse.Namespace) -> None:
     if args.metrics is not None:
         metrics.run(args, asked, placement)
         return
-    sprites = emoji_sprites(args.font or FONT, args.fluent or FLUENT)
+    files = args.font or FONT, args.fluent or FLUENT
+    lesson = _lesson(args.recipe) if args.recipe is not None else None
+    sprites = lesson.sprites(*files) if lesson else emoji_sprites(*files)
     pipe = load_models(ModelChoice(**given(args, ModelChoice)), placement).base
     if args.controlnet is not None:
         _evaluate_controlnet(args, asked, pipe, sprites)
         return
     scenes = fixed_scenes(tuple(next(iter(sprites.values()))), tuple(sprites))
-    with tqdm(total=args.kid or sum(map(len, scenes.values())), unit="picture", disable=None) as progress:
+    total = 2 * TAUGHT if lesson else args.kid or sum(map(len, scenes.values()))
+    with tqdm(total=total, unit="picture", disable=None) as progress:
 
         def generate(prompts: list[str], seeds: list[int]) -> list[Image.Image]:
             pictures = []
@@ -96,6 +102,10 @@ def _evaluate(args: argparse.Namespace) -> None:
         def reconstruct(picture: Image.Image) -> Image.Image:
             return pipe.decode(pipe.encode_image(picture))[0]
 
+        if lesson:
+            scores = measure(lesson, generate, sprites, seed=asked.seed, count=TAUGHT)
+            print(json.dumps({name: score._asdict() for name, score in scores.items()}) if args.json else table(scores))
+            return
         if args.kid is not None:
             value, error = distance(generate, sprites, pipe.vae, args.kid, seed=asked.seed)
             found = {"kid": value, "standard_error": error, "pictures": args.kid}
@@ -103,6 +113,18 @@ def _evaluate(args: argparse.Namespace) -> None:
             return
         report = evaluate(generate, sprites, seed=asked.seed, reconstruct=reconstruct)
     print(json.dumps(report.to_json()) if args.json else report)
+
+
+def _lesson(path: Path) -> Any:
+    """Return the lesson of the recipe at `path`. Raises ValueError if the recipe has none."""
+    from ldm.training.recipes import read_recipe
+
+    lesson = getattr(read_recipe(path), "lesson", None)
+    if lesson is None:
+        raise ValueError(
+            f"{path} has no table [lesson], so what it teaches cannot be measured here: give another recipe"
+        )
+    return lesson
 
 
 def _evaluate_controlnet(args: argparse.Namespace, asked: ldm.Request, pipe: ldm.Pipeline, sprites: Any) -> None:

@@ -214,6 +214,11 @@ class DiffusionObjective(Objective):
         noise = torch.randn(
             len(prompts), self.vae.config.latent_channels, height, width, generator=torch.Generator().manual_seed(0)
         ).to(batch[0].device)
+        return self.draw(bind, text_encoder, prompts, noise)
+
+    def draw(self, bind: Bind, text_encoder: TextEncoder, prompts: Sequence[str], noise: Tensor) -> Tensor:
+        """Return one guided picture for each prompt, n 3 h w, from noise: n c h/f w/f of unit variance."""
+        size = [side * self.vae.config.factor for side in noise.shape[-2:]]
         sigmas = self.schedule.steps(25, "trailing")
         conditions = [self._condition(text_encoder, t, size) for t in (prompts, [None] * len(prompts))]
         network = guided(bind, conditions, classifier_free(self.config.guidance_scale))

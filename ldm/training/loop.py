@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -93,6 +93,7 @@ class LoopConfig:
     accumulate: int = 1  # batches per step
     learning_rate: float = 1e-4
     warmup: int = 200  # steps
+    schedule: Literal["cosine", "constant"] = "cosine"  # of the learning rate after the warmup
     weight_decay: float = 0.01
     clip: float = 1.0  # largest norm of the gradient
     bf16: bool = False  # compute the networks in bfloat16, as autocast does; the weights stay in fp32
@@ -116,9 +117,14 @@ class LoopConfig:
 
 
 def learning_rate(step: int, config: LoopConfig) -> float:
-    """Return the learning rate of `step`: linear warmup, then half a cosine to zero (Loshchilov & Hutter 2017)."""
+    """Return the learning rate of `step`: linear warmup, then half a cosine to zero (Loshchilov & Hutter 2017).
+
+    With the schedule "constant", it stays as it is after the warmup.
+    """
     if step < config.warmup:
         return config.learning_rate * (step + 1) / config.warmup
+    if config.schedule == "constant":
+        return config.learning_rate
     done = (step - config.warmup) / (config.steps - config.warmup)
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 

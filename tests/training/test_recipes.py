@@ -295,8 +295,8 @@ def test_pictures_that_do_not_fit_the_vae_are_refused_before_the_training(pictur
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('recipe = "gan"', "recipe must be one of 'vae', 'ldm', 'controlnet', got 'gan'"),
-        ("steps = 1", "recipe must be one of 'vae', 'ldm', 'controlnet', got None"),
+        ('recipe = "gan"', "recipe must be one of 'vae', 'ldm', 'controlnet', .*, got 'gan'"),
+        ("steps = 1", "recipe must be one of 'vae', 'ldm', 'controlnet', .*, got None"),
         ("recipe = ", "is not valid TOML"),
         (VAE_TOML + "speed = 3\n", "loop: unknown 'speed'; valid keys: steps, batch_size"),
         ('recipe = "vae"\nout = "x"\n', " lacks loop"),
@@ -367,7 +367,7 @@ def test_the_decoder_of_a_vae_can_be_trained_alone(pictures):
         fixed = name.startswith(("encoder.", "quant_conv."))
         assert torch.equal(before, after) == fixed, name
 
-    with pytest.raises(ValueError, match=r"has another architecture than \[vae\] says: give the values of that VAE"):
+    with pytest.raises(ValueError, match=r"has another architecture than \[vae\] says: leave \[vae\] out"):
         recipe(pictures, text.replace("sharp", "deeper").replace("[8, 8]", "[8, 16]")).run(CPU)
 
 

@@ -6,11 +6,32 @@ from ldm.strict import from_dict, read_toml
 from ldm.training.recipes.base import FREE, Recipe
 from ldm.training.recipes.controlnet import ControlNetRecipe
 from ldm.training.recipes.diffusion import LDMRecipe
+from ldm.training.recipes.dreambooth import DreamBoothRecipe
+from ldm.training.recipes.lora import LoraRecipe
+from ldm.training.recipes.textual_inversion import TextualInversionRecipe
 from ldm.training.recipes.vae import VAERecipe
 
-__all__ = ["FREE", "RECIPES", "ControlNetRecipe", "LDMRecipe", "Recipe", "VAERecipe", "read_recipe"]
+__all__ = [
+    "FREE",
+    "RECIPES",
+    "ControlNetRecipe",
+    "DreamBoothRecipe",
+    "LDMRecipe",
+    "LoraRecipe",
+    "Recipe",
+    "TextualInversionRecipe",
+    "VAERecipe",
+    "read_recipe",
+]
 
-RECIPES: dict[str, type[Recipe]] = {"vae": VAERecipe, "ldm": LDMRecipe, "controlnet": ControlNetRecipe}
+RECIPES: dict[str, type[Recipe]] = {
+    "vae": VAERecipe,
+    "ldm": LDMRecipe,
+    "controlnet": ControlNetRecipe,
+    "lora": LoraRecipe,
+    "dreambooth": DreamBoothRecipe,
+    "textual_inversion": TextualInversionRecipe,
+}
 
 
 def read_recipe(path: str | Path) -> Recipe:
