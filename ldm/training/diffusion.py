@@ -171,7 +171,8 @@ class DiffusionObjective(Objective):
         return {"validation": torch.stack(errors).mean()}
 
     def _posterior(self, images: Tensor) -> Gaussian:
-        return Gaussian(*images.chunk(2, dim=1)) if _are_moments(images) else self.vae.encode(images)
+        moments = images.chunk(2, dim=1) if _are_moments(images) else self.vae.encode(images)
+        return Gaussian(*(part.contiguous() for part in moments))  # the random numbers depend on the memory format
 
     def _target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         return {"eps": noise, "v": self.schedule.velocity(x0, noise, t), "x0": x0}[self.prediction]

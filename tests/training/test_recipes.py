@@ -340,14 +340,13 @@ def test_the_recipes_that_ship_can_be_read():
 
 
 def test_latents_that_were_encoded_once_train_as_those_of_each_batch_do(pictures):
-    """The posterior's noise is almost 0 after `init`, so that the losses are close."""
     recipe(pictures, VAE_TOML.replace("steps = 3", "steps = 1\nlearning_rate = 0.0")).run(CPU)
     recipe(pictures, LDM_TOML).run(CPU)
     cached = LDM_TOML.replace('out = "{out}/ldm"', 'out = "{out}/cached"\nlatents = 3')
     recipe(pictures, cached).run(CPU)
     assert len(list((pictures / "cached" / "latents").iterdir())) == 1
     log = [json.loads((pictures / out / "log.jsonl").read_text()) for out in ("ldm", "cached")]
-    assert log[0]["loss"] == pytest.approx(log[1]["loss"], rel=0.05)
+    assert log[0]["loss"] == pytest.approx(log[1]["loss"], rel=1e-3)  # the moments are kept in fp16
 
     recipe(pictures, VAE_TOML.replace("{out}/vae", "{out}/other")).run(CPU)
     (pictures / "cached" / "checkpoint.pt").unlink()
