@@ -432,7 +432,7 @@ def test_sdxl_is_fine_tuned_from_a_checkpoint_without_its_architecture_in_the_re
 @pytest.mark.parametrize(
     ("names", "parts"),
     [
-        ('"text_encoder"', {"text_encoder.towers.0"}),
+        pytest.param('"text_encoder"', {"text_encoder.towers.0"}, marks=pytest.mark.slow),
         ('"text_encoder_2"', {"text_encoder.towers.1"}),
         ('"unet", "text_encoder", "text_encoder_2"', {"unet", "text_encoder.towers.0", "text_encoder.towers.1"}),
     ],
@@ -472,7 +472,7 @@ def test_mistakes_of_a_fine_tuning_are_named_before_the_training(pictures):
     assert not (pictures / "tuned" / "log.jsonl").exists()
 
 
-@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("cached", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_killed_fine_tuning_in_buckets_goes_on_bit_for_bit(pictures, monkeypatch, cached):
     saved(pictures / "start", TINY_SDXL)
     for i, size in enumerate(((20, 60), (60, 20), (50, 18), (18, 50)), 3):
