@@ -14,7 +14,7 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -145,8 +145,9 @@ def _watched(stats: Stats, nvml: Any, handle: Any) -> Iterator[None]:
 
     def watch() -> None:
         while True:
-            utilization.append(nvml.nvmlDeviceGetUtilizationRates(handle).gpu)
-            watts.append(nvml.nvmlDeviceGetPowerUsage(handle) / 1000)
+            with suppress(nvml.NVMLError):  # some GPUs do not tell their power
+                utilization.append(nvml.nvmlDeviceGetUtilizationRates(handle).gpu)
+                watts.append(nvml.nvmlDeviceGetPowerUsage(handle) / 1000)
             if stop.wait(INTERVAL):
                 return
 
@@ -157,7 +158,8 @@ def _watched(stats: Stats, nvml: Any, handle: Any) -> Iterator[None]:
     finally:
         stop.set()
         thread.join()
-        if watts:  # none if the GPU does not answer
+        if utilization:
             stats.gpu["utilization_percent"] = round(sum(utilization) / len(utilization), 1)
+        if watts:
             stats.gpu["watts"] = round(sum(watts) / len(watts), 1)
             stats.gpu["peak_watts"] = round(max(watts), 1)

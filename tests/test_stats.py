@@ -80,7 +80,9 @@ def test_the_gpu_is_asked_in_the_background(monkeypatch):
         return SimpleNamespace(gpu=80)
 
     nvml = SimpleNamespace(
-        nvmlDeviceGetUtilizationRates=utilization, nvmlDeviceGetPowerUsage=lambda handle: next(powers)
+        NVMLError=ArithmeticError,
+        nvmlDeviceGetUtilizationRates=utilization,
+        nvmlDeviceGetPowerUsage=lambda handle: next(powers),
     )
     stats = Stats(torch.device("cpu"))
     with module._watched(stats, nvml, "the handle"):
@@ -91,6 +93,12 @@ def test_the_gpu_is_asked_in_the_background(monkeypatch):
     assert 150 < stats.gpu["watts"] < 250
     assert set(asked) == {"the handle"}
     assert stats.as_dict()["gpu"] == stats.gpu
+
+    nvml.nvmlDeviceGetPowerUsage = lambda handle: 1 // 0  # this GPU does not tell its power
+    silent = Stats(torch.device("cpu"))
+    with module._watched(silent, nvml, "the handle"):
+        pass
+    assert silent.gpu == {"utilization_percent": 80}
 
 
 # ------------------------------------------------------------------ the command
