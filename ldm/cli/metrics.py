@@ -1,4 +1,7 @@
-"""`ldm evaluate --metrics`: FID, KID, precision and recall, and CLIP score, of a folder or of a model's pictures."""
+"""`ldm evaluate --metrics`: FID, KID, precision and recall, and CLIP score, of a folder or of a model's pictures.
+
+`ldm evaluate --loss` measures the loss of a model on a folder, as a training does on kept-out pictures.
+"""
 
 import argparse
 import dataclasses
@@ -6,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -21,6 +25,7 @@ NAMES = ("fid", "kid", "precision_recall", "clip_score")
 def add(command: argparse.ArgumentParser, measures: Any) -> None:
     """Add the options. measures: the group of the options that choose what `ldm evaluate` measures."""
     measures.add_argument("--metrics", nargs="+", choices=NAMES, help="measure these for any pictures instead")
+    measures.add_argument("--loss", type=Path, metavar="FOLDER", help="measure instead the loss on captioned pictures")
     group = command.add_argument_group("with --metrics, see docs/training.md")
     group.add_argument("--reference", type=Path, metavar="FOLDER", help="the true pictures")
     group.add_argument("--pictures", type=Path, metavar="FOLDER", help="measure these instead of a model's pictures")
@@ -58,6 +63,21 @@ def run(args: argparse.Namespace, asked: ldm.Request, placement: ldm.Placement) 
     if "clip_score" in args.metrics:
         found["clip_score"] = clip_score(args.clip, made, captions, device)
     print(json.dumps(found) if args.json else "\n".join(f"{name} {value:.6g}" for name, value in found.items()))
+
+
+def run_loss(args: argparse.Namespace) -> None:
+    """Print the mean squared error on the folder at fixed timesteps, in fp32, as a training logs it as "validation"."""
+    from ldm.training.data import Folder
+    from ldm.training.diffusion import DiffusionLoss, DiffusionObjective, Networks
+
+    placement = ldm.Placement(device=args.device, dtype=torch.float32)
+    pipe = load_models(ModelChoice(**given(args, ModelChoice)), placement).base
+    folder, networks = Folder(args.loss, pipe.config.image_size), Networks(pipe.unet, pipe.text_encoder)
+    objective = DiffusionObjective(pipe.config, networks, pipe.vae, DiffusionLoss(), kept_out=folder)
+    with torch.no_grad():
+        loss = objective.validate(networks)["validation"].item()
+    found = {"loss": loss, "pictures": len(folder)}
+    print(json.dumps(found) if args.json else f"loss {loss:.6f} ({len(folder)} pictures)")
 
 
 def _check(args: argparse.Namespace) -> None:

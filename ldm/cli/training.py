@@ -77,6 +77,9 @@ def _evaluate(args: argparse.Namespace) -> None:
 
     asked = ldm.Request("", **given(args, ldm.Request, ASKED))
     placement = ldm.Placement.fast(**given(args, ldm.Placement))
+    if args.loss is not None:
+        metrics.run_loss(args)
+        return
     if args.metrics is not None:
         metrics.run(args, asked, placement)
         return

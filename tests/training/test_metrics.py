@@ -13,7 +13,9 @@ from ldm import cli
 from ldm.cli.metrics import NAMES
 from ldm.models.token_files import save_tokenizer
 from ldm.training import metrics
+from ldm.training.data import Folder
 from ldm.training.kid import kid
+from ldm.training.loop import collate
 from ldm.training.metrics import MEASURES, clip_score, compare, feature_network, fid, pictures_in, precision_recall
 from tests.tiny import byte_tokenizer
 
@@ -246,6 +248,26 @@ def test_a_model_makes_a_picture_for_each_caption_of_the_reference(folders, mode
     assert shown["captions"] == ["wall 0", "wall 10"]  # in the order of the file names
     (second,) = pipe.generate(ldm.Request("wall 10", steps=1, seed=6))
     assert np.array_equal(shown["made"][1], second)
+
+
+def test_the_loss_on_a_folder_is_that_of_the_objective_at_fixed_timesteps(folders, model_folder, pipe, capsys):
+    for path in [*(folders / "true").glob("*.png")][2:] + [*(folders / "true" / "more").glob("*.png")]:
+        path.unlink()
+    found = evaluate(folders, capsys, f"--loss TMP/true --model {model_folder} --json")
+    folder = Folder(folders / "true", pipe.config.image_size)
+    errors = []
+    for i in range(len(folder)):
+        images, captions = collate([folder[i]])[:2]
+        x0, noise = pipe.vae.encode(images).mean, torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(i))
+        for j, eps in enumerate(noise):
+            t = int((j + 0.5) * 1000 / 8)
+            signal = 1 / (1 + pipe.schedule.sigmas[t].item() ** 2)
+            noisy = signal**0.5 * x0 + (1 - signal) ** 0.5 * eps
+            with torch.no_grad():
+                predicted = pipe.unet(noisy, torch.tensor([t]), pipe.text_encoder.encode(captions).context)
+            errors.append((predicted[0] - eps).square().mean().item())
+    assert found == {"loss": pytest.approx(np.mean(errors), rel=1e-4), "pictures": 2}
+    assert evaluate(folders, capsys, f"--loss TMP/true --model {model_folder}")[1].startswith("loss ")
 
 
 @pytest.mark.parametrize(
