@@ -1,15 +1,21 @@
-"""`ldm audit`: check an audit log, set its file aside, and remove old files; and the options that write one."""
+"""`ldm audit`: check an audit log, set its file aside, remove old files; and the options --audit and --guard."""
 
 import argparse
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ldm.cli.options import Commands
 from ldm.config import check_number
 from ldm.jobs import Job, Result
+
+if TYPE_CHECKING:
+    from ldm.batch import Entry, Manifest, Row
+    from ldm.safety.audit import AuditLog
+    from ldm.safety.guard import Decision, Guard
 
 
 def add(commands: Commands) -> None:
@@ -39,23 +45,82 @@ def add_audit(command: argparse.ArgumentParser) -> None:
     """Add the options of a command that makes pictures."""
     command.add_argument("--audit", metavar="FILE", type=Path, help="write who asked for what, and what was made")
     command.add_argument("--audit-hidden", action="store_true", help="with --audit: prompts as salted hashes")
+    command.add_argument(
+        "--guard", metavar="POLICY", type=Path, help="refuse prompts by this policy, such as configs/policy.toml"
+    )
+
+
+def _read(args: argparse.Namespace) -> "tuple[AuditLog | None, Guard | None]":
+    """Return the log and the guard that the options name. They are imported only then."""
+    log = guard = None
+    if args.audit is not None:
+        from ldm.safety.audit import AuditLog
+
+        log = AuditLog(args.audit, hidden=args.audit_hidden)
+    elif args.audit_hidden:
+        raise ValueError("--audit-hidden is for the audit log: add --audit FILE")
+    if args.guard is not None:
+        from ldm.safety.guard import Guard, Policy
+
+        guard = Guard(Policy.read(args.guard))
+    return log, guard
 
 
 def start_audit(args: argparse.Namespace, job: Job) -> Callable[[Result], None]:
-    """Write into the log, if there is one, that `job` was asked for. Return what writes that its pictures were made."""
-    if args.audit is None:
-        if args.audit_hidden:
-            raise ValueError("--audit-hidden is for the audit log: add --audit FILE")
-        return lambda result: None
-    from ldm.safety.audit import AuditLog  # imported here, because most runs have none
+    """Write into the log, if there is one, that `job` was asked for. Return what writes that its pictures were made.
 
-    log = AuditLog(args.audit, hidden=args.audit_hidden)
-    asked = log.asked(job.request)
+    Raises ValueError if the guard, if there is one, refuses the prompts.
+    """
+    log, guard = _read(args)
+    decision = guard.check_request(job.request) if guard else None
+    asked = log.asked(job.request, decision) if log else ""
+    if decision is not None and decision.refused:
+        raise ValueError(f"the guard's policy {args.guard} does not allow this prompt; {decision.reason}")
 
     def finish(result: Result) -> None:
-        log.made(asked, result.files, result.record.as_dict())
+        if log is not None:
+            log.made(asked, result.files, result.record.as_dict())
 
     return finish
+
+
+def check_list(args: argparse.Namespace, entries: "list[Entry]") -> "tuple[list[Entry], dict[str, Decision]]":
+    """Return the entries, with an error in place of requests that the guard refuses, and its decisions by name."""
+    _, guard = _read(args)
+    decisions = {entry.name: guard.check_request(entry.request) for entry in entries if guard and entry.request}
+    refused = {name for name, decision in decisions.items() if decision.refused}
+    checked = [
+        dataclasses.replace(entry, request=None, error=decisions[entry.name].reason) if entry.name in refused else entry
+        for entry in entries
+    ]
+    return checked, decisions
+
+
+def logged(
+    args: argparse.Namespace,
+    entries: "Sequence[Entry]",
+    decisions: "Mapping[str, Decision]",
+    manifest: "Manifest",
+    rows: "Iterator[Row]",
+) -> "Iterator[Row]":
+    """Yield `rows`, and write each that is new into the log, if there is one, as "made", "refused" or "failed"."""
+    log, _ = _read(args)
+    if log is None:
+        yield from rows
+        return
+    from ldm.record import recall
+
+    requests, before = {entry.name: entry.request for entry in entries}, dict(manifest.rows)
+    for row in rows:
+        name = row["name"]
+        if before.get(name) is not row:
+            asked = log.asked(requests[name], decisions.get(name))
+            if row["status"] == "done":
+                file = manifest.folder / row["file"]
+                log.made(asked, [file], recall(file).as_dict())
+            else:
+                log.append("failed", {"asked": asked, "error": row["error"]})
+        yield row
 
 
 def _verify(args: argparse.Namespace) -> None:

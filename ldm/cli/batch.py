@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 import ldm
+from ldm.cli.audit import add_audit, check_list, logged
 from ldm.cli.generate import load_models
 from ldm.cli.options import Commands, add_options, given
 from ldm.record import ModelChoice
@@ -37,6 +38,7 @@ def add(commands: Commands) -> None:
     command.add_argument("--actors", type=int, default=1, metavar="N", help="with --ray: processes (default: 1)")
     for kind in (ModelChoice, Request, ldm.Placement):
         add_options(command, kind)
+    add_audit(command)
     command.add_argument("--json", action="store_true", help="print the numbers of pictures as JSON")
 
 
@@ -51,7 +53,8 @@ def _batch(args: argparse.Namespace) -> int:
     defaults = given(args, Request)
     if defaults.get("seed", 0) < 0:
         raise ValueError(f"--seed must be 0 or more, so that the list can be repeated, got {defaults['seed']}")
-    entries = batch.read_entries(args.list, defaults)
+    listed = batch.read_entries(args.list, defaults)
+    entries, decisions = check_list(args, listed)
     shard = batch.Shard.of_this_process()
     manifest = batch.Manifest(args.out, shard)
     choice, placement = ModelChoice(**given(args, ModelChoice)), ldm.Placement.fast(**given(args, ldm.Placement))
@@ -67,6 +70,7 @@ def _batch(args: argparse.Namespace) -> int:
     made = batch.run(entries, choice, manifest, make, size=args.batch_size, shard=shard)
     total = len(entries) if shard.world == 1 else None  # torchrun: the share of this process is not known
     counts: Counter[str] = Counter()
+    made = logged(args, listed, decisions, manifest, made)
     for row in tqdm(made, total=total, unit="picture", disable=None):
         counts[row["status"]] += 1
         if row["status"] == "failed":

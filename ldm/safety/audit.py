@@ -24,7 +24,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-TEXTS = ("prompt", "negative_prompt", "other_prompt", "text", "matched")  # the keys whose texts `hide` hides
+TEXTS = ("prompt", "negative_prompt", "other_prompt", "text", "error")  # the keys whose texts `hide` hides
 OWN = {"number", "previous", "torn", "time", "who", "event", "hash"}  # the keys of each line
 BLOCK = 1 << 16  # bytes
 

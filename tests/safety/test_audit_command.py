@@ -91,3 +91,43 @@ def test_a_log_that_is_not_there_is_not_created(task, tmp_path, capsys):
     assert cli.main(["audit", *task.split(), str(path)]) == 2
     assert "no audit log" in capsys.readouterr().err.lower()
     assert not path.exists()
+
+
+# ------------------------------------------------------------------ the guard
+
+POLICY = '[rules.cats]\nweight = 0.9\nwords = ["cat"]'
+
+
+@pytest.fixture
+def policy(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "policy.toml").write_text(POLICY)
+    return "--guard", "policy.toml", "--audit", "audit.jsonl", "--steps", "1", "--width", "32", "--height", "32"
+
+
+def test_a_refused_prompt_makes_no_picture_and_is_logged_with_the_reason(run, policy, tmp_path):
+    code, _, error = run("txt2img", "a c4t", *policy)
+    assert (code, "refused: score 0.90 of 0.50, found cats ('c4t')" in error) == (2, True)
+    assert not list(tmp_path.glob("*.png"))
+    assert run("txt2img", "a frog", *policy)[0] == 0
+    refused, asked, _ = rows(tmp_path / "audit.jsonl")
+    assert (refused["event"], refused["guard"]["matches"][0]["rule"]) == ("refused", "cats")
+    assert (asked["event"], asked["guard"]["refused"]) == ("asked", False)
+
+
+def test_a_list_is_guarded_and_logged_line_by_line_and_only_once(run, policy, tmp_path):
+    (tmp_path / "list.txt").write_text("a frog\na secret cat\n")
+    hidden = "batch", "list.txt", "out", *policy, "--audit-hidden"
+    assert run(*hidden)[0] == 1
+    asked, made, refused, failed = rows(tmp_path / "audit.jsonl")
+    assert [line["event"] for line in (asked, made, refused, failed)] == ["asked", "made", "refused", "failed"]
+    picture = tmp_path / "out" / "00001.png"
+    assert made["outputs"][0]["sha256"] == hashlib.sha256(picture.read_bytes()).hexdigest()
+    assert (made["asked"], failed["asked"]) == (asked["hash"], refused["hash"])
+    assert matches(refused["request"]["prompt"], "a secret cat")
+    assert "cat" not in (tmp_path / "audit.jsonl").read_text().replace("cats", "")
+    assert not (tmp_path / "out" / "00002.png").exists()
+    assert run(*hidden)[0] == 1
+    events = [line["event"] for line in rows(tmp_path / "audit.jsonl")]
+    assert events[4:] == ["refused", "failed"]  # the done picture is not logged again
+    assert not verify("audit.jsonl").problems

@@ -8,7 +8,8 @@ import ldm
 from ldm.safety.guard import Guard, Names, Policy, Rule
 from ldm.safety.personal import Found
 from ldm.safety.spelling import fold, pattern
-from tests.safety.prompts import POLICY, count, read
+from tests.safety.measure import table
+from tests.safety.prompts import POLICY, ROOT, count, read
 
 RULES = {
     "color": Rule(0.6, ("crimson", "red hot*")),
@@ -176,3 +177,13 @@ def test_prompts_that_are_hard_for_word_lists_show_the_weakness(shipped):
 def test_a_painters_name_and_a_color_are_allowed_and_the_reason_names_the_word(shipped):
     assert not shipped.check("portrait by John Singer Sargent, nude color palette, a shot glass").matches
     assert shipped.check("a n\u0430ked m\u0430n").reason == "refused: score 0.80 of 0.50, found sexual ('naked')"
+
+
+def test_the_documented_table_is_that_of_the_policy(shipped):
+    assert table(shipped) in (ROOT / "docs" / "operate.md").read_text(encoding="utf-8")
+
+
+def test_the_documented_names_are_a_part_of_a_policy(tmp_path):
+    text = (ROOT / "docs" / "operate.md").read_text(encoding="utf-8")
+    (tmp_path / "policy.toml").write_text(text[text.index("[names]\nmodel") :].split("```")[0])
+    assert "John Singer Sargent" in Policy.read(tmp_path / "policy.toml").names.allow
