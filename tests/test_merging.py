@@ -135,6 +135,7 @@ def test_official_tensors_that_no_network_uses_are_written_as_by_saving(tmp_path
     assert_same(load_file(tmp_path / "m.safetensors"), saved)
 
 
+@pytest.mark.slow
 def test_the_second_text_encoder_of_sdxl_is_merged_in_its_official_names(tmp_path):
     """OpenCLIP stores three of our weights in one tensor, and one transposed; a folder does not."""
     a, b = shifted(tmp_path / "a", 0, TINY_SDXL), shifted(tmp_path / "b", 1, TINY_SDXL, dtype=torch.float16)
