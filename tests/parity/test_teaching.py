@@ -52,7 +52,8 @@ def assert_same_pictures(ours, theirs, before, prompt=None):
 @pytest.mark.parametrize(("layout", "dora"), [("kohya", False), ("diffusers", False), ("diffusers", True)])
 def test_diffusers_loads_a_lora_that_was_trained_here(name, layout, dora, common, folder):
     pytest.importorskip("peft")
-    lora = dataclasses.replace(LAYERS, dora=dora)
+    text = () if dora else LAYERS.text_targets  # transformers 5 does not read the norms of DoRA in a text encoder
+    lora = dataclasses.replace(LAYERS, dora=dora, text_targets=text)
     path = LoraRecipe(recipe="lora", lora=lora, layout=layout, **common(name)).run(CPU)
     plain, theirs = ldm.load(folder(name), ldm.Placement("cpu")), reference.load(folder(name))
     ours = ldm.load(folder(name), ldm.Placement("cpu"), loras=[path])
