@@ -1,13 +1,17 @@
 """A pipeline that several threads, or the tasks of an asyncio program, use at once."""
 
 import asyncio
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 import ldm
 from ldm.serving import BusyError, Served
+
+DOCS = Path(__file__).parent.parent / "docs" / "operate.md"
 
 
 def requests(count=8):
@@ -98,3 +102,12 @@ def test_an_error_of_the_run_reaches_the_task(pipe):
 def test_wrong_numbers_are_refused(pipe, waiting, threads):
     with pytest.raises(ValueError, match="waiting must be at least 0 and threads at least 1"):
         Served(pipe, waiting=waiting, threads=threads)
+
+
+def test_the_code_of_the_docs_runs(model_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+    code = next(block for block in blocks if "Served" in block)
+    code = code.replace("ldm.load()", f"ldm.load({str(model_folder)!r})").replace("grass\")", 'grass", steps=1)')
+    exec(compile(code, "docs/operate.md", "exec"), {})
+    assert (tmp_path / "frog.png").is_file()
