@@ -4,6 +4,7 @@ from pathlib import Path
 
 from ldm.strict import from_dict, read_toml
 from ldm.training.recipes.base import FREE, Recipe
+from ldm.training.recipes.consistency import ConsistencyRecipe, LCMRecipe
 from ldm.training.recipes.controlnet import ControlNetRecipe
 from ldm.training.recipes.diffusion import LDMRecipe
 from ldm.training.recipes.dreambooth import DreamBoothRecipe
@@ -14,8 +15,10 @@ from ldm.training.recipes.vae import VAERecipe
 __all__ = [
     "FREE",
     "RECIPES",
+    "ConsistencyRecipe",
     "ControlNetRecipe",
     "DreamBoothRecipe",
+    "LCMRecipe",
     "LDMRecipe",
     "LoraRecipe",
     "Recipe",
@@ -31,6 +34,8 @@ RECIPES: dict[str, type[Recipe]] = {
     "lora": LoraRecipe,
     "dreambooth": DreamBoothRecipe,
     "textual_inversion": TextualInversionRecipe,
+    "lcm": LCMRecipe,
+    "consistency": ConsistencyRecipe,
 }
 
 
