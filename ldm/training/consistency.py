@@ -78,8 +78,8 @@ class ConsistencyObjective(DiffusionObjective):
         self.target_ema, self.shown, self.accumulate = target_ema, shown, accumulate
         self.batches: Tensor
         self.register_buffer("batches", torch.zeros((), dtype=torch.long))  # done; a resumed run counts on
-        self.register_state_dict_post_hook(_without_fixed)
-        self.register_load_state_dict_post_hook(_fixed_may_lack)
+        self.register_state_dict_post_hook(_without_fixed)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_fixed_may_lack)  # type: ignore[no-untyped-call]
 
     @property
     def trained(self) -> nn.Module:
@@ -113,8 +113,8 @@ class ConsistencyObjective(DiffusionObjective):
         """Move the target towards the student before each step but the first (Song et al. 2023, eq. 8)."""
         if self.target is not None and self.batches and self.batches % self.accumulate == 0:
             with torch.no_grad():
-                mine, theirs = (list(network.parameters()) for network in (self.target, self.student))
-                torch._foreach_lerp_(mine, theirs, 1 - self.target_ema)
+                for mine, theirs in zip(self.target.parameters(), self.student.parameters(), strict=True):
+                    mine.lerp_(theirs, 1 - self.target_ema)
 
     @torch.no_grad()
     def latents(self, images: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from ldm.training.recipes.controlnet import ControlNetRecipe
 from ldm.training.recipes.diffusion import LDMRecipe
 from ldm.training.recipes.dreambooth import DreamBoothRecipe
 from ldm.training.recipes.lora import LoraRecipe
+from ldm.training.recipes.reward import RewardRecipe
 from ldm.training.recipes.textual_inversion import TextualInversionRecipe
 from ldm.training.recipes.vae import VAERecipe
 
@@ -22,6 +23,7 @@ __all__ = [
     "LDMRecipe",
     "LoraRecipe",
     "Recipe",
+    "RewardRecipe",
     "TextualInversionRecipe",
     "VAERecipe",
     "read_recipe",
@@ -36,6 +38,7 @@ RECIPES: dict[str, type[Recipe]] = {
     "textual_inversion": TextualInversionRecipe,
     "lcm": LCMRecipe,
     "consistency": ConsistencyRecipe,
+    "reward": RewardRecipe,
 }
 
 

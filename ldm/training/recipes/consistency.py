@@ -119,15 +119,19 @@ class ConsistencyRecipe(StudentRecipe):
     def run(self, device: torch.device) -> Path:
         """Train the student; return the folder of the model. Raises as `Recipe.run` does."""
         model, dataset = self._open(device)
-        more = {"accumulate": self.loop.accumulate, "sample_prompts": self.sample_prompts}
+        accumulate, prompts = self.loop.accumulate, self.sample_prompts
         objective: ConsistencyObjective
         if self.distillation:
             student = copy.deepcopy(model.unet).requires_grad_(True)
-            objective = ConsistencyDistillation(model, student, self.distillation, **more)
+            objective = ConsistencyDistillation(
+                model, student, self.distillation, accumulate=accumulate, sample_prompts=prompts
+            )
         else:
             assert self.training
             student = zero_init(UNet(model.config.unet))
-            objective = ConsistencyTraining(model, student, self.training, steps=self.loop.steps, **more)
+            objective = ConsistencyTraining(
+                model, student, self.training, steps=self.loop.steps, accumulate=accumulate, sample_prompts=prompts
+            )
         return self._save(model, self._train(objective, dataset, device), steps=2, guidance_scale=1.0)
 
 
