@@ -12,14 +12,15 @@ algorithm 1), so that it samples from all of these students.
     ConsistencyDistillation     neighbors of N Karras levels    the teacher, one Heun step  average of the student
     ConsistencyTraining         the same, but N doubles         the noise of x              the student
     LCMObjective                timesteps t and t - skip        the teacher, one DDIM step  average of the student
-      of LCM-LoRA               the same                        the same                    the student
+    LCMLoraObjective            the same                        the same                    the student
 """
 
 import copy
 import dataclasses
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,8 +34,10 @@ from ldm.diffusion.denoiser import Denoiser, guided, parametrize
 from ldm.diffusion.samplers import lcm
 from ldm.diffusion.schedule import NoiseSchedule, factor, to_ve
 from ldm.models.vae import Gaussian
+from ldm.training.adapters import Adapters
 from ldm.training.diffusion import DiffusionLoss, DiffusionObjective, Networks
 from ldm.training.loop import Batch
+from ldm.training.teaching import swapped
 
 Function = Callable[..., Tensor]  # called as a UNet is
 
@@ -264,6 +267,70 @@ class LCMObjective(ConsistencyObjective):
         """Return the mean over the values of sqrt(d^2 + c^2) - c, or of d^2 if c is 0."""
         squares, c = (found - goal).square().flatten(1), self.loss.huber_c
         return ((squares + c**2).sqrt() - c if c else squares).mean(1)
+
+
+class LCMLoraObjective(LCMObjective):
+    """Distill a guided model into a LoRA for this model: LCM-LoRA (Luo et al. 2023, arXiv 2311.05556).
+
+    The student is the UNet with the LoRA, and the teacher is the UNet without it. The target is the student.
+    """
+
+    student: Adapters
+
+    def __init__(
+        self,
+        model: Model,
+        adapters: Adapters,
+        loss: LCMLoss,
+        *,
+        accumulate: int = 1,
+        sample_prompts: Sequence[str] = (),
+    ) -> None:
+        """Freeze all networks of `model`, to which `adapters` were added.
+
+        Raises ValueError unless `loss` has one guidance scale, because the UNet does not take the scale as an input.
+        """
+        if loss.guidance[0] != loss.guidance[1]:
+            raise ValueError(f"a LoRA is distilled with one guidance scale: give it twice, got {loss.guidance}")
+        without_target = dataclasses.replace(loss, target_ema=0.0)
+        super().__init__(
+            model, adapters, without_target, embedded=False, accumulate=accumulate, sample_prompts=sample_prompts
+        )
+
+    def network(self, trained: nn.Module) -> Function:
+        """Return the UNet with a LoRA: the student, or an average of it."""
+        unet = self.networks.unet
+
+        def call(*inputs: Any) -> Tensor:
+            with swapped(self.student, trained):
+                return unet(*inputs)
+
+        return unet if trained is self.student else call
+
+    def teacher(self, given: Condition, scales: Tensor, size: Sequence[int]) -> Denoiser:
+        """Return the guided denoiser of the UNet without the LoRA."""
+        with _without(self.student):  # the keys of the context are computed here
+            denoise = super().teacher(given, scales, size)
+
+        def plain(x: Tensor, sigma: Tensor) -> Tensor:
+            with _without(self.student):
+                return denoise(x, sigma)
+
+        return plain
+
+
+@contextmanager
+def _without(adapters: Adapters) -> Iterator[None]:
+    """Let the adapters change nothing for a while."""
+    layers: list[Any] = list(adapters.each)
+    scales = [layer.scale for layer in layers]
+    for layer in layers:
+        layer.scale = 0.0
+    try:
+        yield
+    finally:
+        for layer, scale in zip(layers, scales, strict=True):
+            layer.scale = scale
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,7 @@ noise and is not trained.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +31,7 @@ from ldm.training.diffusion import DiffusionLoss, DiffusionObjective, Networks
 from ldm.training.evaluate import judge, objects_to_find
 from ldm.training.loop import Batch
 from ldm.training.scenes import Scene, Scenes
+from ldm.training.teaching import swapped
 
 Reward = Callable[[Sequence[Image.Image], Sequence[int]], Tensor]  # pictures, index of each one's prompt -> b
 
@@ -158,7 +158,8 @@ class RewardObjective(DiffusionObjective):
             points.append(mean + up * torch.randn(shape, device=device))
             log_p.append(log_normal(points[-1], mean, up))
         latents, _ = self.move(denoise, points[-1], self.loss.sampling_steps - 1)
-        rewards = self.reward([p for part in latents.split(8) for p in to_pil(self.vae.decode(part).float())], which)
+        images = [self.vae.decode(part).float() for part in torch.split(latents, 8)]
+        rewards = self.reward(to_pil(torch.cat(images)), which)
         order = torch.randperm(self.loss.sampling_steps - 1)
         return {
             "prompts": texts,
@@ -211,21 +212,6 @@ def advantages(rewards: Tensor, count: int, largest: float) -> Tensor:
     groups = rewards.float().reshape(-1, count)
     centered = groups - groups.mean(1, keepdim=True)
     return (centered / (groups.std(1, keepdim=True) + 1e-4)).clamp(-largest, largest).flatten()
-
-
-@contextmanager
-def swapped(module: nn.Module, other: nn.Module) -> Iterator[None]:
-    """Exchange the values of the parameters of two equal modules for a while, without copying."""
-
-    def swap() -> None:
-        for one, two in zip(module.parameters(), other.parameters(), strict=True):
-            one.data, two.data = two.data, one.data
-
-    swap()
-    try:
-        yield
-    finally:
-        swap()
 
 
 def _only_learned(objective: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:

@@ -1,5 +1,6 @@
 """Consistency objectives: their points, targets and weights against the papers, and students that learn a known f."""
 
+import copy
 import dataclasses
 import math
 
@@ -11,10 +12,12 @@ from ldm.checkpoint.parts import Model
 from ldm.config import DiffusionConfig
 from ldm.diffusion.schedule import NoiseSchedule, to_vp
 from ldm.models.unet import UNet
+from ldm.training.adapters import LoraConfig
 from ldm.training.consistency import (
     ConsistencyDistillation,
     ConsistencyTraining,
     DistillationLoss,
+    LCMLoraObjective,
     LCMLoss,
     LCMObjective,
     Pairs,
@@ -24,6 +27,7 @@ from ldm.training.consistency import (
     number_of_levels,
 )
 from ldm.training.recipes.consistency import with_guidance
+from ldm.training.recipes.lora import new_adapters
 from tests.reference import diffusion_papers as papers
 from tests.tiny import TINY_RANDOM, random_networks
 
@@ -111,8 +115,7 @@ def f(network, z, sigma, kind, context, guidance=None):
     return 0.25 / (s**2 + 0.25) * z + s / math.sqrt(s**2 + 0.25) * x0
 
 
-@pytest.mark.parametrize("make", [lcm, distillation, training])
-@pytest.mark.parametrize("prediction", ["eps", "v"])
+@pytest.mark.parametrize(("make", "prediction"), [(lcm, "eps"), (distillation, "v"), (training, "eps")])
 def test_at_the_lowest_level_f_returns_its_input_exactly_whatever_the_weights(make, prediction):
     objective = make(prediction)
     x = torch.randn(3, 4, 8, 8)
@@ -124,8 +127,7 @@ def test_at_the_lowest_level_f_returns_its_input_exactly_whatever_the_weights(ma
         assert not torch.allclose(found(x, 40 * lowest), to_vp(x, 40 * lowest), atol=0.01)
 
 
-@pytest.mark.parametrize("prediction", ["eps", "v"])
-@pytest.mark.parametrize("huber_c", [0.0, 0.001])
+@pytest.mark.parametrize(("prediction", "huber_c"), [("eps", 0.0), ("v", 0.001)])
 def test_the_loss_of_latent_consistency_distillation_is_that_of_the_paper(prediction, huber_c):
     o = lcm(prediction, huber_c=huber_c, target_ema=0.9)
     perturbed(o.target, seed=3)
@@ -154,6 +156,39 @@ def test_the_loss_of_latent_consistency_distillation_is_that_of_the_paper(predic
         total.append(distance.mean())
     torch.testing.assert_close(loss, sum(total) / 3, rtol=1e-7, atol=0)
     assert torch.equal(logs["distance"], loss)
+
+
+def test_an_lcm_lora_learns_as_a_student_with_its_merged_weights_from_the_unet_without_it():
+    teacher, loss = model(), LCMLoss(guidance=(3.0, 3.0))
+    before = copy.deepcopy(teacher.unet)
+    adapters = new_adapters(teacher, LoraConfig(rank=2, alpha=4.0, targets=("to_q", "to_k", "conv1")))
+    perturbed(adapters)
+    o = LCMLoraObjective(teacher, adapters, loss)
+    merged = copy.deepcopy(before).requires_grad_(True)
+    for target, change in adapters.changes().items():
+        weight = merged.get_parameter(f"{target.layer}.weight")
+        moved = change.of("weight", weight.detach())
+        assert moved.abs().max() > 1e-3
+        weight.data += moved
+    plain = Model(teacher.config, before, teacher.vae, teacher.text_encoder)
+    expected = LCMObjective(plain, merged, dataclasses.replace(loss, target_ema=0.0), embedded=False)
+    losses = []
+    for each in (o, expected):
+        torch.manual_seed(1)
+        losses.append(each(batch())[0])
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=0)
+    losses[0].backward()
+    assert {name.split(".")[0] for name, p in o.named_parameters() if p.grad is not None} == {"student"}
+
+    other = copy.deepcopy(adapters)  # the average, with which the sample pictures are made
+    for parameter in other.parameters():
+        parameter.data.zero_()
+    pictures = o.sample(other, batch())
+    torch.testing.assert_close(pictures, expected.sample(before, batch()))
+    assert (o.sample(adapters, batch()) - pictures).abs().max() > 0.01
+    assert o.sample(adapters, batch()).equal(o.sample(adapters, batch()))
+    with pytest.raises(ValueError, match=r"one guidance scale: give it twice, got \(2.0, 3.0\)"):
+        LCMLoraObjective(teacher, adapters, LCMLoss(guidance=(2.0, 3.0)))
 
 
 def test_the_loss_of_consistency_distillation_is_that_of_the_paper():

@@ -1,16 +1,25 @@
 """From a TOML file to a student of few steps that makes pictures."""
 
 import dataclasses
+import json
+import re
+import tomllib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import ldm
-from ldm.training.consistency import ConsistencyTraining, LCMObjective
-from ldm.training.recipes import read_recipe
+from ldm.checkpoint.sampling import KEY, LCM_LORA, with_sampling
+from ldm.training.consistency import ConsistencyTraining, DistillationLoss, LCMLoss, LCMObjective, TrainingLoss
+from ldm.training.recipes import ConsistencyRecipe, LCMRecipe, RewardRecipe, read_recipe
+from ldm.training.reward import RewardLoss
+from tests.tiny import TINY_RANDOM
 
+ROOT = Path(__file__).parent.parent.parent
 CPU = torch.device("cpu")
 TOML = """
 recipe = "{kind}"
@@ -55,7 +64,8 @@ def write(tmp_path, model_folder):
 
 
 @pytest.mark.parametrize(
-    ("name", "steps", "scale", "guidance_dim"), [("lcm", 4, 3.0, 256), ("distillation", 2, 1.0, None)]
+    ("name", "steps", "scale", "guidance_dim"),
+    [("lcm", 4, 3.0, 256), pytest.param("distillation", 2, 1.0, None, marks=pytest.mark.slow)],
 )
 def test_a_student_is_saved_with_the_defaults_that_it_needs_and_makes_pictures(
     write, model_folder, name, steps, scale, guidance_dim
@@ -80,6 +90,43 @@ def test_a_student_is_saved_with_the_defaults_that_it_needs_and_makes_pictures(
         assert student.unet.guidance_embed.weight.any()
 
 
+@pytest.mark.slow
+def test_an_lcm_lora_is_saved_as_a_file_that_gives_the_model_four_steps(write, model_folder):
+    loss = '[loss]\nguidance = [3.0, 3.0]\n[lora]\nrank = 2\ntargets = ["to_q", "to_v", "conv1"]'
+    file = write("lcm", loss=loss).run(CPU)
+    assert file.name == "lora.safetensors"
+    plain, with_lora = (ldm.load(model_folder, ldm.Placement("cpu"), loras=loras) for loras in ([], [file]))
+    (applied,) = with_lora.loras.applied
+    assert applied.applied == applied.total > 4
+    request = ldm.Request("a red wall", seed=1)
+    plan = with_lora.plan(request)
+    assert (plan.sampler, plan.spacing, plan.steps, plan.guidance_scale) == ("lcm", "lcm", 4, 1.0)
+    asked = dataclasses.replace(request, sampler="lcm", spacing="lcm", steps=4, guidance_scale=1.0)
+    assert with_lora.generate(request)[0].tobytes() == with_lora.generate(asked)[0].tobytes()
+    assert with_lora.generate(asked)[0].tobytes() != plain.generate(asked)[0].tobytes()
+    assert plain.plan(request).sampler == "dpmpp_2m"
+    off = ldm.load(model_folder, ldm.Placement("cpu"), loras=[f"{file}:0"])
+    assert off.config == plain.config
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"sampler": "magic"}, "the sampler must be one of ddpm, .*, got 'magic'"),
+        ({"steps": 0}, "steps must be a whole number, 1 or more, got 0"),
+        ({"guidance_scale": -1.0}, "guidance_scale must be a finite number, 0 or more, got -1.0"),
+        ({"spacing": "even"}, "spacing must be one of 'leading', .*, got 'even'"),
+        ({"more": 1}, "unknown 'more'"),
+    ],
+)
+def test_settings_in_a_loras_file_that_cannot_be_are_refused(said, message, tmp_path):
+    text = json.dumps(dataclasses.asdict(LCM_LORA) | said)
+    save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors", {KEY: text})
+    with pytest.raises(ValueError, match=rf"metadata ldm\.sampling.*{message}"):
+        with_sampling(TINY_RANDOM, [tmp_path / "a.safetensors"])
+
+
+@pytest.mark.slow
 def test_consistency_training_does_not_use_the_models_unet(write, model_folder):
     student = ldm.load(write("training", "latents = 3").run(CPU), ldm.Placement("cpu"))
     teacher = ldm.load(model_folder, ldm.Placement("cpu"))
@@ -87,6 +134,7 @@ def test_consistency_training_does_not_use_the_models_unet(write, model_folder):
     assert (student.unet.conv_out.weight - teacher.unet.conv_out.weight).abs().max() > 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "kind"), [("lcm", LCMObjective), ("training", ConsistencyTraining)])
 def test_a_run_that_was_killed_and_resumed_equals_one_that_was_not_bit_for_bit(
     write, name, kind, tmp_path, monkeypatch
@@ -148,3 +196,41 @@ def test_diffusers_loads_the_student_and_makes_its_pictures(write):
     ).images  # fmt: skip
     (found,) = ldm.load(folder, ldm.Placement("cpu")).generate(ldm.Request("a red wall", seed=5))
     assert np.abs(np.asarray(found, float) - np.asarray(expected, float)).max() <= 1
+
+
+def documented(heading, end):
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8").split(heading)[1].split(end)[0]
+    return dict(re.findall(r"^\| `(\w+)` \| `(.*?)` \| ", text, re.MULTILINE))
+
+
+@pytest.mark.parametrize(
+    ("settings", "heading", "end"),
+    [
+        (LCMLoss, "## Fewer steps", "### Consistency models"),
+        (DistillationLoss, "| key of `[distillation]`", "| key of `[training]`"),
+        (TrainingLoss, "| key of `[training]`", "## A reward"),
+        (RewardLoss, "## A reward", "## Your own pictures"),
+    ],
+)
+def test_the_keys_in_the_documentation_are_those_of_the_code(settings, heading, end):
+    rows = {name: tomllib.loads(f"x = {value}")["x"] for name, value in documented(heading, end).items()}
+    defaults = {field.name: field.default for field in dataclasses.fields(settings)}
+    defaults = {name: list(value) if isinstance(value, tuple) else value for name, value in defaults.items()}
+    assert rows == defaults
+
+
+def test_the_recipes_that_ship_can_be_read():
+    names = ("distill_lcm", "distill_lcm_lora", "distill_consistency", "train_consistency", "reward_tiny")
+    lcm, lora, distillation, training, reward = (read_recipe(ROOT / "configs" / f"{name}.toml") for name in names)
+    assert isinstance(lcm, LCMRecipe)
+    assert lcm.lora is None
+    assert isinstance(lora, LCMRecipe)
+    assert lora.lora is not None
+    assert lora.loss.guidance[0] == lora.loss.guidance[1]
+    assert isinstance(distillation, ConsistencyRecipe)
+    assert distillation.distillation is not None
+    assert isinstance(training, ConsistencyRecipe)
+    assert training.training is not None
+    assert isinstance(reward, RewardRecipe)
+    assert len({recipe.out for recipe in (lcm, lora, distillation, training, reward)}) == 5
+    assert {str(recipe.model) for recipe in (lcm, lora, distillation, training, reward)} == {"weights/tiny"}

@@ -12,6 +12,7 @@ from ldm.checkpoint.parts import Model
 from ldm.config import DiffusionConfig
 from ldm.diffusion.samplers import ddpm
 from ldm.images import to_tensor
+from ldm.training.adapters import LoraConfig
 from ldm.training.checker import Checker
 from ldm.training.data import DataConfig
 from ldm.training.recipes import read_recipe
@@ -194,6 +195,7 @@ def recipe(tmp_path, model_folder, monkeypatch):
     return read_recipe(tmp_path / "recipe.toml")
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_with_the_pictures_it_had_drawn_bit_for_bit(recipe, model_folder, tmp_path, monkeypatch):
     def weights():
         folder = recipe.run(torch.device("cpu"))
@@ -218,6 +220,10 @@ def test_a_killed_run_goes_on_with_the_pictures_it_had_drawn_bit_for_bit(recipe,
     after = ldm.load(tmp_path / "run" / "model", ldm.Placement("cpu"))
     assert (after.unet.conv_out.weight - before).abs().max() > 0
     assert after.config.sampler == "dpmpp_2m"  # as before: the model is no student
+
+    file = dataclasses.replace(recipe, out=tmp_path / "lora", lora=LoraConfig(rank=2)).run(torch.device("cpu"))
+    (applied,) = ldm.load(model_folder, ldm.Placement("cpu"), loras=[file]).loras.applied
+    assert applied.applied == applied.total > 4
 
 
 @pytest.mark.parametrize(

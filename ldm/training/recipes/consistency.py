@@ -10,14 +10,17 @@ from torch import nn
 
 from ldm.checkpoint.files import load, save
 from ldm.checkpoint.parts import Model
+from ldm.checkpoint.sampling import LCM_LORA
 from ldm.loading import locate
 from ldm.models.attention import math_attention, set_attention
 from ldm.models.unet import UNet
+from ldm.training.adapters import Adapters, LoraConfig
 from ldm.training.consistency import (
     ConsistencyDistillation,
     ConsistencyObjective,
     ConsistencyTraining,
     DistillationLoss,
+    LCMLoraObjective,
     LCMLoss,
     LCMObjective,
     TrainingLoss,
@@ -26,6 +29,7 @@ from ldm.training.diffusion import zero_init
 from ldm.training.latents import Latents
 from ldm.training.loop import Dataset, train
 from ldm.training.recipes.base import Recipe, check_side
+from ldm.training.recipes.lora import new_adapters, save_adapters
 
 GUIDANCE_DIM = 256  # of the embedded scale, as in the official LCMs
 
@@ -81,21 +85,27 @@ class StudentRecipe(Recipe):
 
 @dataclass(frozen=True, kw_only=True)
 class LCMRecipe(StudentRecipe):
-    """Distill a model with guidance into a latent consistency model of 4 steps, and save it to `out`/model."""
+    """Distill a model with guidance into a latent consistency model of 4 steps, and save it to `out`/model.
+
+    With the table [lora], distill it into an LCM-LoRA, and save this to `out`/lora.safetensors.
+    """
 
     loss: LCMLoss = field(default_factory=LCMLoss)
+    lora: LoraConfig | None = None
 
     def run(self, device: torch.device) -> Path:
-        """Train the student; return the folder of the model. Raises as `Recipe.run` does."""
+        """Train the student; return the folder of the model, or the file of the LoRA. Raises as `Recipe.run` does."""
         model, dataset = self._open(device)
+        accumulate, prompts = self.loop.accumulate, self.sample_prompts
+        if self.lora:
+            adapters = new_adapters(model, self.lora)
+            distill = LCMLoraObjective(model, adapters, self.loss, accumulate=accumulate, sample_prompts=prompts)
+            found = self._train(distill, dataset, device)
+            assert isinstance(found, Adapters)
+            return save_adapters(found, model, self.out, "kohya", LCM_LORA.metadata())
         student = with_guidance(model.unet)
         objective = LCMObjective(
-            model,
-            student,
-            self.loss,
-            embedded=True,
-            accumulate=self.loop.accumulate,
-            sample_prompts=self.sample_prompts,
+            model, student, self.loss, embedded=True, accumulate=accumulate, sample_prompts=prompts
         )
         average = self._train(objective, dataset, device)
         return self._save(model, average, steps=4, guidance_scale=objective.shown_scale)
