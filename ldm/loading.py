@@ -37,7 +37,8 @@ def load(
     ema: take the averaged copy (EMA) of the UNet from a file that holds both copies.
     vae, unet, text_encoder: a file or folder to take this part from, instead of from `path`.
     embeddings: files of textual inversion, or "NAME=FILE" to choose the name that stands for the embedding in prompts.
-    loras: LoRAs to merge into the weights, as FILE, FILE:WEIGHT or `ldm.lora.Lora`.
+    loras: LoRAs to merge into the weights, as FILE, FILE:WEIGHT or `ldm.lora.Lora`. The defaults of sampling become
+      those that the file of a LoRA says.
     The weights do not require gradients. Call `pipe.unet.requires_grad_()` to train.
     Raises ValueError for a model that is absent, damaged or not supported, and for parts that do not fit together. Also
     for a placement that this machine does not support, and an embedding or a LoRA that is damaged or for another model.
@@ -67,9 +68,11 @@ def load(
         network.requires_grad_(False)
     pipe = Pipeline(model.config, model.unet, model.vae, model.text_encoder, model.why, placement, paths)
     if loras:
-        from ldm.lora import set_loras  # few pictures use LoRAs
+        from ldm.checkpoint.sampling import with_sampling  # few pictures use LoRAs
+        from ldm.lora import set_loras
 
-        set_loras(pipe, loras)
+        applied = set_loras(pipe, loras)
+        pipe.config = with_sampling(pipe.config, [each.lora.path for each in applied if each.lora.weight])
     placement.apply(networks)
     return pipe
 

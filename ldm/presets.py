@@ -146,6 +146,8 @@ def recognize(
     if unet.guidance_dim is not None:
         diffusion = dataclasses.replace(diffusion, spacing="lcm")
         own = dataclasses.replace(own, diffusion=diffusion, sampler="lcm", steps=4, guidance_scale=8.5)
+    elif diffusion.spacing == "lcm":  # distilled without the scale as an input, such as merged with an LCM-LoRA
+        own = dataclasses.replace(own, sampler="lcm", steps=4, guidance_scale=1.0)
     plain = dataclasses.replace(
         unet, in_channels=4, upcast_attention=like.unet.upcast_attention, linear_projection=like.unet.linear_projection
     )

@@ -42,20 +42,22 @@ def save_lora(
     layout: LoraLayout = "kohya",
     towers: int = 1,
     dtype: torch.dtype = torch.float16,
+    metadata: Mapping[str, str] = {},
 ) -> None:
     """Write the changes of a model to `path`: a .safetensors file of kohya, or a folder of diffusers.
 
     changes: of the kinds LoRA and DoRA. config: of the UNet. towers: how many text encoders the model has.
+    metadata: more entries for the file, such as those of `ldm.checkpoint.sampling`.
     """
     names = {target: diffusers_name(target, config) for target in changes}
     write = _kohya if layout == "kohya" else _diffusers
-    tensors, metadata = write(changes, names, towers)
+    tensors, own = write(changes, names, towers)
     held = {
         name: value.to("cpu", dtype if value.dim() else value.dtype).contiguous() for name, value in tensors.items()
     }
     file = path if layout == "kohya" else path / DIFFUSERS_FILE
     with beside(file) as new:
-        write_tensors(held, new, metadata)
+        write_tensors(held, new, {**own, **metadata})
         new.replace(file)
 
 

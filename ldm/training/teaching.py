@@ -66,12 +66,12 @@ class TeachingObjective(DiffusionObjective):
     def sample(self, trained: nn.Module, batch: Batch) -> Tensor:
         """Return one guided picture for each sample prompt. The noise is the same at each call."""
         prompts = self.sample_prompts or batch[1][:16]
-        with _swapped(self.learned, trained):
+        with swapped(self.learned, trained):
             return self._sampled(self.networks.unet.bind, self.networks.text_encoder, prompts, batch)
 
 
 @contextmanager
-def _swapped(module: nn.Module, other: nn.Module) -> Iterator[None]:
+def swapped(module: nn.Module, other: nn.Module) -> Iterator[None]:
     """Exchange the values of the parameters of two equal modules for a while, without copying."""
 
     def swap() -> None:

@@ -154,6 +154,11 @@ def test_lcms_last_step_has_no_alpha_to_note(tmp_path, vocabulary):  # noqa: F81
     assert found.source.notes == ()
 
 
+def test_a_model_with_lcms_scheduler_samples_as_one_without_the_scale_as_an_input(tmp_path, vocabulary):  # noqa: F811
+    found = identify(write_folder(tmp_path / "m", replace(SD1, scheduler=scheduler("LCMScheduler")), vocabulary)).config
+    assert (found.name, found.sampler, found.steps, found.guidance_scale) == ("sd15", "lcm", 4, 1.0)
+
+
 @pytest.mark.parametrize("token", [["!"], {"lstrip": False}, 5])
 def test_a_padding_token_that_is_no_token_is_an_error(token, tmp_path, vocabulary):  # noqa: F811
     made = replace(SD2, tokenizers=({"tokenizer_config": DECODER | {"pad_token": token}},))

@@ -1,8 +1,12 @@
 """LoRAs give the weights of `lycoris-lora`, and through diffusers and `peft` the same predictions and pictures."""
 
+import dataclasses
+
+import diffusers
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 import ldm
 from ldm.checkpoint.loras import read_lora
@@ -197,3 +201,31 @@ def test_loras_merged_into_one_compute_what_diffusers_computes_with_all(folder, 
     set_loras(ours, [tmp_path / "m.safetensors"])
     adapt(theirs, files, (0.7, -0.4))
     assert_same("sd15", ours, theirs, before)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl-base"])
+def test_an_lcm_lora_makes_the_picture_of_diffusers_in_four_steps(name, pair, tmp_path):
+    """The real files change all layers of the UNet but the first and the last, with kohya's names, and no text."""
+    pytest.importorskip("peft")
+    ours, theirs = pair(name)
+    tensors = {}
+    for i, (layer_name, layer) in enumerate(theirs.unet.named_modules()):
+        if not isinstance(layer, nn.Linear | nn.Conv2d) or layer_name in ("conv_in", "conv_out"):
+            continue
+        stem, (out, inside, *kernel) = f"lora_unet_{layer_name.replace('.', '_')}", layer.weight.shape
+        tensors[f"{stem}.lora_down.weight"] = drawn((4, inside, *kernel), i) / inside**0.5
+        tensors[f"{stem}.lora_up.weight"] = 0.01 * drawn((out, 4, *(1 for _ in kernel)), i + 1)
+        tensors[f"{stem}.alpha"] = torch.tensor(4.0)
+    save_file(tensors, tmp_path / "lcm.safetensors")
+    request = dataclasses.replace(
+        tenants.request(steps=4), sampler="lcm", spacing="lcm", guidance_scale=1.0, negative_prompt=None
+    )
+    before = tenants._array(ours.generate(request))
+    (applied,) = set_loras(ours, [tmp_path / "lcm.safetensors"])
+    assert applied.applied == applied.total == len(tensors) // 3
+    theirs.load_lora_weights(tmp_path / "lcm.safetensors")
+    theirs.scheduler = diffusers.LCMScheduler.from_config(theirs.scheduler.config)
+    found, expected = tenants._array(ours.generate(request)), reference.pictures(theirs, request)[0]
+    print(name, compare.levels(found, expected), compare.levels(found, before))
+    assert compare.levels(found, expected) <= LEVELS
+    assert compare.levels(found, before) > 10

@@ -4,21 +4,26 @@ from pathlib import Path
 
 from ldm.strict import from_dict, read_toml
 from ldm.training.recipes.base import FREE, Recipe
+from ldm.training.recipes.consistency import ConsistencyRecipe, LCMRecipe
 from ldm.training.recipes.controlnet import ControlNetRecipe
 from ldm.training.recipes.diffusion import LDMRecipe
 from ldm.training.recipes.dreambooth import DreamBoothRecipe
 from ldm.training.recipes.lora import LoraRecipe
+from ldm.training.recipes.reward import RewardRecipe
 from ldm.training.recipes.textual_inversion import TextualInversionRecipe
 from ldm.training.recipes.vae import VAERecipe
 
 __all__ = [
     "FREE",
     "RECIPES",
+    "ConsistencyRecipe",
     "ControlNetRecipe",
     "DreamBoothRecipe",
+    "LCMRecipe",
     "LDMRecipe",
     "LoraRecipe",
     "Recipe",
+    "RewardRecipe",
     "TextualInversionRecipe",
     "VAERecipe",
     "read_recipe",
@@ -31,6 +36,9 @@ RECIPES: dict[str, type[Recipe]] = {
     "lora": LoraRecipe,
     "dreambooth": DreamBoothRecipe,
     "textual_inversion": TextualInversionRecipe,
+    "lcm": LCMRecipe,
+    "consistency": ConsistencyRecipe,
+    "reward": RewardRecipe,
 }
 
 

@@ -1,5 +1,6 @@
 """The recipe of a LoRA."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,9 +38,11 @@ def new_adapters(model: Model, config: LoraConfig) -> Adapters:
     return Adapters(config.choose(networks_of(model), model.config.unet), config)
 
 
-def save_adapters(adapters: Adapters, model: Model, out: Path, layout: LoraLayout) -> Path:
-    """Save a LoRA in the folder `out` of its run; return its file or folder."""
+def save_adapters(
+    adapters: Adapters, model: Model, out: Path, layout: LoraLayout, metadata: Mapping[str, str] = {}
+) -> Path:
+    """Save a LoRA in the folder `out` of its run; return its file or folder. metadata: more entries for the file."""
     path = out / ("lora.safetensors" if layout == "kohya" else "lora")
     towers = len(model.text_encoder.towers)
-    save_lora(path, adapters.changes(), model.config.unet, layout=layout, towers=towers)
+    save_lora(path, adapters.changes(), model.config.unet, layout=layout, towers=towers, metadata=metadata)
     return path
