@@ -108,6 +108,6 @@ def test_the_code_of_the_docs_runs(model_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
     code = next(block for block in blocks if "Served" in block)
-    code = code.replace("ldm.load()", f"ldm.load({str(model_folder)!r})").replace("grass\")", 'grass", steps=1)')
+    code = code.replace("ldm.load()", f"ldm.load({str(model_folder)!r})").replace('grass")', 'grass", steps=1)')
     exec(compile(code, "docs/operate.md", "exec"), {})
     assert (tmp_path / "frog.png").is_file()
