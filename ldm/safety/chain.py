@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 START = "0" * 64  # in place of the hash of the line before the first
-_LINE = re.compile(rb'(\{"number":[0-9]+,"previous":"[0-9a-f]{64}",.*),"hash":"([0-9a-f]{64})"\}')
+_LINE = re.compile(rb'(\{"number":[0-9]{1,15},"previous":"[0-9a-f]{64}",.*),"hash":"([0-9a-f]{64})"\}')
 _BEGIN = re.compile(rb'\{"number":')
 
 
@@ -81,9 +81,14 @@ def read_line(raw: bytes) -> Line | None:
         match = _LINE.fullmatch(raw, begin.start())
         if match is None or hashlib.sha256(match[1] + b"}").hexdigest() != match[2].decode():
             continue  # the begin of the unfinished line
-        table = json.loads(match[0])
+        try:
+            table = json.loads(match[0])
+        except (ValueError, RecursionError):
+            return None
         number, previous, digest = table.pop("number"), table.pop("previous"), table.pop("hash")
         before = raw[: begin.start()]
+        if type(number) is not int:  # a second key of this name
+            return None
         if table.get("torn") == (describe_torn(before)._asdict() if before else None):
             return Line(number, previous, digest, table)
     return None
@@ -92,11 +97,6 @@ def read_line(raw: bytes) -> Line | None:
 def describe_torn(raw: bytes) -> Torn:
     """Describe the bytes of an unfinished line."""
     return Torn(len(raw), hashlib.sha256(raw).hexdigest())
-
-
-def removed_by(line: Line) -> tuple[Segment, ...]:
-    """Return the files that a line of the event "removed" lists: all files that were removed until then."""
-    return tuple(Segment(**entry) for entry in line.fields["segments"])
 
 
 def segments(path: Path) -> list[Path]:
@@ -183,7 +183,10 @@ class _Check:
         if line.hash == self.kept:
             self.found = line.number
         if line.fields.get("event") == "removed":
-            self.removed = removed_by(line)
+            try:
+                self.removed = tuple(Segment(**entry) for entry in line.fields["segments"])
+            except (KeyError, TypeError):
+                self.problems.append(f"{where} does not describe the files that were removed")
 
     def verdict(self) -> Verdict:
         first, last = self.first, self.last

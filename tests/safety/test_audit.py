@@ -163,6 +163,22 @@ def test_a_log_that_was_written_anew_is_found_with_the_kept_head(log):
     assert verify(log.path, head).problems
 
 
+def test_a_line_with_a_right_hash_and_wrong_content_is_found(log):
+    (head,) = written(log, 1)
+    whole = log.path.read_bytes()
+    begin = f'{{"number":2,"previous":"{head}",'
+    for body in (
+        begin + '"a"',
+        begin + '"a":' + "[" * 100_000,
+        begin + '"number":"x"',
+        begin + '"event":"removed","segments":[{"name":3}]',
+    ):
+        body += "}"
+        line = f'{body[:-1]},"hash":"{hashlib.sha256(body.encode()).hexdigest()}"}}\n'
+        log.path.write_bytes(whole + line.encode())
+        assert verify(log.path).problems
+
+
 def test_nothing_is_appended_to_a_changed_last_line(log):
     written(log)
     log.path.write_bytes(log.path.read_bytes().replace(b"a frog 5", b"a frog 6"))
