@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ldm.checkpoint.loras import FOLDER_FILES
+from ldm.checkpoint.folder import LORA_FILES
 from ldm.checkpoint.tensors import TensorFiles, parse_object
 from ldm.config import ModelConfig, check_number
 from ldm.diffusion.samplers import SAMPLERS
@@ -45,7 +45,7 @@ def with_sampling(config: ModelConfig, loras: Iterable[str | Path]) -> ModelConf
     loras: files, or folders as diffusers saves them. Raises ValueError for settings that are malformed.
     """
     for path in map(Path, loras):
-        file = next((path / name for name in FOLDER_FILES if (path / name).is_file()), path)
+        file = next((path / name for name in LORA_FILES if (path / name).is_file()), path)
         text = TensorFiles([file]).metadata.get(KEY)
         if text is not None:
             where = f"{file}, metadata {KEY}"
