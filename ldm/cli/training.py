@@ -1,6 +1,7 @@
 """`ldm train` and `ldm evaluate`: train a model, and measure how well a model follows prompts."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import shlex
@@ -47,6 +48,7 @@ def add(commands: Commands) -> None:
 
 def _train(args: argparse.Namespace) -> None:
     """Train with each recipe, and print the folder of each result. All recipes are read before the first training."""
+    from ldm.training.distributed import NotFirstProcess, joined, wait_for_all
     from ldm.training.loop import Interrupted
     from ldm.training.recipes import read_recipe
 
@@ -60,8 +62,11 @@ def _train(args: argparse.Namespace) -> None:
             raise ValueError(f"{path} trains on the folder {recipe.data.folder}, without emoji: omit {flags}")
         recipes.append(dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, **files)))
     try:
-        for recipe in recipes:
-            print(recipe.run(device), flush=True)
+        with joined(device) as own:
+            for recipe in recipes:
+                with contextlib.suppress(NotFirstProcess):
+                    print(recipe.run(own), flush=True)
+                wait_for_all()  # the next recipe may read the result
     except Interrupted as stop:
         options = files | ({"device": args.device} if args.device is not None else {})
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]

@@ -17,6 +17,7 @@ from ldm.models.text import TextEncoder
 from ldm.models.transformer import SpatialTransformer
 from ldm.models.unet import Stage, UNet
 from ldm.models.vae import VAE, Gaussian
+from ldm.training.draws import for_the_whole_batch
 from ldm.training.loop import Batch, Dataset, Objective, collate, extras, to_device
 
 LEVELS = 8  # noise levels at which each kept-out picture is measured
@@ -256,6 +257,7 @@ def _are_moments(images: Tensor) -> bool:
     return images.shape[1] != 3  # an image has 3 channels; moments have 2 for each latent channel
 
 
+@for_the_whole_batch
 def spread_timesteps(count: int, timesteps: int) -> Tensor:
     """Draw `count` timesteps at equal distances around the circle 0 .. timesteps - 1, from a random start.
 

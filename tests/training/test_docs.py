@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from ldm.training.diffusion import DiffusionLoss
 from ldm.training.loop import LoopConfig
 from ldm.training.objects import FLUENT, FONT, OBJECTS, UNSEEN
 from ldm.training.recipes import FREE, RECIPES, LDMRecipe
+from ldm.training.settings import SPLITTABLE, OptimizerName
 from tests.tiny import TINY_SDXL, random_networks
 
 ROOT = Path(__file__).parent.parent.parent
@@ -86,6 +88,20 @@ def test_the_keys_of_a_fine_tuning_are_those_of_the_code():
     keys = set(re.findall(r"^\| `(\w+)` \| ", TEXT.split("## Fine-tuning")[1].split("### The loss")[0], re.MULTILINE))
     assert keys == {"start", "train", "latents", "texts", "layout"}
     assert keys <= {field.name for field in dataclasses.fields(LDMRecipe)}
+
+
+def test_the_settings_of_the_loop_are_those_of_the_code():
+    rows = dict(re.findall(r"^\| `(\w+)` \| `(.*?)` \| ", TEXT.split("## Optimizer and average")[1], re.MULTILINE))
+    config = LoopConfig(300)
+    assert {"optimizer", "betas", "schedule", "ema"} <= rows.keys()
+    for name in ("optimizer", "betas", "schedule", "ema"):
+        assert json.loads(rows[name]) == json.loads(json.dumps(getattr(config, name)))
+    assert all(f'"{name}"' in TEXT for name in get_args(OptimizerName))
+    for name in ("fp16", "gradient_checkpointing", "tensorboard"):
+        assert f"`{name} = true`" in TEXT
+        assert getattr(config, name) is False
+    assert config.parallel == "ddp"
+    assert all(f"`{name}`" in TEXT.split("(FSDP2)")[1].split("\n")[0] for name in SPLITTABLE)
 
 
 def test_the_training_in_bfloat16_is_off_by_default_and_fixed_in_a_run():

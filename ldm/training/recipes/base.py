@@ -25,8 +25,10 @@ FREE = frozenset(  # may change in a run that goes on, because they change no nu
         "diffusion.offset",
         "loop.steps",
         "loop.workers",
+        "loop.gradient_checkpointing",
         "loop.log_every",
         "loop.validate_every",
+        "loop.tensorboard",
         "loop.sample_every",
         "loop.checkpoint_every",
     }

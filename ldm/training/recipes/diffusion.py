@@ -19,6 +19,7 @@ from ldm.models.tokens import Tokenizer, official_vocabulary
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
 from ldm.training.diffusion import DiffusionLoss, DiffusionObjective, Networks, learns, zero_init
+from ldm.training.distributed import first_process_first
 from ldm.training.latents import Latents, Texts
 from ldm.training.loop import Dataset, train
 from ldm.training.recipes.base import Recipe, check_side
@@ -78,9 +79,11 @@ class LDMRecipe(Recipe):
             set_attention(objective.networks, math_attention)
         if self.latents:
             source = {name: value for name, value in self.fixed_values().items() if name.startswith("data.")}
-            dataset = Latents(dataset, self.latents, vae, self.out / "latents", source, bf16=self.loop.bf16)
+            with first_process_first():
+                dataset = Latents(dataset, self.latents, vae, self.out / "latents", source, bf16=self.loop.bf16)
         if self.texts:
-            dataset = Texts(dataset, networks.text_encoder, self.out / "texts", bf16=self.loop.bf16)
+            with first_process_first():
+                dataset = Texts(dataset, networks.text_encoder, self.out / "texts", bf16=self.loop.bf16)
         average = objective.complete(train(objective, dataset, self.loop, self.out, self.fixed_values()))
 
         path = self.out / ("model.safetensors" if self.layout == "ldm" else "model")
@@ -135,10 +138,11 @@ def _tokenizer(recipe: LDMRecipe, dataset: Dataset) -> Tokenizer:
     if not recipe.vocabulary:
         return Tokenizer.official()
     folder = recipe.out / "tokenizer"
-    if not folder.is_dir():
-        captions = (dataset.caption(i) for i in range(min(20_000, len(dataset))))
-        vocab, merges = build_vocabulary(captions, recipe.vocabulary)
-        with beside(folder) as new:
-            save_tokenizer(Tokenizer(vocab, merges), new, (recipe.text or TextConfig()).max_length)
-            replace_folder(folder, new)
+    with first_process_first():
+        if not folder.is_dir():
+            captions = (dataset.caption(i) for i in range(min(20_000, len(dataset))))
+            vocab, merges = build_vocabulary(captions, recipe.vocabulary)
+            with beside(folder) as new:
+                save_tokenizer(Tokenizer(vocab, merges), new, (recipe.text or TextConfig()).max_length)
+                replace_folder(folder, new)
     return read_tokenizer(folder)[0]

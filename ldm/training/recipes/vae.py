@@ -40,16 +40,16 @@ class VAERecipe(Recipe):
         objective = VAEObjective(config, self.loss, self._perceptual(device)).to(device)
         if start:
             objective.vae.load_state_dict(start.state_dict())
-        average = train(objective, dataset, self.loop, self.out, self.fixed_values())
+        trained = train(objective, dataset, self.loop, self.out, self.fixed_values()).to(device)
 
-        objective.vae.load_state_dict(average.state_dict())
+        assert isinstance(trained, VAE)
         if start and self.loss.decoder_only:
             factor = start.config.scaling_factor
         else:
             images = collate([dataset[i] for i in range(min(256, len(dataset)))])[0]
-            factor = 1 / latent_std(objective.vae, images.to(device))
-        objective.vae.config = dataclasses.replace(config, scaling_factor=factor)
-        save_vae(objective.vae, self.out / "vae", image_size=size)
+            factor = 1 / latent_std(trained, images.to(device))
+        trained.config = dataclasses.replace(config, scaling_factor=factor)
+        save_vae(trained, self.out / "vae", image_size=size)
         return self.out / "vae"
 
     def _config(self, start: VAE | None) -> VAEConfig:
