@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ldm.checkpoint import files
-from ldm.checkpoint.lora_files import as_stored, check_lora_path, save_lora
 from ldm.checkpoint.loras import Target, context_width, layers_of, read_lora, weight_shape
 from ldm.checkpoint.parts import TOWERS, modules
+from ldm.checkpoint.save_loras import save_lora
 from ldm.checkpoint.streaming import Watch, Weights
 from ldm.checkpoint.tensors import some
 from ldm.config import UNetConfig
@@ -63,17 +63,11 @@ class Base(NamedTuple):
         return cls(config.name, config.unet, networks)
 
     def save(
-        self,
-        path: str | Path,
-        changes: Mapping[Target, Change],
-        dtype: torch.dtype,
-        *,
-        overwrite: bool,
-        metadata: Mapping[str, str],
+        self, path: str | Path, changes: Mapping[Target, Change], dtype: torch.dtype, metadata: Mapping[str, str]
     ) -> None:
-        """Write a LoRA for this model, see `save_lora`."""
+        """Write a LoRA for this model, as one file of kohya's names."""
         towers = len(self.networks) - 1
-        save_lora(path, changes, self.config, towers=towers, dtype=dtype, overwrite=overwrite, metadata=metadata)
+        save_lora(Path(path), changes, self.config, towers=towers, dtype=dtype, metadata=metadata)
 
 
 class Written(NamedTuple):
@@ -115,13 +109,13 @@ def merge_loras(
 
     loras: FILE, FILE:WEIGHT or `Lora`. dtype: of the factors (default: the widest of the inputs). Learned words, and
     layers that the model lacks, are left out.
-    Raises ValueError for kinds that are no product of two matrices, for a `path` that is one of the inputs, and as
-    `read_loras` and `save_lora` do.
+    Raises ValueError for kinds that are no product of two matrices, for a `path` that exists or is one of the inputs,
+    and as `read_loras` and `save_lora` do.
     """
     words = [Lora.parse(word) for word in loras]
     inputs = {f"C_{i}": Path(lora.path) for i, lora in enumerate(words, 1)}
     check_apart(path, inputs.values())
-    check_lora_path(path, overwrite=overwrite)
+    _check_path(path, overwrite=overwrite)
     base = Base.find(words[0].path, model)
     applied, changes, _ = read_loras(words, base.networks, base.config)
     layers = layers_of(base.networks)
@@ -129,7 +123,7 @@ def merge_loras(
     widest = _dtype_of(change for parts in changes.values() for _, change in parts)
     weights = {f"w_{i}": [lora.weight, dict(lora.blocks)] for i, lora in enumerate(words, 1)}
     metadata = metadata_of({"formula": "w_1 C_1 + w_2 C_2 + ...", **weights}, inputs)
-    base.save(path, result, dtype or widest, overwrite=overwrite, metadata=metadata)
+    base.save(path, result, dtype or widest, metadata)
     left = tuple(name for each in applied for name in (*each.unknown, *each.words))
     return Written.of(path, result, None, left), applied
 
@@ -148,7 +142,7 @@ def _summed(target: Target, parts: list[tuple[float, Change]], shape: tuple[int,
     if pairs:
         ups = [factor * factors["up"].float().flatten(1) for factor, factors in pairs]
         downs = [factors["down"].float().flatten(1) for _, factors in pairs]
-        found |= as_stored(torch.cat(ups, dim=1), torch.cat(downs), shape)
+        found |= _as_stored(torch.cat(ups, dim=1), torch.cat(downs), shape)
     for name in ("diff", "diff_b"):
         differences = [weight * change.factors[name].float() for weight, change in parts if name in change.factors]
         if differences:
@@ -175,11 +169,11 @@ def resize(
 
     LoHa, LoKr, LoCon with a core and whole differences become LoRA. dtype: of the factors (default: the widest of the
     input). device: where the singular values are computed. watch: wraps the list of the layers.
-    Raises ValueError for DoRA, whose change depends on the weights of the model, for a `path` that is the input, and as
-    `read_lora` and `save_lora` do.
+    Raises ValueError for DoRA, whose change depends on the weights of the model, for a `path` that exists or is the
+    input, and as `read_lora` and `save_lora` do.
     """
     check_apart(path, [Path(lora)])
-    check_lora_path(path, overwrite=overwrite)
+    _check_path(path, overwrite=overwrite)
     base = Base.find(lora, model)
     file, layers = read_lora(lora, base.networks, base.config), layers_of(base.networks)
     result, cutter = dict[Target, Change](), Cutter(cut, device)
@@ -193,9 +187,9 @@ def resize(
         shape = weight_shape(layers[target])
         whole = {name: value for name, value in change.factors.items() if name == "diff_b" or len(shape) == 1}
         factors = {name: value for name, value in change.factors.items() if name not in whole}
-        result[target] = Change(whole | (as_stored(*cutter.cut(factors, change.scale), shape) if factors else {}))
+        result[target] = Change(whole | (_as_stored(*cutter.cut(factors, change.scale), shape) if factors else {}))
     metadata = metadata_of({"formula": "C_1 with other ranks", "cut": _given(cut)}, {"C_1": Path(lora)})
-    base.save(path, result, dtype or _dtype_of(file.changes.values()), overwrite=overwrite, metadata=metadata)
+    base.save(path, result, dtype or _dtype_of(file.changes.values()), metadata)
     return Written.of(path, result, cutter.energy, (*file.unknown, *file.words))
 
 
@@ -218,10 +212,10 @@ def extract(
     dtype: of the factors (default: that of the tuned UNet). device: where the singular values are computed. watch:
     wraps the list of all weights.
     Raises ValueError for models of two families, for models whose layers are equal, for a `path` that is one of the
-    inputs, and as `save_lora` does.
+    inputs or that exists, and as `save_lora` does.
     """
     check_apart(path, [Path(tuned), Path(model)])
-    check_lora_path(path, overwrite=overwrite)
+    _check_path(path, overwrite=overwrite)
     first, second = files.identify(model), files.identify(tuned)
     old, new = Weights(first), Weights(second)
     check_alike(first, old, second, new, f"{tuned} and {model}", same_inputs=True)
@@ -233,7 +227,7 @@ def extract(
             continue
         target = Target(part, key.removesuffix(".weight"))
         if target in layers and _is_target(target, layers[target], convolutions=convolutions):
-            result[target] = Change(as_stored(*cutter.cut({"diff": difference}), tuple(difference.shape)))
+            result[target] = Change(_as_stored(*cutter.cut({"diff": difference}), tuple(difference.shape)))
         else:
             left.append(f"{part}: {key}")
     if not result:
@@ -241,7 +235,7 @@ def extract(
     made = {"formula": "B - A", "cut": _given(cut), "convolutions": convolutions}
     metadata = metadata_of(made, {"A": Path(model), "B": Path(tuned)})
     dtype = dtype or new.dtype_of("unet", "conv_out.weight")
-    base.save(path, result, dtype, overwrite=overwrite, metadata=metadata)
+    base.save(path, result, dtype, metadata)
     return Written.of(path, result, cutter.energy, tuple(left))
 
 
@@ -253,6 +247,19 @@ def _is_target(target: Target, layer: nn.Module, *, convolutions: bool) -> bool:
     if target.part != "unet":
         return "blocks" in words
     return "transformer" in words or (convolutions and not words.isdisjoint(_BETWEEN))
+
+
+def _as_stored(up: Tensor, down: Tensor, shape: tuple[int, ...]) -> dict[str, Tensor]:
+    """Return the matrices up: o r and down: r i in the shapes of a layer's factors, whose weight has this `shape`."""
+    ones = [1] * (len(shape) - 2)
+    return {"up": up.reshape(*up.shape, *ones), "down": down.reshape(len(down), *shape[1:])}
+
+
+def _check_path(path: str | Path, *, overwrite: bool) -> None:
+    if Path(path).suffix != ".safetensors":
+        raise ValueError(f"a LoRA is one file, whose name ends in .safetensors, got {path}: give such a name")
+    if Path(path).is_dir() or (Path(path).exists() and not overwrite):
+        raise ValueError(f"{path} exists already: give another path, or overwrite=True (--overwrite)")
 
 
 def _dtype_of(changes: Iterable[Change]) -> torch.dtype:

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from ldm.atomic import beside
 from ldm.checkpoint import tables
-from ldm.checkpoint.keymap import translate
-from ldm.checkpoint.loras import DIFFUSERS_METADATA, Target
-from ldm.checkpoint.parts import TOWERS
+from ldm.checkpoint.loras import DIFFUSERS_METADATA, Target, stored_name
+from ldm.checkpoint.parts import TOWERS, cast
 from ldm.checkpoint.tensors import write_tensors
 from ldm.config import UNetConfig
 from ldm.models.lora import Change, rank
@@ -27,11 +26,13 @@ from ldm.models.lora import Change, rank
 LoraLayout = Literal["kohya", "diffusers"]
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 
+_KOHYA = {"down": "lora_down.weight", "up": "lora_up.weight", "diff": "diff", "diff_b": "diff_b"}
+
 
 def diffusers_name(target: Target, config: UNetConfig) -> str:
     """Return the name of a layer in diffusers' UNet, or in transformers' text encoder."""
     rules = tables.diffusers_unet(config) if target.part == "unet" else tables.hf_text()
-    return translate(f"{target.layer}.weight", rules).name.removesuffix(".weight")
+    return stored_name(target, rules)
 
 
 def save_lora(
@@ -46,15 +47,14 @@ def save_lora(
 ) -> None:
     """Write the changes of a model to `path`: a .safetensors file of kohya, or a folder of diffusers.
 
-    changes: of the kinds LoRA and DoRA. config: of the UNet. towers: how many text encoders the model has.
-    metadata: more entries for the file, such as those of `ldm.checkpoint.sampling`.
+    changes: of the kinds LoRA and DoRA, for kohya's layout also whole differences. config: of the UNet. towers: how
+    many text encoders the model has. metadata: more entries for the file, such as those of `ldm.checkpoint.sampling`.
+    Raises ValueError for a factor that is not finite in `dtype`.
     """
     names = {target: diffusers_name(target, config) for target in changes}
     write = _kohya if layout == "kohya" else _diffusers
     tensors, own = write(changes, names, towers)
-    held = {
-        name: value.to("cpu", dtype if value.dim() else value.dtype).contiguous() for name, value in tensors.items()
-    }
+    held = {name: cast(name, v.detach().cpu(), dtype) if v.dim() else v for name, v in tensors.items()}
     file = path if layout == "kohya" else path / DIFFUSERS_FILE
     with beside(file) as new:
         write_tensors(held, new, {**own, **metadata})
@@ -65,15 +65,16 @@ def _kohya(
     changes: Mapping[Target, Change], names: Mapping[Target, str], towers: int
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     prefixes = {part: f"lora_te{i + 1 if towers > 1 else ''}" for i, part in enumerate(TOWERS)} | {"unet": "lora_unet"}
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for target, change in changes.items():
         name, factors = f"{prefixes[target.part]}_{names[target].replace('.', '_')}", change.factors
-        tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"] = factors["down"], factors["up"]
-        tensors[f"{name}.alpha"] = torch.tensor(_alpha(change))
+        tensors |= {f"{name}.{theirs}": factors[ours] for ours, theirs in _KOHYA.items() if ours in factors}
+        if "down" in factors:
+            tensors[f"{name}.alpha"] = torch.tensor(_alpha(change))
         if "size" in factors:
             tensors[f"{name}.dora_scale"] = _per_output(factors["size"], factors["down"])
-    first = next(iter(changes.values()))
-    ranks = {"ss_network_dim": str(rank(first.factors)), "ss_network_alpha": str(_alpha(first))}
+    ranked = [(rank(change.factors), _alpha(change)) for change in changes.values() if "down" in change.factors]
+    ranks = {"ss_network_dim": str(ranked[0][0]), "ss_network_alpha": str(ranked[0][1])} if ranked else {}
     return tensors, {"ss_network_module": "networks.lora"} | ranks
 
 
