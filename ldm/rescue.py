@@ -43,11 +43,11 @@ def prepare(job: Job, say: Say = lambda words: None) -> Way:
     if free is None or job.model.model == BUNDLED:
         return way
     on_disk = sum(_size(path) for path in job.model.paths.values())
-    side = max(job.request.width or 1024, job.request.height or 1024)
-    if free > 6 * on_disk + OVERHEAD * side**2 * (count + 1):  # the exact count takes a second
-        return way
     config = files.identify(locate(job.model.model), prediction=job.model.prediction, ema=job.model.ema).config
-    placement, plan = job.placement.resolve(config), job.request.resolved(config)
+    plan = job.request.resolved(config)
+    if free > 6 * on_disk + OVERHEAD * plan.height * plan.width * (count + 1):  # the exact count takes a second
+        return way
+    placement = job.placement.resolve(config)
     work = Work(count, plan.height, plan.width, guided=len(plan.which) > 1)
     way, need = fit(config, placement, work, free)
     if way.changes:
