@@ -127,7 +127,10 @@ class Checkpoints:
 
     def _restore(self, state: dict[str, Any]) -> None:
         for name, value in learned(self.objective).items():
-            value.copy_(state["objective"][name])
+            if name == "_extra_state":  # torch's name for what a module keeps beside its tensors
+                self.objective.set_extra_state(state["objective"][name])
+            else:
+                value.copy_(state["objective"][name])
         for name, value in self.average.values.items():
             value.copy_(state["average"][name])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):

@@ -77,12 +77,10 @@ class ConsistencyObjective(DiffusionObjective):
         super().__init__(model.config, networks, model.vae, DiffusionLoss(0.0), sample_prompts=sample_prompts)
         self.networks.eval().requires_grad_(False)
         self.student = student
-        self.target = copy.deepcopy(student).requires_grad_(False) if target_ema else None
+        self.target = _fixed_copy(student) if target_ema else None
         self.target_ema, self.shown, self.accumulate = target_ema, shown, accumulate
         self.batches: Tensor
         self.register_buffer("batches", torch.zeros((), dtype=torch.long))  # done; a resumed run counts on
-        self.register_state_dict_post_hook(_without_fixed)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_post_hook(_fixed_may_lack)  # type: ignore[no-untyped-call]
 
     @property
     def trained(self) -> nn.Module:
@@ -116,7 +114,7 @@ class ConsistencyObjective(DiffusionObjective):
         """Move the target towards the student before each step but the first (Song et al. 2023, eq. 8)."""
         if self.target is not None and self.batches and self.batches % self.accumulate == 0:
             with torch.no_grad():
-                for mine, theirs in zip(self.target.parameters(), self.student.parameters(), strict=True):
+                for mine, theirs in zip(self.target.buffers(), self.student.parameters(), strict=True):
                     mine.lerp_(theirs, 1 - self.target_ema)
 
     @torch.no_grad()
@@ -488,10 +486,11 @@ def _check(huber_c: float, target_ema: float) -> None:
         raise ValueError(f"target_ema must be at least 0 and less than 1, got {target_ema}")
 
 
-def _without_fixed(objective: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:
-    for name in [name for name in state if name.startswith((f"{prefix}networks.", f"{prefix}vae."))]:
-        del state[name]
-
-
-def _fixed_may_lack(objective: nn.Module, keys: Any) -> None:
-    keys.missing_keys[:] = [name for name in keys.missing_keys if not name.startswith(("networks.", "vae."))]
+def _fixed_copy(network: nn.Module) -> nn.Module:
+    """Return a copy whose weights are buffers, because checkpoints do not keep parameters that are not trained."""
+    copied = copy.deepcopy(network)
+    for part in copied.modules():
+        for name, weight in list(part.named_parameters(recurse=False)):
+            delattr(part, name)
+            part.register_buffer(name, weight.detach())
+    return copied

@@ -113,8 +113,6 @@ class RewardObjective(DiffusionObjective):
         self.reward, self.loss = reward, loss
         self.sigmas = self.schedule.steps(loss.sampling_steps, "trailing")
         self.drawn: dict[str, Any] = {}  # the pictures that are trained on; a checkpoint keeps them
-        self.register_state_dict_post_hook(_only_learned)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_post_hook(_fixed_may_lack)  # type: ignore[no-untyped-call]
 
     @property
     def trained(self) -> nn.Module:
@@ -212,12 +210,3 @@ def advantages(rewards: Tensor, count: int, largest: float) -> Tensor:
     groups = rewards.float().reshape(-1, count)
     centered = groups - groups.mean(1, keepdim=True)
     return (centered / (groups.std(1, keepdim=True) + 1e-4)).clamp(-largest, largest).flatten()
-
-
-def _only_learned(objective: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:
-    for name in [name for name in state if name.startswith((f"{prefix}networks.", f"{prefix}vae."))]:
-        del state[name]
-
-
-def _fixed_may_lack(objective: nn.Module, keys: Any) -> None:
-    keys.missing_keys[:] = [name for name in keys.missing_keys if not name.startswith(("networks.", "vae."))]

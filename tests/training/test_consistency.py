@@ -43,8 +43,8 @@ def model(prediction="v"):
 def perturbed(unet, seed=2):
     """Another UNet of the same architecture: the student after some training."""
     torch.manual_seed(seed)
-    for parameter in unet.parameters():
-        parameter.data += 0.02 * torch.randn_like(parameter)
+    for weight in [*unet.parameters(), *unet.buffers()]:  # of a student, of a target
+        weight.data += 0.02 * torch.randn_like(weight)
     return unet.requires_grad_(True)
 
 
