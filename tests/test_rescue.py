@@ -180,7 +180,7 @@ def test_another_error_is_raised_at_once(work, monkeypatch):
 
 def test_the_command_tells_and_records_what_it_changed(run, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(rescue, "free_bytes", lambda device: 30 << 20)
+    monkeypatch.setattr(rescue, "free_bytes", lambda device: 5 << 20)
     code, out, err = run("txt2img", "a cat", "--steps", "1", "--images", "2", "--json")
     assert code == 0
     assert re.search(r"ldm: 0.0 GB of memory are free: prompt and negative prompt one after the other.* may still need 0.1 GB", err)
