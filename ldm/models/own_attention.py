@@ -29,5 +29,5 @@ def with_attention(network: Network, choose: Callable[[str, Attend], Attend]) ->
     own = copy.deepcopy(network, shared)
     for name, layer in own.named_modules():
         if hasattr(layer, "attend"):
-            layer.attend = choose(name, layer.attend)  # type: ignore[assignment, arg-type]
+            layer.attend = choose(name, layer.attend)
     return own
