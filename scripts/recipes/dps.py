@@ -31,9 +31,9 @@ Measure = Callable[[Tensor], Tensor]  # images: b 3 h w -> what is known of them
 def dps(
     denoise: Denoiser, measure: Measure, y: Tensor, x: Tensor, sigmas: Tensor, *, noise: Noise, zeta: float = 1.0
 ) -> Tensor:
-    """Return clean latents, b c h w, whose measurement is about y.
+    """Return clean latents, b c h w, whose measurement is about y. zeta is the size of the gradient's steps.
 
-    measure: maps latents, b c h w, to the form of y. x: b c h w, noise of the level sigmas[0]. zeta: the size of the gradient's step.
+    measure: maps latents to the form of y. x: b c h w, noise of the level sigmas[0]. sigmas: falling levels.
     """
     for i in range(len(sigmas) - 1):
         with torch.enable_grad():
@@ -71,7 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Restore a picture from a measurement of it.")
     parser.add_argument("problem", nargs="?", default="superresolve", choices=list(PROBLEMS))
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--zeta", type=float, default=0.2)
+    parser.add_argument("--zeta", type=float, default=0.5)
     parser.add_argument("--out", default="dps.png")
     args = parser.parse_args()
     pipe, measure = ldm.load(), PROBLEMS[args.problem]
