@@ -23,8 +23,8 @@ STAGES = 6  # of SMALL's `up`, and of `down`
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_has_at_most_80_lines(path):
-    assert len(path.read_text().splitlines()) <= 80
+def test_a_recipe_has_at_most_90_lines(path):
+    assert len(path.read_text().splitlines()) <= 90
 
 
 @pytest.fixture
