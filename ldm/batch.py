@@ -12,7 +12,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -23,7 +23,9 @@ from ldm.placement.memory import Placement
 from ldm.record import PARTS, ModelChoice
 from ldm.request import Request
 from ldm.strict import from_dict
+from ldm.variants import expand, varied
 
+Attributes = Mapping[str, Sequence[str]]  # values to append to prompts, by name
 ENDINGS = (".jsonl", ".csv", ".txt")
 _NAME = re.compile(r"[\w][\w .-]{0,150}")
 
@@ -36,6 +38,7 @@ class Entry:
     name: str  # of the file, without .png
     request: Request | None = None
     error: str = ""
+    choices: Mapping[str, str] = field(default_factory=dict)  # of groups such as {a|b}, see `ldm.variants`
 
     def key(self, choice: ModelChoice) -> str:
         """Return the sha256 of everything that decides the picture, but for the contents of files."""
@@ -47,14 +50,14 @@ class Entry:
 # The list ---------------------------------------------------------------------------------------------------
 
 
-def read_entries(path: Path, defaults: Mapping[str, Any]) -> list[Entry]:
+def read_entries(path: Path, defaults: Mapping[str, Any], attributes: Attributes | None = None) -> list[Entry]:
     """Read a list: the lines of a .jsonl, .csv or .txt file in UTF-8.
 
     A line of .jsonl is a table of the fields of `Request`, or a prompt as a JSON string. The first line of .csv names
     the fields. A line of .txt is a prompt. Empty lines are left out. The field `name` names the picture's file; without
-    it the number of the line does. A line with several images gives several pictures, named NAME-1 and so on.
+    it the number of the line does. A line with several pictures, see `entries_of`, names them NAME-1 and so on.
     defaults: fields of `Request` for lines that do not give them. Without a seed of its own, picture i of the list,
-    counted from 0, has the default seed + i.
+    counted from 0, has the default seed + i. attributes: as in `entries_of`, for all lines.
     Raises ValueError for a file that cannot be read. A wrong line becomes an entry with an error.
     """
     if path.suffix.lower() not in ENDINGS:
@@ -67,7 +70,7 @@ def read_entries(path: Path, defaults: Mapping[str, Any]) -> list[Entry]:
     names: dict[str, int] = {}
     for line, row in _rows(path.suffix.lower(), text):
         try:
-            entries += _entries(line, row, defaults, len(entries))
+            entries += _entries(line, row, defaults, len(entries), attributes)
         except ValueError as error:
             entries.append(Entry(line, f"{line:05d}", error=str(error)))
     for i, entry in enumerate(entries):
@@ -96,7 +99,9 @@ class _Json(str):
     """A line of JSON that is not read yet."""
 
 
-def _entries(line: int, row: Any, defaults: Mapping[str, Any], index: int) -> list[Entry]:
+def _entries(
+    line: int, row: Any, defaults: Mapping[str, Any], index: int, attributes: Attributes | None
+) -> list[Entry]:
     """Make the entries of one line. Raises ValueError for a wrong line."""
     where = f"line {line}"
     if isinstance(row, _Json):
@@ -116,8 +121,23 @@ def _entries(line: int, row: Any, defaults: Mapping[str, Any], index: int) -> li
     request = from_dict(asked, Request, where, names=PARTS)
     if asked["seed"] != request.seed:
         raise ValueError(f"{where}: the seeds of a list must be 0 or more, so that it can be repeated")
+    try:
+        return entries_of(line, name, request, attributes)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def entries_of(line: int, name: str, request: Request, attributes: Attributes | None = None) -> list[Entry]:
+    """Return an entry for each picture of `request`.
+
+    A prompt with groups such as {a|b}, and each value of `attributes`, gives as many pictures, see `ldm.variants`.
+    Raises ValueError for wrong groups and attributes.
+    """
+    variants = [variant for prompt in request.prompts for variant in expand(prompt, attributes)]
+    if len(variants) > len(request.prompts):
+        request = varied(request, variants)
     if request.images == 1:
-        return [Entry(line, name, request)]
+        return [Entry(line, name, request, choices=variants[0].choices)]
     alone = [
         dataclasses.replace(
             request,
@@ -128,7 +148,8 @@ def _entries(line: int, row: Any, defaults: Mapping[str, Any], index: int) -> li
         )
         for i in range(request.images)
     ]
-    return [Entry(line, f"{name}-{i}", each) for i, each in enumerate(alone, 1)]
+    choices = [variants[i % len(variants)].choices for i in range(request.images)]
+    return [Entry(line, f"{name}-{i + 1}", alone[i], choices=choices[i]) for i in range(request.images)]
 
 
 def _typed(table: dict[str, Any], where: str) -> dict[str, Any]:
@@ -297,7 +318,8 @@ class PictureMaker:
         return [self._row(e, status="done", file=f.name, seconds=seconds) for e, f in zip(group, files, strict=True)]
 
     def _row(self, entry: Entry, **more: Any) -> Row:
-        return {"line": entry.line, "name": entry.name, "key": entry.key(self.choice)} | more
+        row = {"line": entry.line, "name": entry.name, "key": entry.key(self.choice)}
+        return row | ({"choices": dict(entry.choices)} if entry.choices else {}) | more
 
 
 def _together(group: Sequence[Entry]) -> Request:

@@ -57,7 +57,7 @@ PACKAGES = {  # what each part of ldm may import of ldm, beside itself; "ldm" is
     "download": "",
     "rescue": "checkpoint diagnosis jobs loading pipeline placement request",
     "serving": "diffusion pipeline request",
-    "batch": "jobs outputs placement record request rescue strict",
+    "batch": "jobs outputs placement record request rescue strict variants",
     "batch_ray": "batch jobs placement record",
     "training": "atomic checkpoint conditioning config control diffusion geometry image_prompt images loading models "
     "pictures presets strict",
