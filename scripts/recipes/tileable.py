@@ -15,7 +15,6 @@ import argparse
 import copy
 from typing import TypeVar
 
-import torch
 from PIL import Image
 from torch import Tensor, nn
 
