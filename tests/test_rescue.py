@@ -183,7 +183,8 @@ def test_the_command_tells_and_records_what_it_changed(run, monkeypatch, tmp_pat
     monkeypatch.setattr(rescue, "free_bytes", lambda device: 5 << 20)
     code, out, err = run("txt2img", "a cat", "--steps", "1", "--images", "2", "--json")
     assert code == 0
-    assert re.search(r"ldm: 0.0 GB of memory are free: prompt and negative prompt one after the other.* may still need 0.1 GB", err)
+    said = r"ldm: 0.0 GB of memory are free: prompt and negative prompt one after the other.* may still need 0.1 GB"
+    assert re.search(said, err)
     settings = json.loads(out)["settings"]
     assert settings["placement"]["guidance"] == "sequential"
     assert settings["adjusted"][0] == "prompt and negative prompt one after the other"
