@@ -15,10 +15,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, Protocol
 
 from ldm import jobs, rescue
 from ldm.outputs import Outputs
+from ldm.pipeline import Pipeline
 from ldm.placement.memory import Placement
 from ldm.record import PARTS, ModelChoice
 from ldm.request import Request
@@ -39,10 +40,12 @@ class Entry:
     request: Request | None = None
     error: str = ""
     choices: Mapping[str, str] = field(default_factory=dict)  # of groups such as {a|b}, see `ldm.variants`
+    finishing: str = ""  # what happens to the finished picture, as one text
 
     def key(self, choice: ModelChoice) -> str:
         """Return the sha256 of everything that decides the picture, but for the contents of files."""
         values = {"request": dataclasses.asdict(self.request) if self.request else None, "error": self.error}
+        values |= {"finishing": self.finishing} if self.finishing else {}
         text = json.dumps(values | {"model": dataclasses.asdict(choice)}, default=str, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -293,14 +296,28 @@ def in_turn(maker: Maker) -> Callable[[list[list[Entry]]], Iterator[Row]]:
     return lambda pending: (row for group in pending for row in maker(group))
 
 
+class Finisher(Protocol):
+    """What happens to each finished picture, such as a watermark."""
+
+    def check(self, pipe: Pipeline, request: Request) -> None:
+        """Raise ValueError if the pictures of `request` cannot be finished."""
+
+    def write(self, picture: Any, path: Path, texts: Mapping[str, str], *, overwrite: bool) -> None:
+        """Write the picture, as `ldm.pictures.save_png` does, or refuse it."""
+
+    def row(self, file: Path) -> Row:
+        """Return the status of a picture, its file, and more for the manifest."""
+
+
 @dataclass(frozen=True)
 class PictureMaker:
-    """Makes the pictures of a group with loaded models, in `folder`."""
+    """Makes the pictures of a group with loaded models, in `folder`. finishing: None: they are only written."""
 
     choice: ModelChoice
     placement: Placement
     models: jobs.Models
     folder: Path
+    finishing: Finisher | None = None
 
     def __call__(self, group: list[Entry]) -> list[Row]:
         """Return the manifest's lines. If the group fails, each picture is made alone. One that fails has an error."""
@@ -309,13 +326,17 @@ class PictureMaker:
         try:
             request = _together(group)
             outputs = _Named(files[0], len(files), overwrite=True, files=files)
+            if self.finishing is not None:
+                self.finishing.check(self.models.base, request)
+                outputs = dataclasses.replace(outputs, write=self.finishing.write)
             rescue.run(jobs.Job(request, self.choice, self.placement), self.models, outputs)
         except (ValueError, ArithmeticError, MemoryError, RuntimeError) as error:
             if len(group) > 1:
                 return [row for entry in group for row in self([entry])]
             return [self._row(group[0], status="failed", error=str(error))]
         seconds = round((perf_counter() - began) / len(group), 3)
-        return [self._row(e, status="done", file=f.name, seconds=seconds) for e, f in zip(group, files, strict=True)]
+        tell = self.finishing.row if self.finishing else lambda file: {"status": "done", "file": file.name}
+        return [self._row(e, **tell(f), seconds=seconds) for e, f in zip(group, files, strict=True)]
 
     def _row(self, entry: Entry, **more: Any) -> Row:
         row = {"line": entry.line, "name": entry.name, "key": entry.key(self.choice)}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm import jobs
-from ldm.batch import Entry, PictureMaker, Row
+from ldm.batch import Entry, Finisher, PictureMaker, Row
 from ldm.placement.memory import Placement
 from ldm.record import ModelChoice
 
@@ -27,17 +27,26 @@ class _Actor:
         self.make: PictureMaker | None = None
 
     def __call__(self, item: dict[str, Any]) -> list[dict[str, str]]:
-        choice, placement, folder, group = pickle.loads(item["group"])
+        choice, placement, folder, finishing, group = pickle.loads(item["group"])
         if self.make is None:
-            self.make = PictureMaker(choice, placement, jobs.load_models(choice, placement), folder)
+            self.make = PictureMaker(choice, placement, jobs.load_models(choice, placement), folder, finishing())
         return [{"row": json.dumps(row)} for row in self.make(group)]
 
 
-def spread(choice: ModelChoice, placement: Placement, folder: Path, *, address: str | None, actors: int) -> Spread:
+def spread(
+    choice: ModelChoice,
+    placement: Placement,
+    folder: Path,
+    *,
+    address: str | None,
+    actors: int,
+    finishing: Callable[[], Finisher],
+) -> Spread:
     """Return a function that makes groups on Ray Data, for `ldm.batch.run`.
 
     address: of a running cluster; None: Ray starts on this machine, for this process. All machines need the project,
     the files of the model, and `folder`.
+    finishing: makes in each actor what finishes its pictures; must be picklable.
     actors: at most as many processes hold the model. Each takes a GPU, if the cluster has GPUs.
     An actor that dies is replaced, and its task is done again. This process alone writes the manifest.
     Raises ValueError without the package ray.
@@ -57,7 +66,9 @@ def spread(choice: ModelChoice, placement: Placement, folder: Path, *, address: 
         ray.data.DataContext.get_current().enable_progress_bars = False  # the command has its own
         try:
             gpus = ray.cluster_resources().get("GPU", 0) > 0
-            items = [{"group": pickle.dumps((choice, placement, folder.resolve(), group))} for group in pending]
+            items = [
+                {"group": pickle.dumps((choice, placement, folder.resolve(), finishing, group))} for group in pending
+            ]
             data = ray.data.from_items(items, override_num_blocks=min(len(items), BLOCKS)).flat_map(
                 _Actor, compute=ray.data.ActorPoolStrategy(min_size=1, max_size=actors), num_gpus=int(gpus)
             )

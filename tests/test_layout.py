@@ -57,13 +57,13 @@ PACKAGES = {  # what each part of ldm may import of ldm, beside itself; "ldm" is
     "download": "",
     "rescue": "checkpoint diagnosis jobs loading pipeline placement request",
     "serving": "diffusion pipeline request",
-    "batch": "jobs outputs placement record request rescue strict variants",
+    "batch": "jobs outputs pipeline placement record request rescue strict variants",
     "batch_ray": "batch jobs placement record",
     "training": "atomic checkpoint conditioning config control diffusion geometry image_prompt images loading models "
     "pictures presets strict",
     "cli": "batch batch_ray checkpoint config control diffusion doctor download geometry image_prompt jobs ldm "
     "loading lora_tools merging models outputs pictures pipeline placement previews prompts record regions request "
-    "rescue safety sizes source stats training variations",
+    "rescue safety sizes source stats training variants variations",
     "stats": "diffusion pipeline",
     "safety": "atomic checkpoint config image_prompt ldm request strict",
     "variants": "request strict",

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from tqdm import tqdm
 
 import ldm
 from ldm.cli.audit import add_audit, check_list, logged
+from ldm.cli.finishing import add_finishing, finishing_key, read_finishing
 from ldm.cli.generate import load_models
 from ldm.cli.options import Commands, add_options, given
 from ldm.record import ModelChoice
@@ -38,12 +40,19 @@ def add(commands: Commands) -> None:
     command.add_argument("--actors", type=int, default=1, metavar="N", help="with --ray: processes (default: 1)")
     for kind in (ModelChoice, Request, ldm.Placement):
         add_options(command, kind)
+    command.add_argument(
+        "--balance",
+        metavar="FILE",
+        type=Path,
+        help="append to each prompt the attributes of a TOML file, all combinations; a report counts them",
+    )
     add_audit(command)
+    add_finishing(command)
     command.add_argument("--json", action="store_true", help="print the numbers of pictures as JSON")
 
 
 def _batch(args: argparse.Namespace) -> int:
-    """Make the pictures, and print how many are done and failed. The exit code is 1 if any failed."""
+    """Make the pictures, and print how many are done, failed and refused. The exit code is 1 if any is not done."""
     from ldm import batch
 
     if args.batch_size < 1:
@@ -53,7 +62,13 @@ def _batch(args: argparse.Namespace) -> int:
     defaults = given(args, Request)
     if defaults.get("seed", 0) < 0:
         raise ValueError(f"--seed must be 0 or more, so that the list can be repeated, got {defaults['seed']}")
-    listed = batch.read_entries(args.list, defaults)
+    attributes, finishing = None, finishing_key(args)
+    if args.balance is not None:
+        from ldm.variants import Balance
+
+        attributes = Balance.read(args.balance).attributes
+    listed = batch.read_entries(args.list, defaults, attributes)
+    listed = [dataclasses.replace(entry, finishing=finishing) for entry in listed]
     entries, decisions = check_list(args, listed)
     shard = batch.Shard.of_this_process()
     manifest = batch.Manifest(args.out, shard)
@@ -61,20 +76,37 @@ def _batch(args: argparse.Namespace) -> int:
     if shard.world > 1 and (placement.device or "cuda") == "cuda" and torch.cuda.is_available():
         placement = dataclasses.replace(placement, device=f"cuda:{os.environ['LOCAL_RANK']}")
     if args.ray is None:
-        maker = batch.PictureMaker(choice, placement, load_models(choice, placement), args.out)
+        maker = batch.PictureMaker(choice, placement, load_models(choice, placement), args.out, read_finishing(args))
         make = batch.in_turn(maker)
     else:
         from ldm.batch_ray import spread
 
-        make = spread(choice, placement, args.out, address=args.ray or None, actors=args.actors)
+        make = spread(
+            choice,
+            placement,
+            args.out,
+            address=args.ray or None,
+            actors=args.actors,
+            finishing=partial(read_finishing, args),
+        )
     made = batch.run(entries, choice, manifest, make, size=args.batch_size, shard=shard)
     total = len(entries) if shard.world == 1 else None  # torchrun: the share of this process is not known
     counts: Counter[str] = Counter()
+    variants: dict[str, dict[str, Counter[str]]] = {}  # how many pictures of each value are done, failed and refused
     made = logged(args, listed, decisions, manifest, made)
     for row in tqdm(made, total=total, unit="picture", disable=None):
         counts[row["status"]] += 1
-        if row["status"] == "failed":
-            tqdm.write(f"ldm: line {row['line']} failed: {row['error']}", file=sys.stderr)
-    result = {"folder": str(args.out), "done": counts["done"], "failed": counts["failed"]}
-    print(json.dumps(result) if args.json else f"{args.out}: {counts['done']} done, {counts['failed']} failed")
-    return int(counts["failed"] > 0)
+        if row["status"] != "done":
+            tqdm.write(f"ldm: line {row['line']} {row['status']}: {row['error']}", file=sys.stderr)
+        elif row.get("nsfw", {}).get("flagged"):
+            tqdm.write(f"ldm: line {row['line']} is flagged as NSFW: {row['nsfw']['scores']}", file=sys.stderr)
+        for name, value in row.get("choices", {}).items():
+            variants.setdefault(name, {}).setdefault(value, Counter())[row["status"]] += 1
+    result: dict[str, object] = {"folder": str(args.out), "done": counts["done"], "failed": counts["failed"]}
+    result |= {"refused": counts["refused"]} if counts["refused"] else {}
+    words = f"{args.out}: {', '.join(f'{n} {status}' for status, n in result.items() if status != 'folder')}"
+    if variants:
+        result["variants"] = variants
+        words += "".join(f"\n{name}: {json.dumps(numbers, ensure_ascii=False)}" for name, numbers in variants.items())
+    print(json.dumps(result) if args.json else words)
+    return int(counts["done"] < counts.total())

@@ -86,6 +86,15 @@ class Finishing:
         if verdict is not None:
             self.verdicts[path] = verdict
 
+    def row(self, file: Path) -> dict[str, Any]:
+        """Return what the manifest of a list says of a picture: whether it is there, and its verdict."""
+        if file in self.refused:
+            verdict = self.refused[file]
+            error = f"refused as NSFW and not written: {_worst(verdict)}"
+            return {"status": "refused", "file": None, "error": error, "nsfw": verdict.as_dict()}
+        judged = {"nsfw": self.verdicts[file].as_dict()} if file in self.verdicts else {}
+        return {"status": "done", "file": file.name} | judged
+
     def results(self) -> dict[str, Any]:
         """Return the verdicts by file, for --json; empty without a checker."""
         verdicts = {str(file): verdict.as_dict() for file, verdict in (self.verdicts | self.refused).items()}
@@ -108,6 +117,13 @@ def _worst(verdict: "Verdict") -> str:
     return f"{name} has the score {scores[name]:g}"
 
 
+def finishing_key(args: argparse.Namespace) -> str:
+    """Return the options that are given as one text; empty without any."""
+    names = ("nsfw_check", "nsfw", "watermark", "watermark_method")
+    given = {name: value for name in names if (value := getattr(args, name)) is not None}
+    return json.dumps(given) if given else ""
+
+
 def read_finishing(args: argparse.Namespace) -> Finishing:
     """Read the options, and load the checker. Raises ValueError for options that are wrong or do not fit together."""
     finishing = Finishing()
@@ -121,7 +137,7 @@ def read_finishing(args: argparse.Namespace) -> Finishing:
     if args.nsfw is not None and args.nsfw_check is None:
         raise ValueError("--nsfw is for a checker: add --nsfw-check with its folder")
     if args.nsfw_check is not None:
-        if args.grid or args.preview is not None:
+        if getattr(args, "grid", False) or getattr(args, "preview", None) is not None:
             raise ValueError("--nsfw-check judges single finished pictures: leave out --grid and --preview")
         from ldm.safety.nsfw import load_checker
 
