@@ -19,7 +19,9 @@ from ldm.diffusion.samplers import SAMPLERS, seeded_noise
 from ldm.diffusion.schedule import NoiseSchedule, to_ve
 from ldm.geometry import grid
 from ldm.pictures import save_png
-from ldm.training.loop import Batch, Example, LoopConfig, Objective, train
+from ldm.training.batches import Batch, Example
+from ldm.training.loop import Objective, train
+from ldm.training.settings import LoopConfig
 
 SCHEDULE = NoiseSchedule()
 
@@ -41,9 +43,7 @@ class Eps(Objective):  # the network, and its squared error at random timesteps
         super().__init__()
         self.net = nn.Sequential(nn.Conv2d(66, 96, 1), nn.SiLU(), nn.Conv2d(96, 96, 1), nn.SiLU(), nn.Conv2d(96, 2, 1))
 
-    @property
-    def trained(self) -> nn.Module:
-        return self
+    trained = property(lambda self: self)  # the network is the objective itself
 
     def eps(self, z: Tensor, timesteps: Tensor) -> Tensor:
         embedded = timestep_embedding(timesteps, 64)[:, :, None, None].expand(-1, -1, *z.shape[2:])
@@ -68,13 +68,13 @@ def panel(starts: Tensor, ends: Tensor, side: int = 200) -> Image.Image:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train a diffusion model of two moons, and draw what it learned.")
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--out", default="two_moons.png")
     args = parser.parse_args()
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as out:
         model = train(Eps(), moons(2000), LoopConfig(args.steps, learning_rate=3e-3, warmup=10), Path(out), recipe={})
-    denoise, noise = parametrize(model.eps, SCHEDULE), seeded_noise([0], (2, 20, 20))
+    denoise, noise = parametrize(model.requires_grad_(False).eps, SCHEDULE), seeded_noise([0], (2, 20, 20))
     sigmas, curve = SCHEDULE.steps(40, "exponential"), arcs(torch.linspace(0, torch.pi, 500))
     x = torch.cartesian_prod(*2 * [torch.linspace(-2.4, 2.4, 20)]).T.reshape(1, 2, 20, 20)
     panels = [panel(x, denoise(x, torch.tensor(sigma))) for sigma in (1.0, 0.4, 0.1)]
