@@ -8,7 +8,6 @@ Equation 5 of the paper sums the cross-attention to word k over steps t, layers 
 """
 
 import argparse
-import math
 
 import torch
 import torch.nn.functional as F
@@ -43,8 +42,8 @@ def token_maps(pipe: ldm.Pipeline, request: ldm.Request) -> tuple[Tensor, Tensor
     def choose(name: str, attend: Attend) -> Attend:
         def look(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             nonlocal total, count
-            weights = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(dim=-1)  # b heads n m
-            rows = round(math.sqrt(weights.shape[2] * height / width))
+            weights = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(dim=-1)  # b heads n m
+            rows = round((weights.shape[2] * height / width) ** 0.5)
             maps = rearrange(weights.float().mean(dim=1), "b (h w) m -> b m h w", h=rows)
             total, count = total + F.interpolate(maps, (height, width), mode="bicubic"), count + 1
             return attend(q, k, v)
@@ -82,6 +81,7 @@ def main() -> None:
     left, right = (maps[:, positions(pipe, args.prompt, word)].mean(dim=1) for word in args.words)
     image, half = to_tensor(pipe.decode(latents)[0]).to(maps), maps.shape[-1] // 2
     save_png(grid(to_pil(torch.cat([image, overlay(image, left), overlay(image, right)]))), args.out, overwrite=True)
+    left, right = ((heat - heat.mean()).clamp(min=0) for heat in (left, right))  # what exceeds the mean
     share = (left[..., :half].sum() / left.sum() + right[..., -half:].sum() / right.sum()) / 2
     print(f"{100 * share:.0f} % of the words' maps lie on the side of their object; without knowledge: 50 %")
 

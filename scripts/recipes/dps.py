@@ -71,7 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Restore a picture from a measurement of it.")
     parser.add_argument("problem", nargs="?", default="superresolve", choices=list(PROBLEMS))
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--zeta", type=float, default=0.5)
+    parser.add_argument("--zeta", type=float, default=1.5)
     parser.add_argument("--out", default="dps.png")
     args = parser.parse_args()
     pipe, measure = ldm.load(), PROBLEMS[args.problem]
