@@ -16,6 +16,8 @@ from ldm.checkpoint.pickles import TORCH_NEEDED
 from ldm.checkpoint.save_loras import save_lora
 from ldm.training import loop, teaching
 from ldm.training.adapters import Adapters, LoraConfig
+from ldm.training.average import Average
+from ldm.training.data import Folder
 from ldm.training.diffusion import DiffusionLoss
 from ldm.training.recipes import read_recipe
 from ldm.training.recipes.teaching import networks_of
@@ -225,20 +227,24 @@ def test_a_resumed_run_of_a_lora_equals_one_without_a_stop(recipe, monkeypatch):
     assert_equal_runs(*stopped_and_resumed(recipe(LORA, layout="kohya", dora="true"), monkeypatch))
 
 
-def test_sample_pictures_are_those_of_the_average_and_leave_the_weights(models):
-    model = Model(TINY_RANDOM, *random_networks())
+def test_sample_pictures_and_the_validation_are_those_of_the_average(models):
+    model, kept_out = Model(TINY_RANDOM, *random_networks()), Folder(models / "pictures", 32)
     config = LoraConfig(2, 2.0)
     adapters = Adapters(config.choose(networks_of(model), model.config.unet), config)
-    objective = teaching.TeachingObjective(model, adapters, DiffusionLoss())
-    average = Adapters(config.choose(networks_of(Model(TINY_RANDOM, *random_networks())), model.config.unet), config)
-    for parameter in average.parameters():
-        parameter.data += 0.5 * torch.randn_like(parameter)
-    batch = torch.zeros(1, 3, 32, 32), ["a frog"]
-    before = [parameter.clone() for parameter in adapters.parameters()]
-    with torch.no_grad():
-        plain, changed = (objective.sample(which, batch) for which in (adapters, average))
-    assert (plain - changed).abs().max() > 1e-3
-    assert all(torch.equal(a, b) for a, b in zip(before, adapters.parameters(), strict=True))
+    objective = teaching.TeachingObjective(model, adapters, DiffusionLoss(), kept_out=kept_out)
+    average = Average(adapters, 0.9)
+    for value in average.values.values():
+        value += 0.5 * torch.randn_like(value)
+
+    def seen():
+        with torch.no_grad():
+            sample = objective.sample(objective.trained, (torch.zeros(1, 3, 32, 32), ["a frog"]))
+            return sample, objective.validate(objective.trained)["validation"]
+
+    before = seen()
+    with average.applied():
+        assert all((mine - theirs).abs().max() > 1e-3 for mine, theirs in zip(seen(), before, strict=True))
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(seen(), before, strict=True))
 
 
 # DreamBooth ---------------------------------------------------------------------------------------
