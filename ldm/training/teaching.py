@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.checkpoint.parts import Model
+from ldm.models.unet import UNet
 from ldm.training.diffusion import DiffusionLoss, DiffusionObjective, Networks
 from ldm.training.loop import Batch, Dataset, collate, to_device
 
@@ -51,8 +52,8 @@ class TeachingObjective(DiffusionObjective):
         return self.learned
 
     def complete(self, trained: nn.Module) -> Networks:
-        """Return the networks of the model, which compute with the part that learns."""
-        return self.networks
+        """Return the networks of the model, with `trained` in place of those that are trained whole."""
+        return super().complete(trained) if isinstance(trained, UNet | Networks) else self.networks
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of one batch; the log has the loss of the class as "prior"."""

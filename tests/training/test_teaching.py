@@ -176,6 +176,18 @@ def test_only_what_learns_is_in_the_optimizer_the_average_and_the_checkpoint(rec
     assert len(optimizer["state"]) == len(state["average"])
 
 
+def test_pictures_are_kept_out_and_sdxl_is_told_the_sizes_of_all(recipe):
+    common = COMMON.replace("size = 32", "size = 16\nkeep_out = 1").replace("steps = 4", "steps = 2")
+    own = recipe(LORA, "sdxl", common=common, layout="kohya", dora="false")
+    own.run(CPU)
+    rows = [json.loads(line) for line in (own.out / "log.jsonl").read_text().splitlines()]
+    assert rows[-1]["validation"] > 0
+    dataset, kept_out = own.examples(own.load(CPU))
+    assert (len(dataset), len(kept_out)) == (2, 1)
+    for example in (dataset[0], dataset[1], kept_out[0]):
+        assert example[2]["sizes"].tolist() == [32, 32, 0, 0]
+
+
 def test_a_target_that_no_layer_has_is_named(recipe):
     own = recipe(LORA.replace('"conv1"', '"conv9"'), layout="kohya", dora="false")
     with pytest.raises(ValueError, match=r"targets has 'conv9', which no layer is called in diffusers: take .*to_q"):
