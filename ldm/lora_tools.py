@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ldm.checkpoint import files
 from ldm.checkpoint.loras import Target, context_width, layers_of, read_lora, weight_shape
 from ldm.checkpoint.parts import TOWERS, modules
+from ldm.checkpoint.sampling import kept
 from ldm.checkpoint.save_loras import save_lora
 from ldm.checkpoint.streaming import Watch, Weights
 from ldm.checkpoint.tensors import some
@@ -108,7 +109,7 @@ def merge_loras(
     """Write the weighted sum of LoRAs as one LoRA, whose rank is the sum of theirs.
 
     loras: FILE, FILE:WEIGHT or `Lora`. dtype: of the factors (default: the widest of the inputs). Learned words, and
-    layers that the model lacks, are left out.
+    layers that the model lacks, are left out. Settings of sampling, as an LCM-LoRA has them, stay.
     Raises ValueError for kinds that are no product of two matrices, for a `path` that exists or is one of the inputs,
     and as `read_loras` and `save_lora` do.
     """
@@ -123,7 +124,7 @@ def merge_loras(
     widest = _dtype_of(change for parts in changes.values() for _, change in parts)
     weights = {f"w_{i}": [lora.weight, dict(lora.blocks)] for i, lora in enumerate(words, 1)}
     metadata = metadata_of({"formula": "w_1 C_1 + w_2 C_2 + ...", **weights}, inputs)
-    base.save(path, result, dtype or widest, metadata)
+    base.save(path, result, dtype or widest, metadata | kept(lora.path for lora in words if lora.weight))
     left = tuple(name for each in applied for name in (*each.unknown, *each.words))
     return Written.of(path, result, None, left), applied
 
@@ -167,8 +168,9 @@ def resize(
 ) -> Written:
     """Write a LoRA with other ranks. Changes of biases and normalizations stay whole.
 
-    LoHa, LoKr, LoCon with a core and whole differences become LoRA. dtype: of the factors (default: the widest of the
-    input). device: where the singular values are computed. watch: wraps the list of the layers.
+    LoHa, LoKr, LoCon with a core and whole differences become LoRA. Settings of sampling, as of an LCM-LoRA, stay.
+    dtype: of the factors (default: the widest of the input). device: where the singular values are computed. watch:
+    wraps the list of the layers.
     Raises ValueError for DoRA, whose change depends on the weights of the model, for a `path` that exists or is the
     input, and as `read_lora` and `save_lora` do.
     """
@@ -189,7 +191,7 @@ def resize(
         factors = {name: value for name, value in change.factors.items() if name not in whole}
         result[target] = Change(whole | (_as_stored(*cutter.cut(factors, change.scale), shape) if factors else {}))
     metadata = metadata_of({"formula": "C_1 with other ranks", "cut": _given(cut)}, {"C_1": Path(lora)})
-    base.save(path, result, dtype or _dtype_of(file.changes.values()), metadata)
+    base.save(path, result, dtype or _dtype_of(file.changes.values()), metadata | kept([lora]))
     return Written.of(path, result, cutter.energy, (*file.unknown, *file.words))
 
 

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import ldm
+from ldm.checkpoint.sampling import LCM_LORA, said
 from ldm.cli import _parser, main
 from ldm.lora_tools import Base, extract, merge_loras, resize
 from ldm.models.low_rank import Cut
@@ -94,6 +95,17 @@ def test_resized_loras_have_the_largest_singular_values(model_folder, loras, tmp
     lost = sum((change.flatten(1) - cut(change, 2)).square().sum() for change in differences(a))
     assert half.energy == pytest.approx(1 - float(lost / sum(change.square().sum() for change in differences(a))))
     assert str(half).endswith(f"2.safetensors: 3 modules of rank 2, with {100 * half.energy:.2f} % of the energy")
+
+
+def test_the_steps_of_an_lcm_lora_stay_in_what_is_made_from_it(model_folder, loras, tmp_path):
+    a, b = loras
+    lcm = tmp_path / "lcm.safetensors"
+    save_file(load_file(a), lcm, LCM_LORA.metadata())
+    merge_loras([lcm, f"{b}:0.5"], tmp_path / "both.safetensors", model=model_folder)
+    merge_loras([f"{lcm}:0", b], tmp_path / "off.safetensors", model=model_folder)
+    resize(lcm, tmp_path / "small.safetensors", Cut(2), model=model_folder)
+    names = ("both", "small", "off")
+    assert [said([tmp_path / f"{name}.safetensors"]) for name in names] == [LCM_LORA, LCM_LORA, None]
 
 
 def test_other_kinds_become_lora_by_resizing(model_folder, tmp_path):

@@ -44,18 +44,31 @@ def with_sampling(config: ModelConfig, loras: Iterable[str | Path]) -> ModelConf
 
     loras: files, or folders as diffusers saves them. Raises ValueError for settings that are malformed.
     """
+    found = said(loras)
+    if found is None:
+        return config
+    return dataclasses.replace(
+        config,
+        diffusion=dataclasses.replace(config.diffusion, spacing=found.spacing),
+        sampler=found.sampler,
+        steps=found.steps,
+        guidance_scale=found.guidance_scale,
+    )
+
+
+def kept(loras: Iterable[str | Path]) -> dict[str, str]:
+    """Return the metadata of a file that is made from these LoRAs: their settings. Raises as `with_sampling` does."""
+    found = said(loras)
+    return {} if found is None else found.metadata()
+
+
+def said(loras: Iterable[str | Path]) -> Sampling | None:
+    """Return the settings that the last one of these LoRAs says, if one says some. Raises as `with_sampling` does."""
+    last = None
     for path in map(Path, loras):
         file = next((path / name for name in LORA_FILES if (path / name).is_file()), path)
         text = TensorFiles([file]).metadata.get(KEY)
         if text is not None:
             where = f"{file}, metadata {KEY}"
-            found = from_dict(parse_object(text, where), Sampling, where)
-            diffusion = dataclasses.replace(config.diffusion, spacing=found.spacing)
-            config = dataclasses.replace(
-                config,
-                diffusion=diffusion,
-                sampler=found.sampler,
-                steps=found.steps,
-                guidance_scale=found.guidance_scale,
-            )
-    return config
+            last = from_dict(parse_object(text, where), Sampling, where)
+    return last

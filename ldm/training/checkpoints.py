@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from ldm.atomic import beside
@@ -149,10 +149,11 @@ class Checkpoints:
             os.replace(new, log)
 
 
-def learned(objective: nn.Module) -> dict[str, Tensor]:
-    """Return the state of `objective` without the parameters that are not trained."""
-    fixed = {name for name, p in objective.named_parameters(remove_duplicate=False) if not p.requires_grad}
-    return {name: value for name, value in objective.state_dict().items() if name not in fixed}
+def learned(objective: nn.Module) -> dict[str, Any]:
+    """Return the state of `objective` without the parameters that are not trained; each one that is trained once."""
+    left_out = {name for name, _ in objective.named_parameters(remove_duplicate=False)}
+    left_out -= {name for name, p in objective.named_parameters() if p.requires_grad}
+    return {name: value for name, value in objective.state_dict().items() if name not in left_out}
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -19,7 +19,7 @@ import copy
 import dataclasses
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -33,13 +33,9 @@ from ldm.diffusion.consistency import consistency
 from ldm.diffusion.denoiser import Denoiser, guided, parametrize
 from ldm.diffusion.samplers import lcm
 from ldm.diffusion.schedule import NoiseSchedule, factor, to_ve
-from ldm.models.vae import Gaussian
 from ldm.training.adapters import Adapters
 from ldm.training.diffusion import DiffusionLoss, DiffusionObjective, Networks
-from ldm.training.loop import Batch
-from ldm.training.teaching import swapped
-
-Function = Callable[..., Tensor]  # called as a UNet is
+from ldm.training.loop import Batch, extras
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +51,7 @@ class ConsistencyObjective(DiffusionObjective):
     """Train a student to be a consistency function.
 
     All networks of the model stay: the VAE, the text encoder, and the UNet, which is the teacher of a distillation.
-    Checkpoints do not hold them. The batches have images, or the moments of their latents. No caption is dropped.
+    The batches have images, or the moments of their latents, and may have "sizes". No caption is dropped.
     """
 
     def __init__(
@@ -95,15 +91,15 @@ class ConsistencyObjective(DiffusionObjective):
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the mean weighted distance of one batch. The log has it without weights."""
         self._move_target()
-        images, captions = batch[0], batch[1]
+        images, captions, sizes = batch[0], batch[1], extras(batch).get("sizes")
         x0, size = self.latents(images), self._size(images)
         noise, scales = torch.randn_like(x0), self.scales(len(x0)).to(x0)
-        pairs, given = self.pairs(len(x0)), self.given(captions, scales, size)
+        pairs, given = self.pairs(len(x0)), self.given(captions, scales, size, sizes)
         x = x0 + factor(pairs.high, x0) * noise
         # The gradient's pass comes first: autocast keeps weights that it cast without gradients.
         found = self.function(self.student, given)(x, pairs.high)
         with torch.no_grad():
-            teacher = self.teacher(given, scales, size)
+            teacher = self.teacher(given, scales, size, sizes)
             lower = self.lower(x, x0, noise, pairs, teacher)
             goal = self.function(self.student if self.target is None else self.target, given)(lower, pairs.low)
         distances = self.distances(found, goal)
@@ -120,7 +116,7 @@ class ConsistencyObjective(DiffusionObjective):
     @torch.no_grad()
     def latents(self, images: Tensor) -> Tensor:
         """Draw the latents, b c h w, of images, or of moments."""
-        return (self.vae.encode(images) if images.shape[1] == 3 else Gaussian(*images.chunk(2, dim=1))).sample()
+        return self._posterior(images).sample()
 
     @abstractmethod
     def pairs(self, count: int) -> Pairs:
@@ -138,12 +134,14 @@ class ConsistencyObjective(DiffusionObjective):
         """Draw the teacher's guidance scale for `count` images. 1: no guidance."""
         return torch.ones(count)
 
-    def given(self, captions: Sequence[str | None], scales: Tensor, size: Sequence[int]) -> Condition:
-        """Return the condition of the student. size: height and width of the images in pixels."""
-        return self._condition(self.networks.text_encoder, captions, size)
+    def given(
+        self, captions: Sequence[str | None], scales: Tensor, size: Sequence[int], sizes: Tensor | None = None
+    ) -> Condition:
+        """Return the condition of the student. size: height and width of the images in pixels. sizes: for SDXL."""
+        return self._condition(self.networks.text_encoder, captions, size, sizes)
 
-    def network(self, trained: nn.Module) -> Function:
-        """Return the function that is called as a UNet is, of the student, of the target or of their average."""
+    def network(self, trained: nn.Module) -> nn.Module:
+        """Return the network that is called as a UNet is, of the student or of the target."""
         return trained
 
     def function(self, trained: nn.Module, given: Condition) -> Denoiser:
@@ -155,7 +153,7 @@ class ConsistencyObjective(DiffusionObjective):
 
         return consistency(parametrize(predict, self.schedule, self.prediction), self.schedule)
 
-    def teacher(self, given: Condition, scales: Tensor, size: Sequence[int]) -> Denoiser:
+    def teacher(self, given: Condition, scales: Tensor, size: Sequence[int], sizes: Tensor | None = None) -> Denoiser:
         """Return the model's denoiser, guided with one scale per image: b."""
         bind, given = self.networks.unet.bind, dataclasses.replace(given, guidance=None)
         if (scales == 1).all():
@@ -165,7 +163,7 @@ class ConsistencyObjective(DiffusionObjective):
             cond, uncond = predictions
             return uncond + factor(scales, cond) * (cond - uncond)
 
-        empty = self._condition(self.networks.text_encoder, [None] * len(scales), size)
+        empty = self._condition(self.networks.text_encoder, [None] * len(scales), size, sizes)
         return parametrize(guided(bind, [given, empty], rule), self.schedule, self.prediction)
 
     @torch.no_grad()
@@ -245,9 +243,11 @@ class LCMObjective(ConsistencyObjective):
         low, high = self.loss.guidance
         return low + (high - low) * torch.rand(count)
 
-    def given(self, captions: Sequence[str | None], scales: Tensor, size: Sequence[int]) -> Condition:
+    def given(
+        self, captions: Sequence[str | None], scales: Tensor, size: Sequence[int], sizes: Tensor | None = None
+    ) -> Condition:
         """Return the condition of the student, with w = scale - 1 if the student takes it as an input."""
-        found = super().given(captions, scales, size)
+        found = super().given(captions, scales, size, sizes)
         return dataclasses.replace(found, guidance=scales - 1) if self.embedded else found
 
     def pairs(self, count: int) -> Pairs:
@@ -295,20 +295,14 @@ class LCMLoraObjective(LCMObjective):
             model, adapters, without_target, embedded=False, accumulate=accumulate, sample_prompts=sample_prompts
         )
 
-    def network(self, trained: nn.Module) -> Function:
-        """Return the UNet with a LoRA: the student, or an average of it."""
-        unet = self.networks.unet
+    def network(self, trained: nn.Module) -> nn.Module:
+        """Return the UNet, which computes with the student."""
+        return self.networks.unet
 
-        def call(*inputs: Any) -> Tensor:
-            with swapped(self.student, trained):
-                return unet(*inputs)
-
-        return unet if trained is self.student else call
-
-    def teacher(self, given: Condition, scales: Tensor, size: Sequence[int]) -> Denoiser:
+    def teacher(self, given: Condition, scales: Tensor, size: Sequence[int], sizes: Tensor | None = None) -> Denoiser:
         """Return the guided denoiser of the UNet without the LoRA."""
         with _without(self.student):  # the keys of the context are computed here
-            denoise = super().teacher(given, scales, size)
+            denoise = super().teacher(given, scales, size, sizes)
 
         def plain(x: Tensor, sigma: Tensor) -> Tensor:
             with _without(self.student):

@@ -258,6 +258,12 @@ def decoded(file: IO[bytes] | Path, name: str) -> Iterator[Image.Image]:
         ) from error
 
 
+def picture_files(folder: Path, mask: Masking) -> list[Path]:
+    """Return the pictures in a folder and its subfolders, in the order of their names, without masks in files."""
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    return [path for path in found if mask != "file" or not path.name.endswith(MASK_SUFFIX)]
+
+
 def _read_metadata(folder: Path) -> list[tuple[Path, str]]:
     items = []
     listing = folder / "metadata.jsonl"
@@ -278,9 +284,7 @@ def _read_metadata(folder: Path) -> list[tuple[Path, str]]:
 
 
 def _read_captions(folder: Path, mask: Masking) -> list[tuple[Path, str]]:
-    pictures = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    if mask == "file":
-        pictures = [path for path in pictures if not path.name.endswith(MASK_SUFFIX)]
+    pictures = picture_files(folder, mask)
     missing = [path.relative_to(folder) for path in pictures if not path.with_suffix(".txt").is_file()]
     if missing:
         raise ValueError(

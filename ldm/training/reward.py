@@ -31,7 +31,6 @@ from ldm.training.diffusion import DiffusionLoss, DiffusionObjective, Networks
 from ldm.training.evaluate import judge, objects_to_find
 from ldm.training.loop import Batch
 from ldm.training.scenes import Scene, Scenes
-from ldm.training.teaching import swapped
 
 Reward = Callable[[Sequence[Image.Image], Sequence[int]], Tensor]  # pictures, index of each one's prompt -> b
 
@@ -191,8 +190,7 @@ class RewardObjective(DiffusionObjective):
         """Return one guided picture for each sample prompt. The noise is the same at each call."""
         prompts = self.sample_prompts or batch[1][:16]
         blank = torch.empty(len(prompts), 3, *(self.config.image_size,) * 2, device=batch[0].device)
-        with swapped(self.learned, trained):
-            return self._sampled(self.networks.unet.bind, self.networks.text_encoder, prompts, (blank, list(prompts)))
+        return self._sampled(self.networks.unet.bind, self.networks.text_encoder, prompts, (blank, list(prompts)))
 
 
 def log_normal(x: Tensor, mean: Tensor, std: float) -> Tensor:

@@ -183,6 +183,21 @@ def test_a_student_cannot_be_a_teacher(write):
         again.run(CPU)
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("size = 32", 'size = 32\nkeep_out = 1\nmask = "alpha"', r"^mask and keep_out under \[data\] cannot be used"),
+        ("steps = 4", 'steps = 4\nparallel = "fsdp"', "^parallel = 'fsdp' cannot be used in this kind of recipe"),
+    ],
+)
+def test_keys_that_a_student_does_not_use_are_refused(write, tmp_path, before, after, message):
+    write("lcm")
+    path = tmp_path / "recipe.toml"
+    path.write_text(path.read_text().replace(before, after))
+    with pytest.raises(ValueError, match=message):
+        read_recipe(path).run(CPU)
+
+
 @pytest.mark.slow
 def test_diffusers_loads_the_student_and_makes_its_pictures(write):
     diffusers = pytest.importorskip("diffusers")

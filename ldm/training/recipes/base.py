@@ -9,10 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from ldm.checkpoint.files import load, save
+from ldm.checkpoint.parts import Model
 from ldm.config import VAEConfig
+from ldm.loading import locate
+from ldm.models.attention import math_attention, set_attention
+from ldm.models.vae import VAE
 from ldm.training.data import DataConfig
-from ldm.training.loop import LoopConfig
+from ldm.training.distributed import first_process_first
+from ldm.training.latents import Latents
+from ldm.training.loop import Dataset, LoopConfig
 
 FREE = frozenset(  # may change in a run that goes on, because they change no number (steps: only of later steps)
     {
@@ -57,6 +65,36 @@ class Recipe(ABC):
         table = json.loads(json.dumps(dataclasses.asdict(self), default=str))
         return {name: value for name, value in _flat(table).items() if name not in FREE}
 
+    def encoded(
+        self, dataset: Dataset, count: int, vae: VAE, folder: str = "latents", values: tuple[str, ...] = ("data.",)
+    ) -> Dataset:
+        """Return the first `count` examples as latents, which stay in `folder` below `out`. One process encodes them.
+
+        values: the beginnings of the names of the recipe's values that the data depend on.
+        """
+        source = {name: value for name, value in self.fixed_values().items() if name.startswith(values)}
+        with first_process_first():
+            return Latents(dataset, count, vae, self.out / folder, source, bf16=self.loop.bf16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRecipe(Recipe):
+    """A recipe that starts from a whole model."""
+
+    model: Path  # what `ldm.load` takes
+
+    def load(self, device: torch.device) -> Model:
+        """Read the model in fp32. Raises ValueError as `ldm.load` does, and for sizes that the VAE cannot encode."""
+        model = load(locate(self.model), device=device)
+        check_side("size", self.data.size, model.config.vae)
+        check_side("buckets", self.data.buckets, model.config.vae)
+        return model
+
+    def save(self, model: Model) -> Path:
+        """Save a model to `out`/model in fp16 and in diffusers' layout; return this folder."""
+        save(model, self.out / "model", layout="diffusers", dtype=torch.float16, overwrite=True)
+        return self.out / "model"
+
 
 def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
@@ -70,6 +108,18 @@ def refuse_keys(data: DataConfig, *names: str) -> None:
     given = [name for name in names if getattr(data, name) != getattr(DataConfig(), name)]
     if given:
         raise ValueError(f"{' and '.join(given)} under [data] cannot be used in this kind of recipe: leave the key out")
+
+
+def refuse_fsdp(loop: LoopConfig) -> None:
+    """Raise ValueError for weights that are split among processes, if a recipe cannot train them."""
+    if loop.parallel == "fsdp":
+        raise ValueError("parallel = 'fsdp' cannot be used in this kind of recipe: leave the key out")
+
+
+def choose_attention(network: nn.Module, device: torch.device) -> None:
+    """On a CPU, use plain attention in a network that learns: the gradient of the fused one is slow there."""
+    if device.type == "cpu":
+        set_attention(network, math_attention)
 
 
 def check_side(name: str, side: int, vae: VAEConfig) -> None:

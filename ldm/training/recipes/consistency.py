@@ -8,11 +8,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ldm.checkpoint.files import load, save
 from ldm.checkpoint.parts import Model
 from ldm.checkpoint.sampling import LCM_LORA
-from ldm.loading import locate
-from ldm.models.attention import math_attention, set_attention
 from ldm.models.unet import UNet
 from ldm.training.adapters import Adapters, LoraConfig
 from ldm.training.consistency import (
@@ -26,44 +23,41 @@ from ldm.training.consistency import (
     TrainingLoss,
 )
 from ldm.training.diffusion import zero_init
-from ldm.training.latents import Latents
 from ldm.training.loop import Dataset, train
-from ldm.training.recipes.base import Recipe, check_side
+from ldm.training.recipes.base import ModelRecipe, choose_attention, refuse_fsdp, refuse_keys
 from ldm.training.recipes.lora import new_adapters, save_adapters
 
 GUIDANCE_DIM = 256  # of the embedded scale, as in the official LCMs
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudentRecipe(Recipe):
+class StudentRecipe(ModelRecipe):
     """What both recipes have: a model whose VAE and text encoder stay, and a student of its UNet's architecture."""
 
-    model: Path  # what `ldm.load` takes
     name: str = "student"
     latents: int = 0  # encode this many examples once, before the training; 0: encode every batch
     sample_prompts: tuple[str, ...] = ()  # of the sample pictures; none: the captions of the last batch
 
     def _open(self, device: torch.device) -> tuple[Model, Dataset]:
         """Load the model, and open the data. Raises ValueError for a model that is a student, or of another kind."""
-        model = load(locate(self.model), device=device)
+        refuse_keys(self.data, "mask", "keep_out")
+        refuse_fsdp(self.loop)
+        model = self.load(device)
         config = model.config
-        check_side("size", self.data.size, config.vae)
         if config.unet.guidance_dim is not None or config.unet.in_channels != config.vae.latent_channels:
             raise ValueError(
                 f"the model {self.model} must be one of text to image that is not distilled, got {config.name}"
             )
-        dataset = self.data.open()
+        dataset = self.data.open(sizes=config.unet.is_sdxl)
         if self.latents:
-            source = {name: value for name, value in self.fixed_values().items() if name.startswith("data.")}
-            dataset = Latents(dataset, self.latents, model.vae, self.out / "latents", source, bf16=self.loop.bf16)
+            dataset = self.encoded(dataset, self.latents, model.vae)
         torch.manual_seed(self.loop.seed)
         return model, dataset
 
     def _train(self, objective: ConsistencyObjective, dataset: Dataset, device: torch.device) -> nn.Module:
         """Run the loop, and return the average of the student's weights."""
         objective.to(device)
-        if device.type == "cpu":  # the gradient of PyTorch's fused attention takes a fifth of a step there
-            set_attention(objective, math_attention)
+        choose_attention(objective, device)
         return train(objective, dataset, self.loop, self.out, self.fixed_values())
 
     def _save(self, model: Model, student: nn.Module, *, steps: int, guidance_scale: float) -> Path:
@@ -78,9 +72,7 @@ class StudentRecipe(Recipe):
             steps=steps,
             guidance_scale=guidance_scale,
         )
-        found = Model(config, student, model.vae, model.text_encoder)
-        save(found, self.out / "model", layout="diffusers", dtype=torch.float16, overwrite=True)
-        return self.out / "model"
+        return self.save(Model(config, student, model.vae, model.text_encoder))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,23 +6,19 @@ from pathlib import Path
 import torch
 
 from ldm.checkpoint.controlnets import save_controlnet
-from ldm.checkpoint.files import load
 from ldm.config import Mid
 from ldm.control import check_opencv
-from ldm.loading import locate
-from ldm.models.attention import math_attention, set_attention
 from ldm.models.controlnet import HINT_CHANNELS, ControlNet
 from ldm.training.controlnet import ControlNetObjective
 from ldm.training.diffusion import DiffusionLoss
 from ldm.training.loop import train
-from ldm.training.recipes.base import Recipe, check_side, refuse_keys
+from ldm.training.recipes.base import ModelRecipe, choose_attention, refuse_keys
 
 
 @dataclass(frozen=True, kw_only=True)
-class ControlNetRecipe(Recipe):
+class ControlNetRecipe(ModelRecipe):
     """Train a ControlNet of edges for a fixed model, and save it to `out`/controlnet. It needs the extra `control`."""
 
-    model: Path  # what `ldm.load` takes
     loss: DiffusionLoss = field(default_factory=DiffusionLoss)
     hint_channels: tuple[int, ...] = HINT_CHANNELS
     mid: Mid | None = None  # see `UNetConfig`; None: as in the UNet
@@ -30,8 +26,7 @@ class ControlNetRecipe(Recipe):
     def run(self, device: torch.device) -> Path:
         """Train the ControlNet; return its folder. Raises as `Recipe.run` does."""
         check_opencv()
-        model = load(locate(self.model), device=device)
-        check_side("size", self.data.size, model.config.vae)
+        model = self.load(device)
         if 2 ** (len(self.hint_channels) - 1) != model.config.vae.factor:
             raise ValueError(
                 f"hint_channels must be {(model.config.vae.factor).bit_length()} numbers, because the latents are "
@@ -42,8 +37,7 @@ class ControlNetRecipe(Recipe):
         torch.manual_seed(self.loop.seed)
         network = ControlNet.copy_of(model.unet, hint_channels=self.hint_channels, mid=self.mid).to(device)
         objective = ControlNetObjective(model, network, self.loss)
-        if device.type == "cpu":
-            set_attention(objective, math_attention)
+        choose_attention(objective, device)
         average = train(objective, dataset, self.loop, self.out, self.fixed_values())
         assert isinstance(average, ControlNet)
         save_controlnet(average, self.out / "controlnet", dtype=torch.float16)

@@ -12,7 +12,6 @@ from ldm.checkpoint.files import load, load_vae, save
 from ldm.checkpoint.parts import TOWERS, Model
 from ldm.config import DiffusionConfig, Layout, ModelConfig, TextConfig, UNetConfig
 from ldm.loading import locate
-from ldm.models.attention import math_attention, set_attention
 from ldm.models.text import TextEncoder
 from ldm.models.token_files import read_tokenizer, save_tokenizer
 from ldm.models.tokens import Tokenizer, official_vocabulary
@@ -20,9 +19,9 @@ from ldm.models.unet import UNet
 from ldm.models.vae import VAE
 from ldm.training.diffusion import DiffusionLoss, DiffusionObjective, Networks, learns, zero_init
 from ldm.training.distributed import first_process_first
-from ldm.training.latents import Latents, Texts
+from ldm.training.latents import Texts
 from ldm.training.loop import Dataset, train
-from ldm.training.recipes.base import Recipe, check_side
+from ldm.training.recipes.base import Recipe, check_side, choose_attention
 from ldm.training.vocabulary import build_vocabulary
 
 Part = Literal["unet", "text_encoder", "text_encoder_2"]
@@ -75,12 +74,9 @@ class LDMRecipe(Recipe):
             config, networks, vae, self.loss, sample_prompts=self.sample_prompts, kept_out=kept_out
         )
         objective.to(device)
-        if device.type == "cpu":  # the gradient of PyTorch's fused attention takes a fifth of a step there
-            set_attention(objective.networks, math_attention)
+        choose_attention(objective.networks, device)
         if self.latents:
-            source = {name: value for name, value in self.fixed_values().items() if name.startswith("data.")}
-            with first_process_first():
-                dataset = Latents(dataset, self.latents, vae, self.out / "latents", source, bf16=self.loop.bf16)
+            dataset = self.encoded(dataset, self.latents, vae)
         if self.texts:
             with first_process_first():
                 dataset = Texts(dataset, networks.text_encoder, self.out / "texts", bf16=self.loop.bf16)

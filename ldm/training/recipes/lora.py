@@ -24,10 +24,11 @@ class LoraRecipe(TeachingRecipe):
     def run(self, device: torch.device) -> Path:
         """Train the LoRA; return its file or folder. Raises as `Recipe.run` does."""
         model = self.load(device)
-        dataset = self.encoded(self.pictures(), model)
+        dataset, kept_out = self.examples(model)
         torch.manual_seed(self.loop.seed)
         adapters = new_adapters(model, self.lora)
-        objective = TeachingObjective(model, adapters, self.loss, sample_prompts=self.sample_prompts)
+        prompts = self.sample_prompts
+        objective = TeachingObjective(model, adapters, self.loss, sample_prompts=prompts, kept_out=kept_out)
         average = train(objective, dataset, self.loop, self.out, self.fixed_values())
         assert isinstance(average, Adapters)
         return save_adapters(average, model, self.out, self.layout)

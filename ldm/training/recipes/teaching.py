@@ -11,69 +11,66 @@ import torch
 from torch import nn
 
 from ldm.atomic import beside
-from ldm.checkpoint.files import load
 from ldm.checkpoint.parts import TOWERS, Model
-from ldm.loading import locate
-from ldm.models.attention import math_attention, set_attention
-from ldm.training.data import SUFFIXES, DataConfig
+from ldm.training.data import DataConfig, picture_files
 from ldm.training.diffusion import DiffusionLoss
-from ldm.training.latents import Latents
+from ldm.training.distributed import first_process_first
 from ldm.training.lessons import Lesson, LessonScenes
 from ldm.training.loop import Dataset
-from ldm.training.recipes.base import Recipe, check_side
+from ldm.training.recipes.base import ModelRecipe, choose_attention, refuse_keys
 
 
 @dataclass(frozen=True, kw_only=True)
-class TeachingRecipe(Recipe):
+class TeachingRecipe(ModelRecipe):
     """Teach a model something new with a few pictures, whose latents are encoded once."""
 
-    model: Path  # what `ldm.load` takes
     loss: DiffusionLoss = field(default_factory=DiffusionLoss)
     sample_prompts: tuple[str, ...] = ()  # of the sample pictures; none: the captions of the last batch
     lesson: Lesson | None = None  # emoji scenes with something new, instead of the pictures of `data`
 
-    def pictures(self) -> Dataset:
-        """Return the data set. Raises ValueError as `DataConfig.open` and `Lesson.sprites` do."""
+    def pictures(self, *, sizes: bool = False) -> Dataset:
+        """Return the data set. sizes: see `DataConfig.open`.
+
+        Raises ValueError as `DataConfig.open` and `Lesson.sprites` do.
+        """
         if self.lesson is None:
-            return self.data.open()
+            return self.data.open(sizes=sizes)
         if self.data.folder is not None:
             raise ValueError(f"[lesson] makes the pictures, so folder = {self.data.folder} has no effect: omit one")
+        refuse_keys(self.data, "buckets", "mask")
         sprites = self.lesson.sprites(self.data.font, self.data.fluent)
         return LessonScenes(self.lesson, sprites, self.data.size, seed=self.data.seed)
 
     def load(self, device: torch.device) -> Model:
-        """Read the model in fp32. Raises ValueError as `ldm.load` does, and for a size that the VAE cannot encode."""
-        model = load(locate(self.model), device=device)
-        check_side("size", self.data.size, model.config.vae)
-        if device.type == "cpu":  # as in `LDMRecipe.run`
-            set_attention(model.unet, math_attention)
+        """Read the model in fp32. Raises ValueError as `ModelRecipe.load` does."""
+        model = super().load(device)
+        choose_attention(model.unet, device)
         return model
 
-    def encoded(
-        self,
-        dataset: Dataset,
-        model: Model,
-        folder: str = "latents",
-        values: tuple[str, ...] = ("data.", "lesson", "instance_prompt", "captions", "word"),
-    ) -> Dataset:
-        """Return `dataset` as latents, which stay in `folder` below `out`.
+    def examples(self, model: Model) -> tuple[Dataset, Dataset | None]:
+        """Return the latents that are trained on, and the pictures that are kept out.
 
-        values: the beginnings of the names of the recipe's values that the data depend on.
+        Raises ValueError as `pictures` and `DataConfig.split` do.
         """
-        source = {name: value for name, value in self.fixed_values().items() if name.startswith(values)}
-        return Latents(dataset, len(dataset), model.vae, self.out / folder, source, bf16=self.loop.bf16)
+        dataset, kept_out = self.data.split(self.pictures(sizes=model.config.unet.is_sdxl))
+        values = ("data.", "lesson", "instance_prompt", "captions", "word")
+        return self.encoded(dataset, len(dataset), model.vae, values=values), kept_out
 
 
-def captioned(data: DataConfig, captions: Sequence[str], listing: Path) -> Dataset:
+def captioned(data: DataConfig, captions: Sequence[str], listing: Path, *, sizes: bool) -> Dataset:
     """Return all pictures in `data.folder`, each with every one of the captions. Their own captions are not read.
 
-    listing: the folder for the list of the pictures. Raises ValueError without a folder, and as `DataConfig.open` does.
+    listing: the folder for the list of the pictures. sizes: see `DataConfig.open`. Raises ValueError without a folder,
+    for `keep_out` with several captions, and as `DataConfig.open` does.
     """
     if data.folder is None:
         raise ValueError("captions in the recipe are for your own pictures: give their folder under [data]")
-    names = sorted(path.resolve() for path in data.folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    write_list(listing, [{"file_name": str(name), "text": caption} for caption in captions for name in names])
-    return dataclasses.replace(data, folder=listing if names else data.folder).open()
+    if data.keep_out and len(captions) > 1:
+        raise ValueError("with several captions, each picture is also trained on: give one caption, or omit keep_out")
+    names = picture_files(data.folder.resolve(), data.mask)
+    with first_process_first():
+        write_list(listing, [{"file_name": str(name), "text": caption} for caption in captions for name in names])
+    return dataclasses.replace(data, folder=listing if names else data.folder).open(sizes=sizes)
 
 
 def write_list(folder: Path, rows: Sequence[Mapping[str, str]]) -> None:

@@ -35,22 +35,23 @@ class TextualInversionRecipe(TeachingRecipe):
         """Train the vectors; return the folder of the embedding. Raises as `Recipe.run` does."""
         model = self.load(device)
         learned = learn_word(model.text_encoder, self.word, self.start, self.vectors)
-        dataset = self.encoded(self.pictures(), model)
-        captions = {dataset.caption(i) for i in range(len(dataset))}
+        dataset, kept_out = self.examples(model)
+        captions = {part.caption(i) for part in (dataset, kept_out) if part is not None for i in range(len(part))}
         if lacking := sorted(
             text for text in captions if normal(self.word) not in words_used(model.text_encoder, [text])
         ):
             raise ValueError(
                 f"the caption {lacking[0]!r} does not have the word {self.word!r}: write it into each caption"
             )
-        objective = TeachingObjective(model, learned, self.loss, sample_prompts=self.sample_prompts)
+        prompts = self.sample_prompts
+        objective = TeachingObjective(model, learned, self.loss, sample_prompts=prompts, kept_out=kept_out)
         average = train(objective, dataset, self.loop, self.out, self.fixed_values())
         assert isinstance(average, nn.ParameterList)
         save_embedding(self.out / "embedding", self.word, list(average))
         return self.out / "embedding"
 
-    def pictures(self) -> Dataset:
+    def pictures(self, *, sizes: bool = False) -> Dataset:
         """Return the data set, whose captions are those of the recipe if there are any."""
         if not self.captions:
-            return super().pictures()
-        return captioned(self.data, self.captions, self.out / "captions")
+            return super().pictures(sizes=sizes)
+        return captioned(self.data, self.captions, self.out / "captions", sizes=sizes)
