@@ -1,4 +1,4 @@
-"""Image to image without the `Pipeline`: every stage between a picture, a prompt and a PNG.
+"""Image to image (SDEdit, Meng et al. 2022) without the `Pipeline`: every stage between a picture, a prompt and a PNG.
 
 python scripts/img2img.py frog.png "a fox on the grass" --strength 0.6 --model weights/tiny --out fox.png
 

@@ -48,14 +48,14 @@ def main() -> None:
     parser.add_argument("prompts", nargs="*", default=["a frog on a red background"])
     parser.add_argument("--no", default="a red background", help="what the second picture should not show")
     parser.add_argument("--weight", type=float, default=4.0)
-    parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--out", default="compose.png")
     args = parser.parse_args()
     pipe, pictures = ldm.load(), []
     plan = pipe.plan(ldm.Request(args.prompts[0], seed=1, steps=args.steps))
     for more in ([], [args.no]):
         prompts = [*args.prompts, *more]
-        weights = [args.weight] * len(args.prompts) + [-args.weight / 2] * len(more)
+        weights = [args.weight] * len(args.prompts) + [-args.weight] * len(more)
         *_, last = pipe.walk(plan, composed(pipe, prompts, weights), pipe.start(plan))
         pictures += pipe.decode(last.latents)
     save_png(grid(pictures), args.out, overwrite=True)

@@ -1,6 +1,6 @@
 """MultiDiffusion (Bar-Tal et al. 2023): a picture wider than the model's, from windows that overlap.
 
-    python scripts/recipes/panorama.py "a tree in the snow" --width 4
+    python scripts/recipes/panorama.py "a tree on the grass" --width 4
 
 Equation 5 of the paper, with all weights 1: each pixel takes the mean of the estimates of the windows that cover it,
 
@@ -17,7 +17,6 @@ from torch import Tensor
 
 import ldm
 from ldm.diffusion.denoiser import Denoiser
-from ldm.images import to_tensor
 from ldm.pictures import save_png
 
 
@@ -43,16 +42,17 @@ def multidiffusion(denoise: Denoiser, side: int, stride: int) -> Denoiser:
     return whole
 
 
-def seams(image: Tensor, side: int) -> float:
-    """Return the mean step of color across columns that are multiples of `side`, relative to all. image: 1 3 h w."""
-    steps = image.diff(dim=3).abs().mean(dim=(0, 1, 2))  # w - 1
-    return float(steps[side - 1 :: side].mean() / steps.mean())
+def seams(latents: Tensor, side: int) -> float:
+    """Return the mean step across columns at multiples of `side`, relative to steps two columns beside. 1 c h w."""
+    steps = latents.diff(dim=3).abs().mean(dim=(0, 1, 2))  # w - 1
+    at = torch.arange(side - 1, len(steps), side)
+    return float(steps[at].sum() / (steps[at - 2] + steps[at + 2]).mul(0.5).sum())
 
 
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make a panorama.")
-    parser.add_argument("prompt", nargs="?", default="a tree in the snow")
+    parser.add_argument("prompt", nargs="?", default="a tree on the grass")
     parser.add_argument("--width", type=int, default=3, help="in pictures of the model's size")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--out", default="panorama.png")
@@ -64,10 +64,11 @@ def main() -> None:
     numbers = []
     for stride in (side, side // 2):  # without overlap, then with half
         *_, last = pipe.walk(wide, multidiffusion(denoise, side, stride), pipe.start(wide))
-        (picture,) = pipe.decode(last.latents)
-        numbers.append(seams(to_tensor(picture), one.width))
-    save_png(picture, args.out, overwrite=True)
-    print(f"color steps at the borders of windows / elsewhere: {numbers[1]:.2f}, without overlap {numbers[0]:.2f}")
+        numbers.append(seams(last.latents, side))
+    save_png(pipe.decode(last.latents)[0], args.out, overwrite=True)
+    print(
+        f"step of the latents at borders of pictures / beside them: {numbers[1]:.2f}, without overlap {numbers[0]:.2f}"
+    )
 
 
 if __name__ == "__main__":
