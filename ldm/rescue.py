@@ -43,8 +43,11 @@ def prepare(job: Job, say: Say = lambda words: None) -> Way:
     if free is None or job.model.model == BUNDLED:
         return way
     on_disk = sum(_size(path) for path in job.model.paths.values())
-    config = files.identify(locate(job.model.model), prediction=job.model.prediction, ema=job.model.ema).config
-    plan = job.request.resolved(config)
+    try:
+        config = files.identify(locate(job.model.model), prediction=job.model.prediction, ema=job.model.ema).config
+        plan = job.request.resolved(config)
+    except ValueError:  # loading the model or planning the request will say what is wrong
+        return way
     if free > 6 * on_disk + OVERHEAD * plan.height * plan.width * (count + 1):  # the exact count takes a second
         return way
     placement = job.placement.resolve(config)
