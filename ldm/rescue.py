@@ -10,10 +10,13 @@ import errno
 import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from ldm.checkpoint import files
 from ldm.diagnosis import NotFiniteError
@@ -156,15 +159,32 @@ class _Work:
         placement, name = self.models.base.placement, "vae_dtype" if network == "vae" else "dtype"
         if getattr(placement, name) in (None, torch.float32):
             return False
+        shown, first = network.replace("_", " "), self._first_module(network)
         more: dict[str, Any] = {name: torch.float32}
         placement = dataclasses.replace(placement, **more)
-        new = f"the {network.replace('_', ' ')} in fp32"
+        new = f"the {shown} in fp32" + (f", because {first} gave numbers that are not finite" if first else "")
         self.models = load_models(self.job.model, placement)
         self.way = dataclasses.replace(self.way, placement=placement)
         self.left = iter(list(ways(placement, self.way.images))[1:])
         self.adjusted = (*self.adjusted, new)
-        self.say(f"the {network.replace('_', ' ')} gave numbers that are not finite: trying again with {new}")
+        self.say(f"the {shown} gave numbers that are not finite: trying again with {new}")
         return True
+
+    def _first_module(self, network: str) -> str:
+        """Repeat the part that failed, and return the name of the first module with an output that is not finite."""
+        found: list[str] = []
+
+        def look(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+            if not found and isinstance(output, Tensor) and not output.isfinite().all():
+                found.append(name)
+
+        with ExitStack() as hooks:
+            for name, module in getattr(self.models.base, network).named_modules():
+                if not any(module.children()):
+                    hooks.enter_context(module.register_forward_hook(partial(look, name)))
+            hooks.enter_context(suppress(NotFiniteError))
+            self.next_part(lambda steps, total: steps)
+        return next(iter(found), "")
 
     def result(self) -> Result:
         """Return one result for all parts."""
