@@ -219,7 +219,11 @@ FOLDERS = {
         SD2, index={"scheduler": ["diffusers", "PNDMScheduler"]}, scheduler=scheduler("DDIMScheduler")
     ),
     "SD 2 whose index says LCM over another's file": replace(
-        SD2, index={"scheduler": ["diffusers", "LCMScheduler"]}, scheduler=scheduler("DDIMScheduler"), spacing="lcm"
+        SD2,
+        index={"scheduler": ["diffusers", "LCMScheduler"]},
+        scheduler=scheduler("DDIMScheduler"),
+        spacing="lcm",
+        guidance=1.0,  # an LCM without an embedded scale has the guidance in its weights
     ),
     "SD 2 since transformers 4.34: the config decides": replace(SD2, tokenizers=(new_tokenizer(BANG, END),)),
     "SD 2 saved with <|endoftext|> as diffusers would pad it": replace(
