@@ -24,6 +24,7 @@ from ldm.checkpoint.files import identify
 from ldm.config import ModelConfig
 from ldm.loading import BUNDLED, load, locate
 from ldm.pipeline import Pipeline
+from ldm.placement.budget import memory_bytes
 from ldm.placement.choice import find_device, packable
 from ldm.placement.memory import Placement
 from ldm.request import Request
@@ -136,14 +137,11 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def memory(device: torch.device) -> dict[str, int]:
     """Return the free and the whole memory of the host (on Linux) and of the GPU, in MiB."""
-    found, listing = {}, Path("/proc/meminfo")
-    if listing.is_file():
-        rows = dict(line.split(":") for line in listing.read_text(encoding="utf-8").splitlines())
-        free, whole = (int(rows[name].split()[0]) for name in ("MemAvailable", "MemTotal"))
-        found = {"host free": free >> 10, "host": whole >> 10}
-    if device.type == "cuda":
-        free, whole = torch.cuda.mem_get_info(device)
-        found |= {"gpu free": free >> 20, "gpu": whole >> 20}
+    found: dict[str, int] = {}
+    places = {"host": torch.device("cpu")} | ({"gpu": device} if device.type == "cuda" else {})
+    for name, place in places.items():
+        if known := memory_bytes(place):
+            found |= {f"{name} free": known[0] >> 20, name: known[1] >> 20}
     return found
 
 

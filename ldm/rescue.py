@@ -30,6 +30,7 @@ from ldm.request import Request
 PAUSES = (1.0, 2.0, 4.0)  # seconds before the same work is tried again
 PASSING = {errno.EAGAIN, errno.EIO, errno.ETIMEDOUT, errno.ESTALE, errno.EBUSY}  # errors of a disk that may pass
 SMALLER = 0.75  # factor of both sides
+LARGEST = 1024  # pixels: the largest default size of a supported model
 OVERHEAD = 4096  # bytes for each pixel of each picture, more than any supported model needs
 
 Say = Callable[[str], None]
@@ -46,12 +47,18 @@ def prepare(job: Job, say: Say = lambda words: None) -> Way:
     if free is None or job.model.model == BUNDLED:
         return way
     on_disk = sum(_size(path) for path in job.model.paths.values())
+
+    def plenty(width: int, height: int) -> bool:
+        return free > 6 * on_disk + OVERHEAD * width * height * (count + 1)
+
+    if plenty(job.request.width or LARGEST, job.request.height or LARGEST):  # without reading the model's headers
+        return way
     try:
         config = files.identify(locate(job.model.model), prediction=job.model.prediction, ema=job.model.ema).config
         plan = job.request.resolved(config)
     except ValueError:  # loading the model or planning the request will say what is wrong
         return way
-    if free > 6 * on_disk + OVERHEAD * plan.height * plan.width * (count + 1):  # the exact count takes a second
+    if plenty(plan.width, plan.height):  # the exact count takes a second
         return way
     placement = job.placement.resolve(config)
     work = Work(count, plan.height, plan.width, guided=len(plan.which) > 1)

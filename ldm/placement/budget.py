@@ -5,7 +5,6 @@ of `WAYS`, each of which costs more time than the one before, until the pictures
 """
 
 import dataclasses
-import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -166,13 +165,22 @@ def fit(config: ModelConfig, placement: Placement, work: Work, free: int) -> tup
     return way, found
 
 
+def memory_bytes(device: torch.device) -> tuple[int, int] | None:
+    """Return the free and the whole memory of a GPU, or of the host for programs; None if they are not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)
+    listing = Path("/proc/meminfo")
+    if not listing.is_file():
+        return None
+    rows = dict(line.split(":") for line in listing.read_text(encoding="utf-8").splitlines())
+    free, whole = (1024 * int(rows[name].split()[0]) for name in ("MemAvailable", "MemTotal"))
+    return free, whole
+
+
 def free_bytes(device: torch.device) -> int | None:
     """Return the free memory of a GPU, or the memory of the host that programs can get; None if it is not known."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    info = Path("/proc/meminfo")
-    found = re.search(r"MemAvailable:\s+(\d+) kB", info.read_text()) if info.is_file() else None
-    return 1024 * int(found[1]) if found else None
+    found = memory_bytes(device)
+    return found[0] if found else None
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
