@@ -255,8 +255,8 @@ class ModelConfig:
             if self.unet.vector_dim == pooled + 256 * len(scalars):
                 return scalars
         raise ValueError(
-            f"the UNet takes a vector of {self.unet.vector_dim} and the pooled text is {pooled} wide: SDXL base adds "
-            "256 for each of 6 scalars, its refiner for each of 5"
+            f"the UNet takes a vector of {self.unet.vector_dim}, the pooled text is {pooled} wide: each scalar adds "
+            "256, and SDXL base has 6, its refiner 5"
         )
 
 

@@ -19,7 +19,7 @@ def target_size(
 
     width, height: the sides that the user chose. A side that is None follows from the picture's aspect ratio. If both
     are None, the image has the area of a square of `area_side` pixels. A side that was None is rounded to the nearest
-    multiple of `factor`, at least `factor` and at most area_side^2 / factor: the limit for long, thin pictures.
+    multiple of `factor`. It is at least `factor`, and at most area_side^2 / factor, which limits long, thin pictures.
     """
     if not picture_width or not picture_height:
         raise ValueError(f"the picture has no pixels: its size is {picture_width} x {picture_height}")

@@ -1,7 +1,7 @@
 """The stages of the `Pipeline` for inpainting: the start, the network and the denoiser of a request with a mask.
 
-Text-to-image models keep the known latents with `ldm.diffusion.inpainting.keep`. Inpainting models have a UNet with
-2 c + 1 input channels for c latent channels: the noisy latents, the mask, and the latents of the masked picture.
+Text-to-image models keep the known latents with `ldm.diffusion.inpainting.keep`. For c latent channels, the UNet of an
+inpainting model has 2c + 1 input channels: noisy latents, mask, and latents of the masked picture.
 
 Noise is drawn in the order of diffusers: for the latents of the picture, the initial noise, and for the latents of the
 masked picture. A text-to-image model does not use the third draw. An inpainting model at strength 1 has no first draw.
@@ -23,8 +23,8 @@ from ldm.request import Plan
 def start(pipe: Any, plan: Plan) -> Tensor:
     """Return x at the level plan.sigmas[0], b c h w: the latents of the picture plus noise.
 
-    At strength 1 it is noise alone, unlike in image to image. Gray parts of the mask are no exception in an inpainting
-    model; in a text-to-image model they start from the picture, because they are kept at first.
+    At strength 1 it is noise alone, unlike in image to image. In an inpainting model this is so for gray parts of the
+    mask, too. In a text-to-image model gray parts start from the picture, because they are kept at first.
     """
     _, noise, _ = _draws(plan)
     pure = samplers.start(noise, plan.sigmas[0], sampler=plan.sampler, spacing=plan.spacing)

@@ -104,8 +104,8 @@ def set_loras(pipe: "Pipeline", loras: "Sequence[str | Path | Lora]") -> tuple[A
     """Let these LoRAs replace those in the networks of `pipe`; none restores the weights as they were loaded.
 
     loras: `Lora`, or as text FILE or FILE:WEIGHT. `pipe.loras.applied` holds the result, too.
-    Raises ValueError as `read_lora` and `add_embedding` do, before anything changes; for quantized weights; and for
-    weights that would not be finite, after which the pipeline has no LoRA.
+    Raises ValueError as `read_lora` and `add_embedding` do, and for quantized weights; then the pipeline stays
+    unchanged. Raises it for weights that would not be finite; then the pipeline has no LoRA.
     """
     networks = {"unet": pipe.unet, **dict(zip(TOWERS, pipe.text_encoder.towers, strict=False))}
     layers = layers_of(networks)

@@ -110,8 +110,8 @@ def merge_loras(
 
     loras: FILE, FILE:WEIGHT or `Lora`. dtype: of the factors (default: the widest of the inputs). Learned words, and
     layers that the model lacks, are left out. Settings of sampling, as an LCM-LoRA has them, stay.
-    Raises ValueError for kinds that are no product of two matrices, for a `path` that exists or is one of the inputs,
-    and as `read_loras` and `save_lora` do.
+    Raises ValueError for kinds that are no product of two matrices, and for a `path` that exists or is an input. Raises
+    it as `read_loras` and `save_lora` do, too.
     """
     words = [Lora.parse(word) for word in loras]
     inputs = {f"C_{i}": Path(lora.path) for i, lora in enumerate(words, 1)}
@@ -171,8 +171,8 @@ def resize(
     LoHa, LoKr, LoCon with a core and whole differences become LoRA. Settings of sampling, as of an LCM-LoRA, stay.
     dtype: of the factors (default: the widest of the input). device: where the singular values are computed. watch:
     wraps the list of the layers.
-    Raises ValueError for DoRA, whose change depends on the weights of the model, for a `path` that exists or is the
-    input, and as `read_lora` and `save_lora` do.
+    Raises ValueError for DoRA, whose change depends on the weights of the model, and for a `path` that exists or is the
+    input. Raises it as `read_lora` and `save_lora` do, too.
     """
     check_apart(path, [Path(lora)])
     _check_path(path, overwrite=overwrite)
@@ -213,8 +213,8 @@ def extract(
     also the layers between the transformers. `Written.left_out` names all other weights that differ.
     dtype: of the factors (default: that of the tuned UNet). device: where the singular values are computed. watch:
     wraps the list of all weights.
-    Raises ValueError for models of two families, for models whose layers are equal, for a `path` that is one of the
-    inputs or that exists, and as `save_lora` does.
+    Raises ValueError for models of two families, for models whose layers are equal, and for a `path` that exists or is
+    an input. Raises it as `save_lora` does, too.
     """
     check_apart(path, [Path(tuned), Path(model)])
     _check_path(path, overwrite=overwrite)

@@ -47,9 +47,10 @@ def merge(
 ) -> None:
     """Write the weighted sum of `model` (A) and `other` (B), or with `minus` (C) A plus the weighted difference B - C.
 
-    weight: w above, for all parts but those in `blocks`: "vae", "text_encoder", "text_encoder_2" or a module of the
-    UNet, such as "down" or "up.3"; the longest name counts. If A has more input channels than B and C, as a model for
-    inpainting has, the further channels stay those of A. What no network computes with is that of A, too.
+    weight: w above, for all parts without a weight in `blocks`. blocks: w by the name of a part: "vae", "text_encoder",
+    "text_encoder_2" or a module of the UNet, such as "down" or "up.3". The longest name counts. If A has more input
+    channels than B and C, as a model for inpainting has, the further channels stay those of A. What no network computes
+    with is that of A, too.
     path, layout, dtype, overwrite: as of `ldm.checkpoint.files.save`; without `dtype` each weight keeps that of A.
     watch: as of `rewrite`. Memory holds at most four times the largest weight in fp32.
     Raises ValueError for models that do not fit together, a `path` that is or holds one of them, and as `save` does.
@@ -155,8 +156,8 @@ def check_alike(
             )
     if other.prediction != base.prediction:
         raise ValueError(
-            f"{who} predict {other.prediction} and {base.prediction}, so no mean of them works: merge models that "
-            "predict the same; `ldm convert --prediction` corrects a file that says the wrong one"
+            f"{who} predict {other.prediction} and {base.prediction}: merge models that predict the same; "
+            "`ldm convert --prediction` corrects a file that says the wrong one"
         )
 
 

@@ -155,8 +155,8 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
     """Scale gray levels of 12 or 16 bits to 8 bits; Pillow would clip them. Return other pictures unchanged."""
     if picture.mode in ("I", "F"):
         raise ValueError(
-            f"its pixels are signed or have 32 bits (mode {picture.mode}), so the levels of black and white are "
-            "unknown; save it with 8 or 16 unsigned bits per channel"
+            f"its pixels are signed or have 32 bits (mode {picture.mode}), so black and white are unknown levels; "
+            "save it with 8 or 16 unsigned bits per channel"
         )
     if not picture.mode.startswith("I;16"):
         return picture

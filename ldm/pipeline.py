@@ -85,7 +85,7 @@ class Pipeline:
           its options. The plan's sampler still decides the noise levels and the scale of the initial noise.
         The tensors of a step are fp32: b c h w. Pass `step.latents` of the last step, or any `step.x0`, to `decode`.
         Raises ValueError for a request that this model does not support. The iterator raises FloatingPointError if x is
-        not finite: on a CPU at once, on a GPU after the last step, because each check would wait for the GPU.
+        not finite. A CPU checks each step, a GPU only the last, because a check waits for the GPU.
         """
         plan = self.plan(request)
         if isinstance(sampler, str):

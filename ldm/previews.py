@@ -100,9 +100,8 @@ def tiny(decoder: Decoder, pipe: Pipeline) -> Colors:
     vae = pipe.config.vae
     if (decoder.latent_channels, FACTOR) != (vae.latent_channels, vae.factor):
         raise ValueError(
-            f"the TAESD decodes latents of {decoder.latent_channels} channels and a factor of {FACTOR}, and those of "
-            f"{pipe.config.name} have {vae.latent_channels} and {vae.factor}: use the TAESD of the model's family, or "
-            "leave it out"
+            f"the TAESD is for latents of {decoder.latent_channels} channels and a factor of {FACTOR}, but "
+            f"{pipe.config.name} has {vae.latent_channels} and {vae.factor}: use a TAESD of its family, or leave it out"
         )
     return lambda latents: decoder.to(latents.device)(latents.float())
 

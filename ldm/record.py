@@ -94,9 +94,9 @@ class Record:
     """How a picture was made: the request, the model, and the defaults that the model filled in.
 
     resolved: the main fields of the `Plan`. name, why: the name of the identified model, and how it was identified.
-    sha256: the digest of each path in `model.paths`, of the source picture and its mask, of each ControlNet and its
-      picture: "controlnet_1", "control_1" and so on, of the files of each image prompt: "ip_adapter_1",
-      "image_prompt_1", "image_encoder_1" and so on, and of the masks of regions: "region_1" and so on.
+    sha256: the digest of each path in `model.paths`, of the source picture and of its mask. Other files have numbers
+      from 1. A ControlNet and its picture are "controlnet_1" and "control_1"; the mask of a region is "region_1". An
+      image prompt has "ip_adapter_1", "image_prompt_1" and "image_encoder_1".
     placement: its fields, with device and dtypes as text. picture: the index of the picture; None: a grid of all.
     adjusted: what was changed because memory was too small or a part failed, see `ldm.rescue`.
     """

@@ -28,8 +28,8 @@ def stream_both(base: Pipeline, refiner: Pipeline, request: Request, *, handover
       takes over at timestep 200 of 1000, as with `denoising_end` and `denoising_start` of diffusers. SDXL's refiner was
       trained on the timesteps below 200.
     With `Placement(offload="model")` only one of the two UNets is on the device at a time.
-    Raises ValueError for models with different noise schedules or latents, a handover that leaves one model no step,
-    and a size or score that neither model takes.
+    Raises ValueError for models with different noise schedules or latents, and for a handover that leaves one model no
+    step. Raises it for a size or score that neither model takes.
     """
     plan, refiner_plan = plan_both(base, refiner, request, handover=handover)
     return _steps(base, refiner, plan, refiner_plan)
@@ -61,8 +61,8 @@ def plan_both(base: Pipeline, refiner: Pipeline, request: Request, *, handover: 
     if not 0 < cut < len(timesteps):
         idle = "refiner" if cut else "base model"
         raise ValueError(
-            f"handover {handover} leaves no step for the {idle}: it is timestep {cutoff}, "
-            f"and the steps start at {timesteps[0]:.0f} to {timesteps[-1]:.0f}; change the handover or take more steps"
+            f"handover {handover} leaves no step for the {idle}: it is timestep {cutoff}, and steps start at "
+            f"{timesteps[0]:.0f} to {timesteps[-1]:.0f}; change the handover or take more steps"
         )
     return (
         dataclasses.replace(plan, sigmas=plan.sigmas[: cut + 1]),

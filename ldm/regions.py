@@ -2,13 +2,13 @@
 
     x0 = sum_i w_i x0_i / sum_i w_i   (MultiDiffusion, Bar-Tal et al. 2023; see `ldm.diffusion.regions`)
 
-with w_i = weight_i m_i for the mask m_i of region i, and w_0 = max(0, 1 - sum_i m_i) for the prompt of the request: it
-fills what the masks leave. Each prompt has its own guidance, with the negative prompt of the request. A step takes one
-prediction for each region, beside that of the request.
+with w_i = weight_i m_i for the mask m_i of region i. The prompt of the request has w_0 = max(0, 1 - sum_i m_i), so it
+fills the rest of the picture. Each prompt has its own guidance, with the negative prompt of the request. A step takes
+one prediction for each region, beside that of the request.
 
 A mask is read as for inpainting: white is 1, black and transparent pixels are 0. It is stretched to the picture, and a
 pixel of the latents takes the mean of its pixels. A box, such as "left=0,top=0,width=0.5,height=1", is in shares of the
-picture's sides; a part that is not named is left=0 or top=0, or reaches to the right or bottom side.
+picture's sides. Without left or top it begins at 0; without width or height it reaches to the right or bottom side.
 """
 
 import dataclasses

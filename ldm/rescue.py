@@ -82,8 +82,8 @@ def run(
     """Make the pictures of `job` as `ldm.jobs.run` does, and write each once, also if a part of the work is repeated.
 
     way: how to begin, from `prepare`. allow_smaller: if no way is left, make smaller pictures. say: is told changes.
-    Raises the error of the last try: out of memory in the last way, numbers that are not finite in fp32, a disk that
-    fails after three pauses. Other errors are raised at once.
+    Raises the error of the last try. It is out of memory in the last way, numbers that are not finite in fp32, or a
+    disk that fails after three pauses. Other errors are raised at once.
     """
     work = _Work(job, models, outputs, way or Way(models.base.placement, len(_chosen(job))), allow_smaller, say)
     pauses = iter(PAUSES)

@@ -34,8 +34,8 @@ def from_dict(
 
     where: the source, for error messages. may_lack: if given, only these fields and those that may be None can be
     missing, also in nested dataclasses. names: the classes that annotations of `kind` name in quotes.
-    Raises ValueError for an unknown key (listing the valid ones), a missing required field and a value of the wrong
-    type or out of its range.
+    Raises ValueError for an unknown key (and lists the valid ones), and for a missing required field. Raises it for a
+    value of the wrong type or out of its range.
     """
     hints = typing.get_type_hints(kind, localns=dict(names or {}))
     fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]

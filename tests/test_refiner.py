@@ -193,7 +193,7 @@ def test_a_handover_outside_0_to_1_is_refused(handover, base, refiner):
         (
             dataclasses.replace(FROG, steps=1),
             0.8,
-            "handover 0.8 leaves no step for the refiner: it is timestep 200, and the steps start at 999 to 999",
+            "handover 0.8 leaves no step for the refiner: it is timestep 200, and steps start at 999 to 999",
         ),
         (dataclasses.replace(FROG, steps=4, spacing="trailing"), 0.8, "no step for the refiner: .* 999 to 249; change"),
         (FROG, 0.05, "no step for the base model: it is timestep 950, .* 901 to 1; change the handover or take more"),

@@ -130,8 +130,8 @@ def load_text_encoder(
 ) -> TextEncoder:
     """Load only the text encoder, with all its towers, as `load_unet` loads the UNet.
 
-    A file or folder of one tower does not say which hidden state the UNet takes. SDXL's is assumed for a tower with a
-    projection, and for a folder in a model with two towers; for all others that of Stable Diffusion 1 and 2.
+    A file or folder of one tower does not say which hidden state the UNet takes. For a tower with a projection, and for
+    a folder in a model with two towers, SDXL's is assumed. For all others that of Stable Diffusion 1 and 2 is assumed.
     """
     source = sources.open_part(path, "text_encoder")
     encoder = sources.build_text_encoder(source, path)
@@ -210,8 +210,8 @@ def convert(
     A pickle of something else, such as a VAE or a ControlNet, becomes a .safetensors file (layout "ldm") with the same
     names. So does a pickle of a model with a ControlNet. Returns the names of the tensors that are left out because no
     network uses them, such as noise schedules.
-    Raises ValueError as `load` and `save` do, for a pickle that names code or holds nothing known, and for a file
-    whose name does not end in .safetensors.
+    Raises ValueError as `load` and `save` do. Raises it for a pickle that names code or has no known tensors, and for a
+    file whose name does not end in .safetensors.
     """
     check_output(target, layout, overwrite=overwrite)
     if not replace and is_pickle(Path(path)):

@@ -52,8 +52,8 @@ def open_folder(folder: Path, *, prediction: Prediction | None = None, pickles: 
     """Identify a model or the part of one in `folder` from its configs and headers.
 
     prediction: what the UNet predicts, whatever the configs say. pickles: whether the weights may be pickles.
-    Raises ValueError for a folder that is not a model, lacks a component, or has one that changes the pictures in a way
-    that is not implemented. A note names components that are not used.
+    Raises ValueError for a folder that is no model or lacks a component. Raises it for a component that changes the
+    pictures in a way that is not implemented. A note names components that are not used.
     """
     if not (folder / "model_index.json").is_file() and (folder / "config.json").is_file():
         return _open_part(folder, pickles)

@@ -21,8 +21,8 @@ OTHER_INPUTS = {  # UNets with inputs that this package does not provide, by the
     13: "a virtual try-on model, which needs pictures of a person and of clothes",
 }
 
-# Tensors beside the networks that are left out without a note: the noise schedule (computed anew, because fp16 files
-# lose its low end), moving averages, training state, and constants.
+# Tensors beside the networks that are left out without a note: the noise schedule, moving averages, training state,
+# and constants. The schedule is computed anew, because fp16 files lose its low end.
 IGNORED = re.compile(
     r"betas|alphas_cumprod(_prev)?|(sqrt|log)_one_minus_alphas_cumprod|sqrt_(recip_|recipm1_)?alphas_cumprod"
     r"|posterior_(variance|log_variance_clipped|mean_coef[12])|logvar|scale_factor|denoiser\.(log_)?sigmas"

@@ -58,8 +58,8 @@ def load_ip_adapter(
 ) -> IPAdapter:
     """Load the IP-Adapter in the .safetensors file at `path`. dtype: None keeps the stored one.
 
-    unet: the UNet to use it with. Raises ValueError for an IP-Adapter that does not fit it, for a file of another kind,
-    and for tensors that are missing, unknown or of another shape.
+    unet: the UNet to use it with. Raises ValueError for an IP-Adapter that does not fit the UNet, and for a file of
+    another kind. Raises it for tensors that are missing, unknown or of another shape.
     """
     tensors = TensorFiles([Path(path)])
     with torch.device("meta"):

@@ -1,9 +1,9 @@
 """LoRAs on disk, and their relatives: which layers of a model they change, and by which factors.
 
-The name of a layer in a file is looked up in a dictionary of all names that the layers of the model can have there. The
-dictionary is made from the key tables. A name such as `lora_unet_down_blocks_0_...` is never taken apart, because "_"
-stands for "." and for itself. Names have one of four styles: kohya's scripts, with the module names of diffusers or
-LDM; diffusers, new and old; PEFT; and cloneofsimo's first scripts, which number the layers.
+A dictionary has all names that the layers of the model can have in a file. Each name of the file is looked up there.
+The dictionary is made from the key tables. A name such as `lora_unet_down_blocks_0_...` is never taken apart, because
+"_" stands for "." and for itself. Names have one of four styles. kohya's scripts have the module names of diffusers or
+LDM. The other styles are diffusers, new and old; PEFT; and cloneofsimo's first scripts, which number the layers.
 """
 
 import math

@@ -111,9 +111,9 @@ def compare(
 ) -> tuple[dict[str, dict[str, list[str]]], list[str]]:
     """Compare names and shapes of `networks`, on the meta device, with the headers of the files of their `parts`.
 
-    dropped: parts in the same files that are not loaded. Returns, for each part that does not fit, the names that are
-    "missing", "misshapen" (with both shapes) and "unexpected"; and all names that no network uses. "Unexpected" are
-    those of them that look like one more layer of a part: the network of the file has that layer, ours does not.
+    dropped: parts in the same files that are not loaded. Returns the names that are "missing", "misshapen" (with both
+    shapes) and "unexpected" for each part that does not fit. Returns also all names that no network uses. "Unexpected"
+    are those of them that look like one more layer of a part: the network of the file has that layer, ours does not.
     """
     wanted, left = {}, set()
     for name, part in parts.items():
@@ -173,8 +173,8 @@ def fill(module: nn.Module, part: Part, *, dtype: torch.dtype | None, device: to
 
     dtype: None keeps the stored one. Tensors that need no cast and no move stay memory-mapped and are not read yet;
     the others are read one at a time.
-    Raises ValueError naming a tensor that is not stored in floating point, and a tensor that is read and holds NaN,
-    infinity or numbers out of the range of `dtype`.
+    Raises ValueError for a tensor that is not stored in floating point. Raises ValueError for a tensor that is read and
+    has NaN, infinity or numbers out of the range of `dtype`.
     """
     wanted = module.state_dict()
     stored = part.stored(wanted)

@@ -1,6 +1,6 @@
 """Tensor names as data: ours -> LDM single file, and ours -> diffusers folder.
 
-The tables hold for every configuration: where the numbering of the names depends on the number of residual blocks,
+The tables are valid for every configuration. Where the numbers in the names depend on the number of residual blocks,
 levels or transformer blocks, a function computes the name.
 """
 

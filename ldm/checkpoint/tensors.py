@@ -67,7 +67,7 @@ class Tensors:
         """Yield (name, tensor on the CPU) for each of `names`.
 
         mapped: memory-map the tensors. Otherwise each tensor may overwrite the one before, which keeps the peak of
-        memory low: cast, move or copy a tensor before asking for the next.
+        memory low. So cast, move or copy a tensor before you ask for the next.
         Raises ValueError for a dtype that torch does not have.
         """
         raise NotImplementedError

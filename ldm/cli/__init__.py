@@ -1,8 +1,8 @@
 """The `ldm` command: one subcommand per task. Its options are generated from the fields of dataclasses.
 
-Wrong input ends the command with one sentence on stderr and exit code 2, before anything is written. The exit code is
-also 2 if another program takes the name of a picture during the work; the picture is then saved under another name. A
-run that needs too much memory, or computes NaN or Inf, ends with exit code 1.
+Wrong input ends the command with one sentence on stderr and exit code 2, before anything is written. If another program
+takes the name of a picture during the work, the picture gets another name, and the exit code is 2. A run that needs too
+much memory, or computes NaN or Inf, ends with exit code 1.
 """
 
 import argparse

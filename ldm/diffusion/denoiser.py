@@ -55,7 +55,7 @@ def parametrize(
 
     dtype: the dtype of the network (default: the dtype of x). The latents are cast to it and the prediction is cast
       back, so that the sampler keeps the precision of x. Timesteps keep the dtype of x, because bf16 cannot hold 999.
-    Raises ValueError for an unknown prediction, and for eps at zero terminal SNR: the first x is then pure noise, so
+    Raises ValueError for an unknown prediction. Raises it for eps at zero terminal SNR: the first x is pure noise, so
     that eps tells nothing about x0.
     """
     if prediction not in get_args(Prediction):

@@ -15,7 +15,7 @@ def keep(denoise: Denoiser, known: Tensor, mask: Tensor, *, noise: Tensor, sigma
     step by the same sum. All samplers compute each latent from its own x and x0 alone, so both forms repaint alike.
     At sigmas[0] the network sees x itself, as in diffusers: pure noise if all steps run.
 
-    A mask between 0 and 1 is differential inpainting (Levin & Fried 2023, algorithm 1): the latents are kept for the
+    A mask between 0 and 1 is differential inpainting (Levin & Fried 2023, algorithm 1). The latents are kept in the
     first 1 - mask of the steps, and repainted in the others. A mask of 0.6 is image to image with strength 0.6. In the
     authors' code such latents join one step earlier.
 

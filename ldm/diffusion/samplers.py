@@ -129,7 +129,7 @@ def heun(denoise: Denoiser, x: Tensor, sigmas: Tensor, *, noise: Noise | None = 
     """Integrate the ODE with Heun's method (Karras et al. 2022, algorithm 1): two predictions a step.
 
     The correction adds (sigma - sigma') / (2 sigma') (x0' - x0) to Euler's step. A step to 0 has no correction. Neither
-    has a step to less than 1/100 of the level, such as the first step at zero terminal SNR: the correction is not valid
+    has a step to less than 1/100 of the level, such as the first step at zero terminal SNR. The correction is not valid
     over this distance. (diffusers applies the correction there, with a factor in the hundreds.)
     """
     for i, sigma, target in _levels(sigmas):

@@ -64,8 +64,8 @@ class NoiseSchedule:
           three arguments after it are then not used.
         zero_terminal_snr: shift and scale sqrt(a), so that the last timestep is pure noise (Lin et al. 2023,
           algorithm 1). Its sigma is 4096.
-        Raises ValueError for unknown `betas`, betas outside 0 < beta < 1, beta_start > beta_end, fewer than two
-        timesteps, and a schedule that leaves no signal before the last timestep.
+        Raises ValueError for unknown `betas`, betas outside 0 < beta < 1, beta_start > beta_end, and fewer than two
+        timesteps. Raises it if no signal is left before the last timestep.
         """
         beta = _betas(betas, beta_start, beta_end, timesteps)
         alphas_cumprod = torch.cumprod(1 - beta, dim=0)

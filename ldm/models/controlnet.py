@@ -79,8 +79,7 @@ class ControlNet(Encoder):
             f = 2 ** (len(self.hint_channels) - 1)
             raise ValueError(
                 f"the hint must have {f} pixels for each latent pixel, so {f * x.shape[-1]} x {f * x.shape[-2]}; its "
-                f"embedding has the size {features.shape[-1]} x {features.shape[-2]}, the latents "
-                f"{x.shape[-1]} x {x.shape[-2]}"
+                f"embedding is {features.shape[-1]} x {features.shape[-2]}, the latents {x.shape[-1]} x {x.shape[-2]}"
             )
         emb = self.embed(timesteps, vector, x.dtype)
         *contexts, middle = [context] * (len(self.down) + 1) if isinstance(context, Tensor) else context

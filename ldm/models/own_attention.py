@@ -21,8 +21,8 @@ def with_attention(network: Network, choose: Callable[[str, Attend], Attend]) ->
     choose: called once for each layer with its name in `network.named_modules` and the function of the original, see
       `ldm.models.attention`. It returns the function of the copy. In a UNet, the names of self-attention end with
       "attn1", those of cross-attention with "attn2"; "down.", "mid." and "up." are their first parts.
-    The modules are copied, and the parameters and buffers are shared: the copy takes almost no memory, and a change of
-    a weight in place changes both. Gradients go through the copy where the function of the layer supports them.
+    The modules are copied, and the parameters and buffers are shared. So the copy takes almost no memory, and a change
+    of a weight in place changes both. Gradients go through the copy where the function of the layer supports them.
     A layer with image prompts calls its function once more for each of them.
     """
     shared = {id(tensor): tensor for tensor in [*network.parameters(), *network.buffers()]}

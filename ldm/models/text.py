@@ -163,8 +163,8 @@ class TextEncoder(nn.Module):
     def from_transformers(cls, model: Any, tokenizer: Any, *, sdxl: bool | None = None) -> "TextEncoder":
         """Wrap a `CLIPTextModel` or `CLIPTextModelWithProjection` of transformers and its tokenizer, or lists of them.
 
-        The weights are shared, not copied. sdxl: as SDXL does, use the pooled projection, and the hidden state before
-        the last without the final norm; None: do so for two models, or for one with a projection.
+        The weights are shared, not copied. sdxl: use the pooled projection, and the hidden state before the last
+        without the final norm, as SDXL does. None: True for two models and for one with a projection.
         Raises ValueError for a model that is not a CLIP text tower of Stable Diffusion.
         """
         from ldm.models.adopted import adopt  # only users of transformers need it

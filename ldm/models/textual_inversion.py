@@ -1,6 +1,6 @@
 """Textual inversion (Gal et al. 2022): names in a prompt that stand for learned vectors, in place of tokens.
 
-A name is found in the text before it is split into words: as written, in upper or lower case, and not inside of a word.
+A name is found before the text is split into words: as written, in upper or lower case, and not as a part of a word.
 The longest name comes first. A name that is also a word of the vocabulary replaces the word, as in A1111's web UI.
 A name with n vectors takes n positions. `ldm.checkpoint.embeddings` reads the files.
 """

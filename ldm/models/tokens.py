@@ -75,8 +75,8 @@ def official_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Build CLIP's vocabulary and its 48,894 merges from the list that OpenAI published (MIT)."""
     packed = resources.files("ldm.models").joinpath("bpe_simple_vocab_16e6.txt.gz").read_bytes()
     lines = gzip.decompress(packed).decode("utf-8").split("\n")
-    # Line 0 is a header. CLIP has 49,152 tokens of 256 bytes, 256 bytes that end a word, merges, and 2 special tokens,
-    # so it does not use the last lines.
+    # Line 0 is a header. CLIP has 49,152 tokens: 256 bytes, 256 bytes that end a word, merges, and 2 special tokens.
+    # The last lines do not fit and are not used.
     merges = [(left, right) for left, right in map(str.split, lines[1 : 49152 - 256 - 2 + 1])]
     alphabet = byte_alphabet()
     tokens = alphabet + [c + "</w>" for c in alphabet] + [a + b for a, b in merges] + [BOS, EOS]

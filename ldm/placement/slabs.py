@@ -12,7 +12,8 @@ was stored last. So the last level of the decoder runs eight times, from 256 cha
 normalizations, and for the result.
 
 The network is cut into segments: its blocks, and the layers between two levels. For each segment, the budget decides:
-- If the feature maps before and after the segment fit, it runs on the whole picture and computes nothing twice.
+- If the feature maps before and after the segment fit, the segment runs on the whole picture and computes nothing
+  twice.
 - Otherwise the segment takes slabs. Five slabs fill a quarter of the budget: the input of a layer, a copy of the input,
   the output, a residual branch, and one in reserve. If the output of the segment fits the other three quarters, it is
   stored, and the rows before the segment are freed one by one. Otherwise the next segment continues with the slabs.

@@ -1,7 +1,7 @@
 """The audit log: who asked for which pictures, what was made, and what a guard decided. See `ldm.safety.chain`.
 
-Several processes and threads may append to one log: the file is locked for each line (`fcntl.flock`), and each line is
-on the disk before `append` returns. A process that is killed loses at most the line that it writes.
+Several processes and threads may append to one log, because the file is locked for each line (`fcntl.flock`). Each line
+is on the disk before `append` returns. A process that is killed loses at most the line that it writes.
 """
 
 import getpass
@@ -59,8 +59,8 @@ class AuditLog:
             check_number("rotate_at", self.rotate_at, 1, whole=True)
         if fcntl is None:
             raise ValueError(
-                f"the audit log needs fcntl.flock, which {platform.system()} does not have: without it, lines of two "
-                "processes could be mixed; write the log on Linux or macOS, or leave it out"
+                f"the audit log needs fcntl.flock, so that processes do not mix their lines, and {platform.system()} "
+                "has none: write the log on Linux or macOS"
             )
 
     def append(self, event: str, values: Mapping[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 A line is a JSON object in ASCII. Its last key, "hash", is the sha256 of the same object without that key. "previous" is
 the hash of the line before, and "number" counts from 1. Every newline of the file ends a complete line. So bytes after
-the last newline are a line that a process did not finish, and the next line says in "torn" that they stand before it.
+the last newline are a line that a process did not finish. The next line names these bytes in "torn".
 
 The chain has no secret: whoever can write the file can write another chain. Only a hash that is kept elsewhere (the
 head) shows this, as it shows a tail that was cut.

@@ -26,8 +26,8 @@ _SETTINGS = {
 class Credentials:
     """What the content credentials of a picture say.
 
-    state: "Trusted" for a signer whose certificate leads to a given anchor, "Valid" for another signer, "Invalid" for a
-    file that was changed or a signature that is wrong. problems: codes of the C2PA specification.
+    state: "Trusted" for a signer whose certificate leads to a given anchor, and "Valid" for another signer. "Invalid":
+    the file was changed, or the signature is wrong. problems: codes of the C2PA specification.
     signer: the name in the certificate. made_by_a_model: whether the note says so.
     """
 

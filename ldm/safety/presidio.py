@@ -26,8 +26,8 @@ class Presidio:
         )
         if not Path(model).is_dir() and importlib.util.find_spec(model) is None:
             raise ValueError(
-                f"the spaCy model {model} is neither a folder nor an installed package: install it with pip from its "
-                "wheel, or name another in the policy; nothing is fetched"
+                f"the spaCy model {model} is neither a folder nor an installed package, and nothing is fetched: "
+                "install its wheel with pip, or name another in the policy"
             )
         # The recognizer of e-mail addresses asks tldextract, whose default fetches a list. This reads the packaged one.
         domains.TLD_EXTRACTOR = domains.TLDExtract(cache_dir=None, suffix_list_urls=())

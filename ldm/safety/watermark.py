@@ -1,9 +1,9 @@
 """Invisible watermarks: a message of some bits, written into the color of a picture and read again.
 
-Both methods change U, the blue difference of YUV, and leave its details: they work on the means of 2x2 pixels, the
-low band of a Haar wavelet. Each 4x4 block of that band, 8x8 pixels, carries one bit of the message. The message is
-repeated over the blocks, row by row. A number of the block is moved to the nearest of a grid of levels, 36 apart, whose
-offset tells the bit (quantization index modulation, Chen and Wornell 2001).
+Both methods change the means of 2x2 pixels (the low band of a Haar wavelet) of U, the blue difference of YUV. The
+details stay. Each 4x4 block of that band, 8x8 pixels, carries one bit of the message. The message is repeated over the
+blocks, row by row. A number of the block is moved to the nearest of a grid of levels, 36 apart. The offset of the grid
+is the bit (quantization index modulation, Chen and Wornell 2001).
 
 - dwtDct moves the largest number of the block but the first. The official Stable Diffusion scripts use it, by the
   library invisible-watermark. `write` gives the pixels of that library, with its 8-bit YUV and its swapped details.
@@ -116,8 +116,8 @@ def check_size(width: int, height: int, length: int) -> None:
     """Raise ValueError if a picture of this size has fewer blocks than a message has bits."""
     if capacity(width, height) < length:
         raise ValueError(
-            f"a picture of {width} x {height} pixels carries {capacity(width, height)} bits of a watermark, one in "
-            f"each 8x8 pixels, and the message has {length}: give a shorter message or a larger picture"
+            f"the watermark has {length} bits, and {width} x {height} pixels carry {capacity(width, height)}, one in "
+            "each 8x8: give a shorter message or a larger picture"
         )
 
 

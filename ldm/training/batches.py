@@ -13,8 +13,8 @@ from ldm.training.distributed import rank, ranks
 from ldm.training.settings import LoopConfig
 from ldm.training.stopping import STOP_SIGNALS
 
-# Images: b 3 h w in [-1, 1], or the moments of their latents: b 2c h w; the captions; and, for data that have them,
-# more tensors by name, with one row for each image: "sizes", "mask", "context", "pooled"; see `DiffusionObjective`.
+# The images, b 3 h w in [-1, 1], or the moments of their latents, b 2c h w. Then the captions. Some data have more
+# tensors by name, with one row for each image: "sizes", "mask", "context", "pooled"; see `DiffusionObjective`.
 Batch = tuple[Tensor, list[str]] | tuple[Tensor, list[str], Mapping[str, Tensor]]
 Example = tuple[Tensor, str] | tuple[Tensor, str, Mapping[str, Tensor]]
 

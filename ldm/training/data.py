@@ -105,8 +105,8 @@ class Pictures(ABC):
     """Pictures with captions, scaled and cropped about their center. A subclass knows where they are stored.
 
     Small pictures are enlarged. The EXIF rotation is applied, and transparent parts become white.
-    An example has "mask" beside the image, uint8 1 h w, unless the frame has none. It has "sizes" if the frame asks
-    for them: the original height and width, and the top and left of the crop in pixels of the scaled picture.
+    An example has "mask" beside the image, uint8 1 h w, unless the frame has none. It has "sizes" if the frame asks for
+    them. These are the original height and width, and the top and left of the crop in pixels of the scaled picture.
     buckets: the bucket of each picture, or None for squares.
     """
 

@@ -77,8 +77,8 @@ class DiffusionObjective(Objective):
 
         sample_prompts: for the sample pictures; none: the captions of the last batch, at most 16.
         kept_out: examples that `validate` measures.
-        Raises ValueError for a UNet that takes an aesthetic score, as SDXL's refiner does, for one that takes the
-        guidance scale, and for eps with zero terminal SNR.
+        Raises ValueError for a UNet that takes an aesthetic score (SDXL's refiner) or the guidance scale, and for eps
+        with zero terminal SNR.
         """
         super().__init__()
         if "aesthetic_score" in config.micro_conditioning:
@@ -88,8 +88,8 @@ class DiffusionObjective(Objective):
             )
         if config.unet.guidance_dim is not None:
             raise ValueError(
-                f"the UNet of {config.name} was distilled with guidance, and this objective has no guidance scale for "
-                "it: start from the model that it was distilled from"
+                f"the UNet of {config.name} was distilled with guidance, and training here gives it no guidance scale: "
+                "start from the model that it was distilled from"
             )
         if config.diffusion.zero_terminal_snr and config.diffusion.prediction == "eps":
             raise ValueError(
@@ -272,7 +272,7 @@ def loss_weights(snr: Tensor, prediction: str, gamma: float) -> Tensor:
     """Return the weight of each image's squared error (min-SNR, Hang et al. 2023, eq. 8 and section 3.4).
 
     The weight of an error in x0 is min(SNR, gamma). The squared error in eps is SNR times the one in x0, and the
-    squared error in v is SNR + 1 times the one in x0; their weights are divided by these factors.
+    squared error in v is SNR + 1 times. Their weights are divided by these factors.
     snr: b. gamma 0: all weights are 1.
     """
     if gamma == 0:

@@ -1,8 +1,8 @@
 """Measure how often a model of emoji scenes draws what its prompts say, and how close its pictures are to true ones.
 
 The model draws fixed prompts, and the checker compares each picture with its prompt. The checker's own accuracy is
-measured on pictures of the same scenes that are drawn from the sprites, also blurred, with other contrast, and decoded
-from their latents. KID, which looks at the pictures without their prompts, is a second measure.
+measured on pictures of the same scenes that are drawn from the sprites. They are also measured blurred, with other
+contrast, and decoded from their latents. KID, which looks at the pictures without their prompts, is a second measure.
 """
 
 import math

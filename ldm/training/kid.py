@@ -4,9 +4,9 @@ The paper takes the pooled features of the Inception network, which is trained o
 encoder of the model's own VAE, which knows emoji and needs no download. Compare only models with the same VAE.
 `ldm.training.metrics` computes the same distance in the features of other networks.
 
-KID is independent of the checker of `ldm.training.checker`: it looks at the pictures alone, not at their prompts, and
-becomes large for blur, noise and missing variety, too. It is an estimate of a squared distance: about 0, also slightly
-below 0, for two sets of pictures of the same kind.
+KID is independent of `ldm.training.checker`: it compares pictures and does not use their prompts. Blur, noise and
+missing variety make it larger, too. It is an estimate of a squared distance: about 0, also slightly below 0, for two
+sets of pictures of the same kind.
 """
 
 import math

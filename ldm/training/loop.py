@@ -80,8 +80,8 @@ def train(
     The first SIGINT (Ctrl-C) or SIGTERM lets the current step end and saves a checkpoint; then Interrupted is raised.
     A second signal acts as it did before the run. Python allows this in the main thread only.
     Raises ValueError if the run in `out` has another recipe or more steps than `config`, or if all its checkpoints are
-    damaged. Raises FloatingPointError if a loss or a gradient is not finite, OSError if the disk is full, and
-    NotFirstProcess at the end of the other processes. The last checkpoint is intact in all these cases.
+    damaged. Raises FloatingPointError if a loss or a gradient is not finite, and OSError if the disk is full. All
+    processes but the first raise NotFirstProcess at the end. The last checkpoint is intact in all these cases.
     """
     check_batch(config.batch_size)
     if config.gradient_checkpointing:

@@ -1,9 +1,9 @@
 """FID, KID, precision and recall, and CLIP score of any pictures. The feature networks are local files.
 
 What each network sees:
-- A TorchScript file: uint8 b 3 299 299. Each picture is scaled to 299 x 299 pixels by Pillow's bicubic filter, without
-  regard to its proportions and rounded to 8 bits; clean-fid (Parmar et al. 2022) does not round. The published file of
-  the Inception network, inception-2015-12-05.pt, is asked for its 2,048 features (`return_features`).
+- A TorchScript file: uint8 b 3 299 299. Pillow's bicubic filter scales each picture to 299 x 299 pixels, which may
+  change its proportions. The result is rounded to 8 bits; clean-fid (Parmar et al. 2022) does not round. The published
+  file of the Inception network, inception-2015-12-05.pt, is asked for its 2,048 features (`return_features`).
 - A folder of CLIP: see `ldm.image_prompt.pixels`. The features are the projected embeddings.
 Pictures are read as `ldm.pictures.to_rgb` says: upright, in sRGB, transparent pixels over white.
 

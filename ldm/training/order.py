@@ -14,14 +14,14 @@ def batches(
 ) -> Iterator[list[int]]:
     """Yield the indices of each batch without end, from batch number `start` on. They depend on `seed` alone.
 
-    Each batch has `size` examples of one bucket. The examples of a bucket are an endless row: all of them in a seeded
-    order, then all of them in another order, and so on. The batches are cut from this row, so that a batch may reach
-    into the next order. In each epoch, a bucket gives as many batches as its share of the examples fills, at random
-    places. Ranks that train together each take a part of every batch.
+    Each batch has `size` examples of one bucket. The examples of a bucket are an endless row. It has all of them in a
+    seeded order, then all of them in another order, and so on. The batches are cut from this row, so that a batch may
+    reach into the next order. In each epoch, a bucket gives as many batches as its share of the examples fills, at
+    random places. Ranks that train together each take a part of every batch.
 
     count: of the examples. buckets: the bucket of each example (default: one bucket has all of them).
-    shards: the file of each example. With them, an order goes through the files in random order, MIXED at a time, so
-    that examples that lie near each other are read at about the same time.
+    shards: the file of each example. With them, an order goes through the files in random order, MIXED at a time. So
+    examples that are near each other in a file are read at about the same time.
     """
     everything = torch.arange(count)
     groups = [everything] if buckets is None else [everything[buckets == bucket] for bucket in torch.unique(buckets)]

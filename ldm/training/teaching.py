@@ -22,8 +22,8 @@ class Prior(NamedTuple):
 class TeachingObjective(DiffusionObjective):
     """Train a small part of a model, or some of its networks, by the loss of `DiffusionObjective`.
 
-    With a prior, the loss is that of the batch plus weight times the loss of as many pictures of the class
-    (DreamBooth, Ruiz et al. 2022, eq. 2).
+    A prior adds weight times the loss of as many pictures of the class to the loss of the batch (DreamBooth, Ruiz et
+    al. 2022, eq. 2).
     """
 
     def __init__(

@@ -72,9 +72,9 @@ class Updater:
         named = [caption for texts in from_all(mine) for caption in texts]
         more = f" and {len(named) - NAMED} more" if len(named) > NAMED else ""
         raise FloatingPointError(
-            f"the {'loss' if bad_loss else 'gradient'} of step {step + 1} is not finite, so the training cannot go on; "
-            f"the captions of its pictures: {', '.join(map(repr, named[:NAMED]))}{more}; the last checkpoint is kept: "
-            "look at these pictures, or lower learning_rate and start again with another `out`"
+            f"the {'loss' if bad_loss else 'gradient'} of step {step + 1} is not finite; the captions of its pictures: "
+            f"{', '.join(map(repr, named[:NAMED]))}{more}. The last checkpoint is kept: look at these pictures, or "
+            "lower learning_rate and start again with another `out`"
         )
 
 

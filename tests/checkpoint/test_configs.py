@@ -203,7 +203,7 @@ def test_what_a_vector_holds_follows_from_its_width_and_the_pooled_text():
     assert len(SDXL_BASE.micro_conditioning) == 6
     assert SDXL_REFINER.micro_conditioning[-1] == "aesthetic_score"
     odd = dataclasses.replace(SDXL_BASE, text=SD15.text)
-    with pytest.raises(ValueError, match="takes a vector of 2816 and the pooled text is 0 wide"):
+    with pytest.raises(ValueError, match="takes a vector of 2816, the pooled text is 0 wide"):
         odd.micro_conditioning  # noqa: B018
 
 

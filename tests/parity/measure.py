@@ -125,7 +125,7 @@ GOLDEN = """\
 ## Token ids and step lists
 
 {equal} of {prompts} golden prompts give the token ids of transformers. Two differences are intended. First, "!" keeps
-its id 256 in the text encoders of SD 2 and SDXL that pad with 0, as in the code of their authors; transformers takes
+its id 256 in the text encoders of SD 2 and SDXL that pad with 0, as in the code of their authors. transformers takes
 "!" for padding there. Second, OpenAI's own code repairs a text before it makes tokens; this package and transformers do
 not. These prompts show the second difference:
 

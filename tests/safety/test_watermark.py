@@ -179,9 +179,9 @@ def test_the_default_mark_survives_jpeg_at_quality_80_where_the_official_one_is_
 
 def test_errors_say_what_to_do():
     small = Image.new("RGB", (40, 48))
-    with pytest.raises(ValueError, match=r"40 x 48 pixels carries 30 bits .* in each 8x8 pixels, and the .* has 48"):
+    with pytest.raises(ValueError, match="the watermark has 48 bits, and 40 x 48 pixels carry 30, one in each 8x8: "):
         write(small, SDXL)
-    with pytest.raises(ValueError, match="carries 30 bits"):
+    with pytest.raises(ValueError, match="carry 30"):
         detect(small, SDXL)
     with pytest.raises(ValueError, match="'ab' has 16 bits and needs at least 24"):
         write(small, "ab")
@@ -211,7 +211,7 @@ def test_the_command_marks_pictures_and_finds_the_mark(run, capsys, tmp_path):
 def test_the_command_refuses_wrong_watermarks_before_the_work(run, tmp_path):
     for words, message in (
         ("--watermark ab", "'ab' has 16 bits and needs at least 24"),
-        ("--watermark sdxl", "32 x 32 pixels carries 16 bits"),
+        ("--watermark sdxl", "32 x 32 pixels carry 16"),
         ("--watermark-method dwtDct", "add --watermark TEXT"),
     ):
         code, _, err = run("txt2img", "frog", *words.split(), "--out", str(tmp_path / "out.png"))

@@ -384,7 +384,7 @@ def test_eps_with_zero_terminal_snr_is_refused(tokenizer):
 def test_a_unet_that_takes_the_guidance_scale_is_refused(tokenizer):
     o = objective(tokenizer)
     config = dataclasses.replace(o.config, unet=dataclasses.replace(UNET, guidance_dim=8))
-    with pytest.raises(ValueError, match="was distilled with guidance, and this objective has no guidance scale"):
+    with pytest.raises(ValueError, match="was distilled with guidance, and training here gives it no guidance scale"):
         DiffusionObjective(config, o.networks, o.vae, DiffusionLoss())
 
 
