@@ -200,7 +200,7 @@ def test_a_handover_outside_0_to_1_is_refused(handover, base, refiner):
         (
             dataclasses.replace(FROG, source=ldm.Source(PICTURE, strength=0.2)),
             0.8,
-            "no step for the base model: it is timestep 200, and the steps start at 101 to 1;",
+            "no step for the base model: it is timestep 200, and steps start at 101 to 1;",
         ),
     ],
 )
