@@ -99,9 +99,7 @@ class Request:
         if self.seed < 0:
             object.__setattr__(self, "seed", secrets.randbelow(2**32))
         if self.seed + self.images > 2**64:
-            raise ValueError(
-                f"seeds must lie below 2^64 = {2**64}, got {self.seed} for the first of {self.images} pictures"
-            )
+            raise ValueError(f"seeds must lie below 2^64, got {self.seed} for the first of {self.images} pictures")
 
     @property
     def seeds(self) -> list[int]:
@@ -133,45 +131,28 @@ class Request:
         schedule: the model's noise schedule (default: the one that `config.diffusion` describes).
         Raises ValueError for a setting that the model does not support, and for a picture that cannot be read.
         """
-        for text in config.text:
-            text.context_layer(self.clip_skip)
-        for name in ("negative_prompt", "guidance_interval", "guidance_rescale"):
-            if config.unet.guidance_dim and getattr(self, name):
-                raise ValueError(
-                    f"{name} needs classifier-free guidance, and the model {config.name} has none: its UNet takes the "
-                    f"guidance scale as an input; leave out {name}"
-                )
         schedule = schedule or NoiseSchedule.from_config(config.diffusion)
         sampler = self.sampler or config.sampler
-        if unknown := set(self.sampler_options) - set(allowed := options(SAMPLERS[sampler])):
-            raise ValueError(
-                f"the sampler {sampler} has {f'the options {allowed}' if allowed else 'no options'}, got "
-                f"{', '.join(sorted(map(str, unknown)))}"
-            )
+        self._check_support(config, sampler)
         spacing = self.spacing or config.diffusion.spacing
         steps = config.steps if self.steps is None else self.steps
         guidance_scale = float(config.guidance_scale if self.guidance_scale is None else self.guidance_scale)
         width, height = self._size(config)
-
-        texts: list[str | None] = [*self.prompts]
-        which = [tuple(i % len(texts) for i in range(self.images))]
-        if (guidance_scale > 1 or self.task == "edit") and not config.unet.guidance_dim:
-            # Without a negative prompt, SDXL base takes zeros (None), and other models the encoded empty text.
-            which.append((len(texts),) * self.images)
-            texts.append(self.negative_prompt if config.zero_negative else self.negative_prompt or "")
+        texts, count = self._texts(config, guidance_scale), len(self.prompts)
+        shown, negative = tuple(i % count for i in range(self.images)), (count,) * self.images
         sizes: dict[str, float] = {}
         if config.micro_conditioning or self.sizes:
             from ldm.sizes import resolved_sizes  # only SDXL has sizes
 
             sizes = resolved_sizes(self.sizes, config, width, height)
-        negative = sizes | {"aesthetic_score": sizes.get("negative_aesthetic_score", 0)}
-        rows = [*[sizes] * len(self.prompts), negative][: len(texts) if config.micro_conditioning else 0]
+        other_sizes = sizes | {"aesthetic_score": sizes.get("negative_aesthetic_score", 0)}
+        rows = [*[sizes] * count, other_sizes][: len(texts) if config.micro_conditioning else 0]
         factor, final = config.vae.factor, conventions(sampler).final
         levels = partial(schedule.steps, steps, spacing, offset=config.diffusion.offset, final=final)
         plan = Plan(
             request=self,
-            texts=tuple(texts),
-            which=tuple(which),
+            texts=texts,
+            which=(shown, negative) if len(texts) > count else (shown,),
             sizes=sizes,
             scalars=tuple(tuple(row[name] for name in config.micro_conditioning) for row in rows),
             steps=steps,
@@ -191,8 +172,28 @@ class Request:
 
         return dataclasses.replace(plan, **phases(plan.texts, plan.which, plan.scalars, plan.sigmas))
 
+    def _check_support(self, config: ModelConfig, sampler: str) -> None:
+        for text in config.text:
+            text.context_layer(self.clip_skip)
+        for name in ("negative_prompt", "guidance_interval", "guidance_rescale"):
+            if config.unet.guidance_dim and getattr(self, name):
+                raise ValueError(
+                    f"{name} needs classifier-free guidance, but {config.name}'s UNet takes the scale: leave it out"
+                )
+        if unknown := set(self.sampler_options) - set(allowed := options(SAMPLERS[sampler])):
+            raise ValueError(
+                f"the sampler {sampler} has {f'the options {allowed}' if allowed else 'no options'}, got "
+                f"{', '.join(sorted(map(str, unknown)))}"
+            )
+
+    def _texts(self, config: ModelConfig, guidance_scale: float) -> tuple[str | None, ...]:
+        """Return the prompts and, for guidance, the negative prompt."""
+        if config.unet.guidance_dim or not (guidance_scale > 1 or self.task == "edit"):
+            return self.prompts
+        # Without a negative prompt, SDXL base takes zeros (None), and other models the encoded empty text.
+        return *self.prompts, self.negative_prompt if config.zero_negative else self.negative_prompt or ""
+
     def _size(self, config: ModelConfig) -> tuple[int, int]:
-        """Return the width and height of the pictures."""
         factor = config.vae.factor
         found = self.width or config.image_size, self.height or config.image_size
         if self.source is not None:
@@ -202,10 +203,9 @@ class Request:
             found = target_size(across, down, config.image_size, factor, width=self.width, height=self.height)
         for name, size in zip(("width", "height"), found, strict=True):
             if size % factor:
-                near = [n for n in (size // factor * factor, -(-size // factor) * factor) if n]
+                near = " or ".join(str(n) for n in (size // factor * factor, -(-size // factor) * factor) if n)
                 raise ValueError(
-                    f"{name} must be a multiple of {factor} pixels for this model, got {size}; "
-                    f"nearest: {' or '.join(map(str, near))}"
+                    f"{name} must be a multiple of {factor} pixels for this model, got {size}; nearest: {near}"
                 )
         return found
 
