@@ -75,7 +75,7 @@ def run_loss(args: argparse.Namespace) -> None:
     folder, networks = Folder(args.loss, pipe.config.image_size), Networks(pipe.unet, pipe.text_encoder)
     objective = DiffusionObjective(pipe.config, networks, pipe.vae, DiffusionLoss(), kept_out=folder)
     with torch.no_grad():
-        loss = objective.validate(networks)["validation"].item()
+        loss = objective.validate()["validation"].item()
     found = {"loss": loss, "pictures": len(folder)}
     print(json.dumps(found) if args.json else f"loss {loss:.6f} ({len(folder)} pictures)")
 

@@ -167,7 +167,7 @@ class ConsistencyObjective(DiffusionObjective):
         return parametrize(guided(bind, [given, empty], rule), self.schedule, self.prediction)
 
     @torch.no_grad()
-    def sample(self, trained: nn.Module, batch: Batch) -> Tensor:
+    def sample(self, batch: Batch) -> Tensor:
         """Return one picture for each sample prompt, in `shown` steps. The noise is the same at each call."""
         prompts, size = self.sample_prompts or batch[1][:16], self._size(batch[0])
         generator = torch.Generator().manual_seed(0)
@@ -177,7 +177,7 @@ class ConsistencyObjective(DiffusionObjective):
             return torch.randn(shape, generator=generator).to(batch[0].device)
 
         scales = torch.full((len(prompts),), self.shown_scale, device=batch[0].device)
-        function = self.function(trained, self.given(prompts, scales, size))
+        function = self.function(self.student, self.given(prompts, scales, size))
         sigmas = self.schedule.steps(self.shown, "lcm")
         *_, last = lcm(function, to_ve(noise(), sigmas[0]), sigmas, noise=noise)
         return self.vae.decode(last.latents)

@@ -1,7 +1,7 @@
 """The objective of a ControlNet: with it, a fixed UNet predicts better, because it sees edges (Zhang et al. 2023)."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm.checkpoint.parts import Model
 from ldm.control import canny
@@ -38,12 +38,11 @@ class ControlNetObjective(DiffusionObjective):
             batch, lambda z, t, c: unet(z, t, c.context, c.vector, self.network(z, t, c.context, hint, c.vector))
         )
 
-    def sample(self, trained: nn.Module, batch: Batch) -> Tensor:
+    def sample(self, batch: Batch) -> Tensor:
         """Return the hints and, in the next row, pictures of the captions with these hints: 2 * SHOWN 3 h w."""
-        assert isinstance(trained, ControlNet)
         images, captions = batch[0][:SHOWN], batch[1][:SHOWN]
         hint = edges(images)
-        controlled = Controlled(self.networks.unet, [Applied(trained, hint)])
+        controlled = Controlled(self.networks.unet, [Applied(self.network, hint)])
         pictures = self._sampled(controlled.bind, self.networks.text_encoder, captions, (images, captions))
         half = len(hint) // 2  # rows of four, as the loop's grid has them
         return torch.cat([2 * hint[:half] - 1, pictures[:half], 2 * hint[half:] - 1, pictures[half:]])

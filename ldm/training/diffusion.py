@@ -60,7 +60,7 @@ class DiffusionObjective(Objective):
                 told that the images are whole pictures
       "mask"    b 1 h w in [0, 1], of the images or of their latents: where the prediction counts
       "context" b n d, and "pooled": b p, the encoded captions, for a text encoder that stays
-    Networks stay whose parameters need no gradient. `sample` and `validate` take the result of `trained`.
+    Networks stay whose parameters need no gradient.
     """
 
     def __init__(
@@ -150,13 +150,13 @@ class DiffusionObjective(Objective):
         """Whether pictures are kept out."""
         return self.kept_out is not None
 
-    def validate(self, trained: nn.Module) -> dict[str, Tensor]:
+    def validate(self) -> dict[str, Tensor]:
         """Return the mean squared error on the kept-out pictures, each at LEVELS timesteps, as "validation".
 
         The timesteps, the noise and the latents, which are the means of the VAE's posterior, are always the same.
         """
         assert self.kept_out is not None
-        networks, device = self.complete(trained), next(trained.parameters()).device
+        device = next(self.trained.parameters()).device
         t = ((torch.arange(LEVELS, device=device) + 0.5) * len(self.schedule) / LEVELS).long()
         errors = []
         for i in range(len(self.kept_out)):
@@ -164,10 +164,10 @@ class DiffusionObjective(Objective):
             images, captions, more = batch[0], batch[1], extras(batch)
             x0 = self._posterior(images).mode()
             noise = torch.randn(LEVELS, *x0.shape[1:], generator=torch.Generator().manual_seed(i)).to(x0)
-            given = self._given(networks.text_encoder, captions, images, more)
+            given = self._given(self.networks.text_encoder, captions, images, more)
             given = given.map(lambda row: row.expand(LEVELS, *row.shape[1:]))
             x0 = x0.expand(LEVELS, *x0.shape[1:])
-            predicted = networks.unet(self.schedule.add_noise(x0, noise, t), t, given.context, given.vector)
+            predicted = self.networks.unet(self.schedule.add_noise(x0, noise, t), t, given.context, given.vector)
             errors.append(mean_error((predicted - self._target(x0, noise, t)) ** 2, more.get("mask")).mean())
         return {"validation": torch.stack(errors).mean()}
 
@@ -205,10 +205,10 @@ class DiffusionObjective(Objective):
         rows = [dict(zip(BASE_CONDITIONING, [*original, *size], strict=True)) for original in originals]
         return condition(text_encoder, shown, [[row[name] for name in names] for row in rows] if names else ())
 
-    def sample(self, trained: nn.Module, batch: Batch) -> Tensor:
+    def sample(self, batch: Batch) -> Tensor:
         """Return one guided picture for each sample prompt. The noise is the same at each call."""
-        networks, prompts = self.complete(trained), self.sample_prompts or batch[1][:16]
-        return self._sampled(networks.unet.bind, networks.text_encoder, prompts, batch)
+        prompts = self.sample_prompts or batch[1][:16]
+        return self._sampled(self.networks.unet.bind, self.networks.text_encoder, prompts, batch)
 
     def _sampled(self, bind: Bind, text_encoder: TextEncoder, prompts: Sequence[str], batch: Batch) -> Tensor:
         size = self._size(batch[0])

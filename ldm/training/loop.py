@@ -5,7 +5,8 @@ equals a run without a stop, bit for bit.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
 
@@ -54,7 +55,7 @@ class Objective(nn.Module, ABC):
         """Return the loss and named scalars for the log."""
 
     @abstractmethod
-    def sample(self, trained: nn.Module, batch: Batch) -> Tensor:
+    def sample(self, batch: Batch) -> Tensor:
         """Return pictures, n 3 h w in [-1, 1], made by `trained`, which has the averaged weights then."""
 
     @property
@@ -62,7 +63,7 @@ class Objective(nn.Module, ABC):
         """Whether there are kept-out data for `validate`."""
         return False
 
-    def validate(self, trained: nn.Module) -> dict[str, Tensor]:
+    def validate(self) -> dict[str, Tensor]:
         """Return named scalars of `trained`, which has the averaged weights then, on the kept-out data."""
         return {}
 
@@ -91,12 +92,7 @@ def train(
     average = Average(objective.trained, config.ema)
     checkpoints = kind(out, recipe, objective, average, updater.optimizers, updater.scaler)
     (out / "samples").mkdir(parents=True, exist_ok=True)
-    start = checkpoints.resume()
-    if start > config.steps:
-        raise ValueError(
-            f"the run in {out} has done {start} steps, and the recipe asks for {config.steps}: set steps to {start} or "
-            "more, or choose another `out`"
-        )
+    start = _resume(checkpoints, config, out)
     data = batches(dataset, config, start)
     with stop_signals() as signals, Log(out, start, config.steps, tensorboard=config.tensorboard) as log:
         seconds: list[float] = []  # of each step since the last line of the log
@@ -111,17 +107,15 @@ def train(
             validating = objective.validates and _due(done, config.validate_every, config)
             if validating or _due(done, config.log_every, config):
                 if validating:
-                    objective.eval()
-                    with average.applied(), processes.sampling(), torch.no_grad(), autocast(updater.device, config):
-                        values |= objective.validate(objective.trained)
+                    with _averaged(objective, average, processes), autocast(updater.device, config):
+                        values |= objective.validate()
                 row = mean_of_all(values)
                 row |= {"lr": learning_rate(step, config), "step_seconds": sum(seconds) / len(seconds)}
                 seconds.clear()
                 log.write(done, row)
             if _due(done, config.sample_every, config):
-                objective.eval()
-                with average.applied(), processes.sampling() as wanted, torch.no_grad():
-                    pictures = objective.sample(objective.trained, batch) if wanted else None
+                with _averaged(objective, average, processes) as wanted:
+                    pictures = objective.sample(batch) if wanted else None
                 if pictures is not None and rank() == 0:
                     save_png(grid(to_pil(pictures)), out / "samples" / f"step-{done:06d}.png", overwrite=True)
             (stopping,) = any_process([bool(signals)], updater.device)
@@ -143,6 +137,25 @@ def _parallel(objective: Objective, config: LoopConfig) -> tuple[Replicated, typ
     from ldm.training.sharding import FolderCheckpoints, Sharded  # imports much of torch.distributed
 
     return Sharded(objective, objective.trained) if ranks() > 1 else Replicated(objective), FolderCheckpoints
+
+
+def _resume(checkpoints: Checkpoints, config: LoopConfig, out: Path) -> int:
+    """Read the last checkpoint, if there is one, and return the number of steps that are done."""
+    start = checkpoints.resume()
+    if start > config.steps:
+        raise ValueError(
+            f"the run in {out} has done {start} steps, and the recipe asks for {config.steps}: set steps to {start} or "
+            "more, or choose another `out`"
+        )
+    return start
+
+
+@contextmanager
+def _averaged(objective: Objective, average: Average, processes: Replicated) -> Iterator[bool]:
+    """Evaluate the averaged weights inside the block, without gradients. Yields whether this process should sample."""
+    objective.eval()
+    with average.applied(), processes.sampling() as wanted, torch.no_grad():
+        yield wanted
 
 
 def _due(done: int, every: int, config: LoopConfig) -> bool:

@@ -186,7 +186,7 @@ class RewardObjective(DiffusionObjective):
         mean, up = self.move(denoise, x, i)
         return log_normal(reached, mean, up)
 
-    def sample(self, trained: nn.Module, batch: Batch) -> Tensor:
+    def sample(self, batch: Batch) -> Tensor:
         """Return one guided picture for each sample prompt. The noise is the same at each call."""
         prompts = self.sample_prompts or batch[1][:16]
         blank = torch.empty(len(prompts), 3, *(self.config.image_size,) * 2, device=batch[0].device)

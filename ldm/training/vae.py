@@ -78,11 +78,10 @@ class VAEObjective(Objective):
         self.steps += 1
         return loss, logs
 
-    def sample(self, trained: nn.Module, batch: Batch) -> Tensor:
+    def sample(self, batch: Batch) -> Tensor:
         """Return the first 8 images of the batch, each followed by its reconstruction."""
-        assert isinstance(trained, VAE)
         images = batch[0][:8]
-        decoded = trained.decode(trained.encode(images).mode())
+        decoded = self.vae.decode(self.vae.encode(images).mode())
         return torch.stack([images, decoded], dim=1).flatten(0, 1)
 
 

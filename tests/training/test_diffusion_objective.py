@@ -185,16 +185,16 @@ def test_samples_are_pictures_of_the_captions_from_fixed_noise(tokenizer):
         torch.nn.init.normal_(parameter, std=0.2)
     torch.manual_seed(3)
     with torch.no_grad():
-        first = o.sample(o.trained, batch())
+        first = o.sample(batch())
         torch.manual_seed(4)
         assert first.shape == (4, 3, 8, 8)
-        assert torch.equal(o.sample(o.trained, batch()), first)
+        assert torch.equal(o.sample(batch()), first)
         images, captions = batch()
-        changed = o.sample(o.trained, (images, ["a car", *captions[1:]]))
+        changed = o.sample((images, ["a car", *captions[1:]]))
         o.sample_prompts = ["a car", *captions[1:]]
-        assert torch.equal(o.sample(o.trained, batch()), changed)
+        assert torch.equal(o.sample(batch()), changed)
         o.config = dataclasses.replace(o.config, guidance_scale=1.0)
-        assert not torch.equal(o.sample(o.trained, batch()), changed)
+        assert not torch.equal(o.sample(batch()), changed)
     assert torch.equal(changed[1:], first[1:])
     assert not torch.equal(changed[0], first[0])
 
@@ -259,7 +259,7 @@ def test_sdxl_is_trained_without_caption_on_the_vector_that_guidance_takes_and_m
     o((images, ["a frog", "a car"]))
     torch.testing.assert_close(seen[0], left_out.expand(2, -1))
     with torch.no_grad():
-        assert o.sample(o.trained, (images, ["a frog", "a car"])).shape == (2, 3, 32, 32)
+        assert o.sample((images, ["a frog", "a car"])).shape == (2, 3, 32, 32)
 
 
 def test_a_refiner_cannot_be_trained_for_lack_of_aesthetic_scores():
@@ -278,7 +278,7 @@ def test_moments_train_as_the_images_do_that_they_belong_to(tokenizer):
     torch.manual_seed(1)
     loss, _ = o((torch.cat([mean, std], dim=1), captions))
     torch.testing.assert_close(loss, expected)
-    assert o.sample(o.trained, (torch.cat([mean, std], dim=1), captions)).shape == images.shape
+    assert o.sample((torch.cat([mean, std], dim=1), captions)).shape == images.shape
 
 
 def test_the_timesteps_of_a_batch_are_spread_evenly_and_each_is_uniform():
@@ -424,16 +424,18 @@ def test_the_networks_whose_parameters_need_no_gradient_stay_and_are_no_part_of_
     assert o.trained is o.networks
     o.networks.text_encoder.requires_grad_(False)
     assert o.trained is o.networks.unet
-    with torch.no_grad():
-        expected = o.sample(o.networks, batch())
-        assert torch.equal(o.sample(o.networks.unet, batch()), expected)
-        o.networks.requires_grad_(True)
-        o.networks.unet.requires_grad_(False)
-        assert o.trained is o.networks.text_encoder
-        assert torch.equal(o.sample(o.networks.text_encoder, batch()), expected)
+    unet = copy.deepcopy(o.trained)
+    assert o.complete(unet).unet is unet
+    assert o.complete(unet).text_encoder is o.networks.text_encoder
+    o.networks.requires_grad_(True)
+    o.networks.unet.requires_grad_(False)
+    assert o.trained is o.networks.text_encoder
+    text_encoder = copy.deepcopy(o.trained)
+    assert o.complete(text_encoder).unet is o.networks.unet
+    assert o.complete(text_encoder).text_encoder is text_encoder
 
 
-def test_validation_measures_the_given_weights_at_fixed_timesteps_with_fixed_noise(tokenizer):
+def test_validation_measures_the_weights_at_fixed_timesteps_with_fixed_noise(tokenizer):
     class KeptOut:
         def __len__(self):
             return 2
@@ -457,7 +459,7 @@ def test_validation_measures_the_given_weights_at_fixed_timesteps_with_fixed_noi
     with torch.no_grad():
         for seed in (1, 2):
             torch.manual_seed(seed)
-            values.append(o.validate(o.trained)["validation"])
+            values.append(o.validate()["validation"])
         images = [o.kept_out[i][0].float()[None] / 127.5 - 1 for i in range(2)]
         expected = torch.stack([o.vae.encode(image).mode().square().mean() for image in images]).mean()
     torch.testing.assert_close(values[0], expected)  # squared errors without weights
@@ -470,7 +472,6 @@ def test_validation_measures_the_given_weights_at_fixed_timesteps_with_fixed_noi
     assert seen[0][1].tolist() == [62, 187, 312, 437, 562, 687, 812, 937]
     torch.testing.assert_close(seen[1][2], o.networks.text_encoder.encode(["an apple"] * 8).context)
 
-    other = copy.deepcopy(o.trained)
-    other.unet.forward = lambda noisy, t, context, vector=None: torch.ones_like(noisy)
+    o.networks.unet.forward = lambda noisy, t, context, vector=None: torch.ones_like(noisy)
     with torch.no_grad():
-        assert o.validate(other)["validation"] != values[0]
+        assert o.validate()["validation"] != values[0]

@@ -58,8 +58,8 @@ class Toy(Objective):
         loss = (self.trained(images + torch.randn_like(images)) - images).square().mean()
         return loss, {"loss_again": loss}
 
-    def sample(self, trained, batch):
-        return trained(batch[0])
+    def sample(self, batch):
+        return self.trained(batch[0])
 
 
 def weights(module):
@@ -244,9 +244,9 @@ def test_step_seconds_is_the_mean_of_the_logged_steps_without_sampling_and_savin
             clock[0] += self.calls
             return loss, logs
 
-        def sample(self, trained, batch):
+        def sample(self, batch):
             clock[0] += 1000
-            return super().sample(trained, batch)
+            return super().sample(batch)
 
     def save(state, path):
         clock[0] += 100
@@ -362,12 +362,12 @@ def test_samples_are_made_by_the_average_without_gradients_and_training_goes_on_
             assert self.training
             return super().forward(batch)
 
-        def sample(self, trained, batch):
-            made_by.append(weights(trained))
+        def sample(self, batch):
+            made_by.append(weights(self.trained))
             assert not self.training
-            assert not trained.training
+            assert not self.trained.training
             assert not torch.is_grad_enabled()
-            return super().sample(trained, batch)
+            return super().sample(batch)
 
     made_by = []
     average = train(Watched(), Colors(), CONFIG, tmp_path, RECIPE)
@@ -470,11 +470,11 @@ def test_the_validation_of_the_average_is_logged_at_its_own_interval(tmp_path):
     class Validated(Toy):
         validates = True
 
-        def validate(self, trained):
-            assert not trained.training
+        def validate(self):
+            assert not self.trained.training
             assert not torch.is_grad_enabled()
-            measured_by.append(trained)
-            return {"validation": weights(trained).sum()}
+            measured_by.append(self.trained)
+            return {"validation": weights(self.trained).sum()}
 
     measured_by = []
     average = train(Validated(), Colors(), dataclasses.replace(CONFIG, log_every=4, validate_every=2), tmp_path, RECIPE)

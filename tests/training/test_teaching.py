@@ -250,8 +250,8 @@ def test_sample_pictures_and_the_validation_are_those_of_the_average(models):
 
     def seen():
         with torch.no_grad():
-            sample = objective.sample(objective.trained, (torch.zeros(1, 3, 32, 32), ["a frog"]))
-            return sample, objective.validate(objective.trained)["validation"]
+            sample = objective.sample((torch.zeros(1, 3, 32, 32), ["a frog"]))
+            return sample, objective.validate()["validation"]
 
     before = seen()
     with average.applied():
