@@ -3,12 +3,10 @@
 import argparse
 import json
 from pathlib import Path
-from typing import get_args
 
 from ldm.checkpoint import files
 from ldm.cli.inspect import inspect
-from ldm.cli.options import Commands, add_options, given
-from ldm.config import Layout
+from ldm.cli.options import Commands, add_layout, add_options, add_output, given
 from ldm.loading import locate
 from ldm.placement.memory import Placement
 from ldm.record import MODEL_AND_PARTS, ModelChoice
@@ -27,16 +25,9 @@ def add(commands: Commands) -> None:
     command.set_defaults(run=_convert)
     command.add_argument("model", metavar="IN", help="a folder, a .safetensors file or a pickle")
     command.add_argument("target", metavar="OUT", type=Path, help="the file or folder to write")
-    command.add_argument(
-        "--layout",
-        choices=get_args(Layout),
-        required=True,
-        help="ldm: one official .safetensors file; diffusers: a folder",
-    )
-    command.add_argument("--dtype", help="dtype of all tensors (default: each tensor keeps its dtype)")
+    add_layout(command, required=True)
     add_options(command, ModelChoice, MODEL_AND_PARTS[1:])
-    command.add_argument("--overwrite", action="store_true", help="replace a model that exists")
-    command.add_argument("--json", action="store_true", help="print the results as JSON")
+    add_output(command)
 
 
 def _inspect(args: argparse.Namespace) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ldm.checkpoint.tensors import some
-from ldm.cli.merging import add_output, progress
-from ldm.cli.options import Commands, add_options, given
+from ldm.cli.merging import progress
+from ldm.cli.options import Commands, add_layout, add_options, add_output, given
 from ldm.loading import locate
 from ldm.models.low_rank import Cut
 from ldm.placement.choice import find_device
@@ -26,7 +26,8 @@ def add(commands: Commands) -> None:
     command.add_argument("target", metavar="OUT", type=Path, help="the file or folder to write")
     command.add_argument("--into", metavar="MODEL", help="write this model with the LoRAs in its weights")
     _add_model(command)
-    add_output(command, required=False)
+    add_layout(command, required=False)
+    add_output(command)
 
     command = tools.add_parser("extract", help="write the difference of two models as a LoRA")
     command.set_defaults(run=_extract)
@@ -57,9 +58,7 @@ def _add_model(command: argparse.ArgumentParser) -> None:
 def _add_cut(command: argparse.ArgumentParser) -> None:
     add_options(command, Cut)
     add_options(command, Placement, ["device"])
-    command.add_argument("--dtype", help="dtype of the factors (default: as in the input)")
-    command.add_argument("--overwrite", action="store_true", help="replace a file that exists, but no input")
-    command.add_argument("--json", action="store_true", help="print the results as JSON")
+    add_output(command)
 
 
 def _merge(args: argparse.Namespace) -> None:

@@ -5,12 +5,11 @@ import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TypeVar, get_args
+from typing import TypeVar
 
 from tqdm import tqdm
 
-from ldm.cli.options import Commands, pair
-from ldm.config import Layout
+from ldm.cli.options import Commands, add_layout, add_output, pair
 from ldm.loading import locate
 from ldm.placement.memory import Placement
 
@@ -34,20 +33,8 @@ def add(commands: Commands) -> None:
         metavar="NAME=W",
         help="another w for vae, text_encoder, text_encoder_2 or modules of the UNet such as down, mid and up.3",
     )
-    add_output(command, required=True)
-
-
-def add_output(command: argparse.ArgumentParser, *, required: bool) -> None:
-    """Add the options of the file or folder that is written."""
-    command.add_argument(
-        "--layout",
-        choices=get_args(Layout),
-        required=required,
-        help="of a model: ldm, one official .safetensors file, or diffusers, a folder",
-    )
-    command.add_argument("--dtype", help="dtype of all tensors (default: as in the input)")
-    command.add_argument("--overwrite", action="store_true", help="replace a file or model that exists, but no input")
-    command.add_argument("--json", action="store_true", help="print the results as JSON")
+    add_layout(command, required=True)
+    add_output(command)
 
 
 def progress(items: list[T], unit: str = "tensor") -> Iterable[T]:

@@ -7,6 +7,8 @@ import typing
 from collections.abc import Collection, Mapping
 from typing import Any, Literal, TypeAlias, get_args, get_origin
 
+from ldm.config import Layout
+
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
@@ -45,6 +47,23 @@ def given(args: argparse.Namespace, kind: type, only: Collection[str] | None = N
         for name, value in values.items()
         if value is not None
     }
+
+
+def add_layout(command: argparse.ArgumentParser, *, required: bool) -> None:
+    """Add the option for the layout of a model that is written."""
+    command.add_argument(
+        "--layout",
+        choices=get_args(Layout),
+        required=required,
+        help="of a model: ldm, one official .safetensors file, or diffusers, a folder",
+    )
+
+
+def add_output(command: argparse.ArgumentParser) -> None:
+    """Add the options of commands that write weights."""
+    command.add_argument("--dtype", help="dtype of all tensors (default: as in the input)")
+    command.add_argument("--overwrite", action="store_true", help="replace a file or model that exists")
+    command.add_argument("--json", action="store_true", help="print the results as JSON")
 
 
 def _options(kind: type, only: Collection[str] | None) -> list["dataclasses.Field[Any]"]:
