@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,9 @@ import ldm
 from ldm.diffusion.samplers import seeded_noise
 from ldm.loading import BUNDLED
 from ldm.pictures import read_texts
+from ldm.record import digest
+from ldm.safety.audit import matches
+from ldm.safety.watermark import detect
 from ldm.variations import Variation, between, slerp
 
 FROG = ldm.Request("a frog", steps=3, seed=3, sampler="euler")
@@ -203,6 +207,34 @@ def test_interpolate_writes_a_grid(run, fast):
     assert np.array_equal(pixels("out.png")[:32, :32], fast.generate(ldm.Request("a frog", steps=2, seed=3))[0])
 
 
+def test_interpolate_marks_each_picture_and_the_run_is_measured_and_logged(run, tmp_path):
+    size = ["--width", "64", "--height", "64"]
+    words = ["--prompts", "a frog", "a cat", "--seeds", "3", "--frames", "2", "--steps", "1", *size, "--out", "a.png"]
+    code, out, err = run(
+        "interpolate", *words, "--watermark", "sdxl", "--stats", "--audit", "log.jsonl", "--audit-hidden"
+    )
+    assert (code, out) == (0, "a.png\n")
+    assert json.loads(err.removeprefix("ldm: "))["calls"] == {"text": 2, "step": 2, "decode": 2, "save": 1}
+    with Image.open("a.png") as animation:
+        frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(animation)]
+    assert [detect(frame, "sdxl").found for frame in frames] == [True, True]
+    assert json.loads(read_texts("a.png")["ldm-watermark"]) == {"message": "sdxl", "method": "dwtDctSvd"}
+    log = (tmp_path / "log.jsonl").read_text()
+    asked, made = map(json.loads, log.splitlines())
+    assert [matches(*pair) for pair in zip(asked["request"]["prompt"], ["a frog", "a cat"], strict=True)] == [True] * 2
+    assert "frog" not in log
+    assert (made["event"], made["outputs"][0]["sha256"]) == ("made", digest(Path("a.png")))
+    assert (made["record"]["seeds"], made["record"]["frames"]) == ([3], 2)
+
+
+def test_the_guard_refuses_an_animation_by_any_of_its_prompts(run, tmp_path):
+    (tmp_path / "policy.toml").write_text('[rules.cats]\nweight = 0.9\nwords = ["cat"]')
+    code, out, err = run("interpolate", "--prompts", "a frog", "a cat", "--guard", "policy.toml")
+    assert (code, out) == (2, "")
+    assert "refused: score 0.90 of 0.50, found cats ('cat')" in err
+    assert not list(tmp_path.glob("*.png"))
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -211,6 +243,9 @@ def test_interpolate_writes_a_grid(run, fast):
         (["--fps", "0"], "--fps must be from 0.1 to 100, got 0.0"),
         (["--seeds", "1", "2", "3"], "give two prompts or more, or two seeds or more"),
         (["--frames", "1"], "frames must be 2 or more"),
+        (["--watermark-method", "dwtDct"], "--watermark-method is for a watermark: add --watermark TEXT"),
+        (["--trace", "no/trace.json"], "the trace no/trace.json is in no folder: there is no no; "),
+        (["--audit-hidden"], "--audit-hidden is for the audit log: add --audit FILE"),
     ],
 )
 def test_a_bad_input_is_one_sentence_and_nothing_is_written(run, words, message, tmp_path):

@@ -6,11 +6,11 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ldm.cli.options import Commands
 from ldm.config import check_number
-from ldm.jobs import Job, Result
+from ldm.request import Request
 
 if TYPE_CHECKING:
     from ldm.batch import Entry, Manifest, Row
@@ -66,20 +66,20 @@ def _read(args: argparse.Namespace) -> "tuple[AuditLog | None, Guard | None]":
     return log, guard
 
 
-def start_audit(args: argparse.Namespace, job: Job) -> Callable[[Result], None]:
-    """Write into the log, if there is one, that `job` was asked for. Return what writes that its pictures were made.
+def start_audit(args: argparse.Namespace, request: Request) -> Callable[[Sequence[Path], Mapping[str, Any]], None]:
+    """Write into the log, if there is one, that `request` was asked for. Return what writes which files were made.
 
     Raises ValueError if the guard, if there is one, refuses the prompts.
     """
     log, guard = _read(args)
-    decision = guard.check_request(job.request) if guard else None
-    asked = log.asked(job.request, decision) if log else ""
+    decision = guard.check_request(request) if guard else None
+    asked = log.asked(request, decision) if log else ""
     if decision is not None and decision.refused:
         raise ValueError(f"the guard's policy {args.guard} does not allow this prompt; {decision.reason}")
 
-    def finish(result: Result) -> None:
+    def finish(files: Sequence[Path], record: Mapping[str, Any]) -> None:
         if log is not None:
-            log.made(asked, result.files, result.record.as_dict())
+            log.made(asked, files, record)
 
     return finish
 

@@ -31,6 +31,11 @@ def add_finishing(command: argparse.ArgumentParser) -> None:
         choices=("label", "blur", "refuse"),
         help="what happens to a flagged picture: it is named, blurred, or not written (default: label)",
     )
+    add_watermark(command)
+
+
+def add_watermark(command: argparse.ArgumentParser) -> None:
+    """Add the options of the watermark."""
     command.add_argument(
         "--watermark",
         metavar="TEXT",
@@ -77,14 +82,24 @@ class Finishing:
                 self.refused[path] = verdict
                 return
             picture, added["ldm-nsfw"] = acted, json.dumps(verdict.as_dict())
-        if self.watermark is not None:
-            from ldm.safety import watermark
-
-            picture = watermark.write(picture, self.watermark, self.method)
-            added["ldm-watermark"] = json.dumps({"message": self.watermark, "method": self.method})
+        picture, added = self.mark(picture), added | self.mark_texts
         save_png(picture, path, {**texts, **added} if texts else {}, overwrite=overwrite)
         if verdict is not None:
             self.verdicts[path] = verdict
+
+    def mark(self, picture: Image.Image) -> Image.Image:
+        """Return the picture with the watermark, or the same picture if there is none."""
+        if self.watermark is None:
+            return picture
+        from ldm.safety import watermark
+
+        return watermark.write(picture, self.watermark, self.method)
+
+    @property
+    def mark_texts(self) -> dict[str, str]:
+        """The text chunks that name the watermark; none without one."""
+        named = json.dumps({"message": self.watermark, "method": self.method})
+        return {} if self.watermark is None else {"ldm-watermark": named}
 
     def row(self, file: Path) -> dict[str, Any]:
         """Return what the manifest of a list says of a picture: whether it is there, and its verdict."""
@@ -124,8 +139,8 @@ def finishing_key(args: argparse.Namespace) -> str:
     return json.dumps(given) if given else ""
 
 
-def read_finishing(args: argparse.Namespace) -> Finishing:
-    """Read the options, and load the checker. Raises ValueError for options that are wrong or do not fit together."""
+def read_watermark(args: argparse.Namespace) -> Finishing:
+    """Read the options of the watermark. Raises ValueError for options that are wrong or do not fit together."""
     finishing = Finishing()
     if args.watermark_method is not None and args.watermark is None:
         raise ValueError("--watermark-method is for a watermark: add --watermark TEXT")
@@ -134,6 +149,12 @@ def read_finishing(args: argparse.Namespace) -> Finishing:
 
         message_bits(args.watermark)
         finishing.watermark, finishing.method = args.watermark, args.watermark_method or finishing.method
+    return finishing
+
+
+def read_finishing(args: argparse.Namespace) -> Finishing:
+    """Read all options, and load the checker. Raises ValueError as `read_watermark` does."""
+    finishing = read_watermark(args)
     if args.nsfw is not None and args.nsfw_check is None:
         raise ValueError("--nsfw is for a checker: add --nsfw-check with its folder")
     if args.nsfw_check is not None:

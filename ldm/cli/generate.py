@@ -20,7 +20,7 @@ from ldm.cli.loras import add_loras
 from ldm.cli.options import Commands, add_options
 from ldm.cli.previews import add_previews, read_previews
 from ldm.cli.regions import add_regions
-from ldm.cli.stats import add_stats, check_stats, measuring
+from ldm.cli.stats import add_stats, check_stats, measuring, report_stats
 from ldm.diffusion.samplers import Step
 from ldm.loading import BUNDLED
 from ldm.outputs import Outputs
@@ -103,7 +103,7 @@ def _generate(args: argparse.Namespace) -> None:
         _ = region.picture
     for prompt in job.request.image_prompts:
         _ = prompt.picture
-    finish_audit = start_audit(args, job)
+    finish_audit = start_audit(args, job.request)
     way = rescue.prepare(job, _say)
     job = dataclasses.replace(job, placement=way.placement)
     seconds: dict[str, float] = {}
@@ -124,19 +124,15 @@ def _generate(args: argparse.Namespace) -> None:
         )
     written = [i for i, file in enumerate(result.files) if file not in finishing.refused]
     files = [str(result.files[i]) for i in written]
-    finish_audit(dataclasses.replace(result, files=[result.files[i] for i in written]))
+    finish_audit([result.files[i] for i in written], result.record.as_dict())
     results: dict[str, object] = {
         "files": files,
         "seeds": [result.seeds[i] for i in written],
         "seconds": seconds | result.seconds,
         "settings": result.record.as_dict(),
         **finishing.results(),
+        **report_stats(args, stats, result.seconds["save"], len(result.files)),
     }
-    if stats is not None:
-        stats.seconds["save"], stats.calls["save"] = result.seconds["save"], len(result.files)
-        results["stats"] = stats.as_dict()
-    if args.stats and not args.json:
-        print(f"ldm: {json.dumps(results['stats'])}", file=sys.stderr)
     if args.json or files:
         print(json.dumps(results) if args.json else "\n".join(files))
     finishing.report()

@@ -10,9 +10,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 import ldm
+from ldm.cli.audit import add_audit, start_audit
+from ldm.cli.finishing import add_watermark, read_watermark
 from ldm.cli.generate import load_models
 from ldm.cli.options import Commands, add_options, given
+from ldm.cli.stats import add_stats, check_stats, measuring, report_stats
 from ldm.geometry import grid
+from ldm.jobs import timed
 from ldm.outputs import Outputs
 from ldm.pictures import save_animation, save_png
 from ldm.record import MODEL_AND_PARTS, ModelChoice, digest, remember
@@ -41,6 +45,9 @@ def add(commands: Commands) -> None:
     add_options(command, Request, ASKED)
     add_options(command, Sizes)
     add_options(command, ldm.Placement)
+    add_watermark(command)
+    add_stats(command)
+    add_audit(command)
     command.add_argument("--out", type=Path, help="the file to write: an animated .png, or .webp (default: out.png)")
     command.add_argument("--overwrite", action="store_true", help="replace a file that exists")
     command.add_argument("--no-metadata", action="store_true", help="do not write into a PNG how it was made")
@@ -58,11 +65,23 @@ def _interpolate(args: argparse.Namespace) -> None:
     endings = (".png",) if args.grid else (".png", ".webp")
     outputs = Outputs(args.out, 1, args.overwrite, not args.no_metadata, write, endings)
     outputs.check()
+    check_stats(args)
+    finishing = read_watermark(args)
+    asked = dataclasses.replace(requests[0], prompt=tuple(args.prompts), images=len(args.prompts))  # all prompts
+    finish_audit = start_audit(args, asked)
     choice = ModelChoice(**given(args, ModelChoice, CHOSEN))
-    pipe = load_models(choice, ldm.Placement.fast(**given(args, ldm.Placement))).base
-    pictures = [pipe.generate(each)[0] for each in tqdm(requests, unit="picture", disable=None)]
+    models = load_models(choice, ldm.Placement.fast(**given(args, ldm.Placement)))
+    pipe, seconds = models.base, {"save": 0.0}
+    finishing.check(pipe, requests[0])
+    with measuring(args, models) as stats:
+        pictures = [pipe.generate(each)[0] for each in tqdm(requests, unit="picture", disable=None)]
+    marked = [finishing.mark(picture) for picture in ([grid(pictures)] if args.grid else pictures)]
     sha256 = {name: digest(path) for name, path in choice.paths.items()}
-    texts = remember(pipe.plan(requests[0]), choice, pipe, sha256).texts(0)
+    record = remember(pipe.plan(requests[0]), choice, pipe, sha256)
     way = {"prompts": args.prompts, "seeds": args.seeds, "frames": args.frames}
-    file = outputs.save(0, grid(pictures) if args.grid else pictures, texts | {"ldm-interpolate": json.dumps(way)})
-    print(json.dumps({"file": str(file), **way}) if args.json else file)
+    texts = record.texts(0) | {"ldm-interpolate": json.dumps(way)} | finishing.mark_texts
+    with timed("save", seconds):
+        file = outputs.save(0, marked[0] if args.grid else marked, texts)
+    finish_audit([file], record.as_dict() | {"seeds": args.seeds, "frames": args.frames})
+    results = {"file": str(file), **way, **report_stats(args, stats, seconds["save"], 1)}
+    print(json.dumps(results) if args.json else file)

@@ -1,10 +1,12 @@
 """The options --stats and --trace of the generating commands."""
 
 import argparse
+import json
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ldm.jobs import Models
 
@@ -42,3 +44,16 @@ def measuring(args: argparse.Namespace, models: Models) -> "Iterator[Stats | Non
         if args.trace is not None:
             stack.enter_context(traced(args.trace, stats.device))
         yield stats
+
+
+def report_stats(args: argparse.Namespace, stats: "Stats | None", saving: float, files: int) -> dict[str, Any]:
+    """Print what was measured on stderr, unless --json prints it. Return it for --json; empty without `stats`.
+
+    saving: the seconds that saving took. files: the number of the saved files.
+    """
+    if stats is None:
+        return {}
+    stats.seconds["save"], stats.calls["save"] = saving, files
+    if args.stats and not args.json:
+        print(f"ldm: {json.dumps(stats.as_dict())}", file=sys.stderr)
+    return {"stats": stats.as_dict()}
