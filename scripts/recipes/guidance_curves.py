@@ -27,8 +27,11 @@ PROMPTS = tuple(f"a 3D {name} {ground}" for ground in ("on the grass", "at night
 WAYS = {"guidance": {}, "rescale": {"guidance_rescale": 0.7}, "interval": {"guidance_interval": (0.3, 5.0)}, "APG": {}}
 
 
-def apg(cond: Denoiser, uncond: Denoiser, scale: float, norm: float = 2.5, momentum: float = -0.5) -> Denoiser:
-    """Make the denoiser of adaptive projected guidance, for one sampling. norm: r. momentum: beta."""
+def apg(cond: Denoiser, uncond: Denoiser, scale: float, norm: float = 2.5, momentum: float = 0.0) -> Denoiser:
+    """Make the denoiser of adaptive projected guidance, for one sampling. norm: r.
+
+    momentum: beta, negative in the paper. In few steps, as here, pictures are better without it.
+    """
     d: float | Tensor = 0.0
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
