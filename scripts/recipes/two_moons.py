@@ -73,7 +73,7 @@ def main() -> None:
     figure, x = Figure(figsize=(9, 6), layout="constrained"), torch.cartesian_prod(*[torch.linspace(-2.8, 2.8, 21)] * 2)
     above, below = figure.subplots(2, 3, sharex=True, sharey=True, subplot_kw={"aspect": "equal"})
     for axes, sigma in zip(above, (2.0, 0.7, 0.2), strict=True):
-        axes.set_title(f"the field at sigma = {sigma}")
+        axes.set_title(f"from x to x0 at sigma = {sigma}")
         axes.scatter(*MOONS.T, s=1, color="tab:orange")
         axes.quiver(*x.T, *F.normalize(denoise(x[..., None, None], torch.tensor(sigma)).flatten(1) - x).T)
     for axes, name in zip(below, ("euler", "dpmpp_2m", "euler_ancestral"), strict=True):
