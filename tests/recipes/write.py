@@ -16,7 +16,8 @@ HEAD = """# Research recipes
 
 Each recipe is one file of at most 90 lines that implements one paper with the parts of this library. Import its
 functions, or run it: the commands below need only the installed package and its bundled model, and made these pictures
-and numbers. `python -m tests.recipes.write` runs all commands and writes this page.
+and numbers. Those that draw curves need the extra `plots`, too: `pip install -e ".[plots]"`.
+`python -m tests.recipes.write` runs all commands and writes this page.
 """
 
 
