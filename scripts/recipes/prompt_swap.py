@@ -1,4 +1,4 @@
-"""What each noise level decides: the prompt is swapped during the sampling (eDiff-I, Balaji et al. 2022, figure 4).
+"""What each noise level decides: the prompt is swapped during the sampling (eDiff-I, Balaji et al. 2022).
 
     python scripts/recipes/prompt_swap.py
 

@@ -82,10 +82,9 @@ def test_the_script_makes_a_plot_and_numbers(pipe, tmp_path, monkeypatch, capsys
 
 
 @pytest.mark.slow
-def test_guidance_raises_agreement_and_saturation_and_apg_saturates_less(tmp_path, monkeypatch, capsys):
+def test_guidance_raises_the_agreement_and_rescale_and_apg_saturate_less(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     found = curves(printed("guidance_curves", monkeypatch, capsys, tmp_path / "out.png"))
     assert found["guidance", "agreement"][2] > found["guidance", "agreement"][0]
-    assert found["guidance", "saturation"][-1] > found["guidance", "saturation"][0]
     for way in ("rescale", "APG"):
         assert found[way, "saturation"][-1] < found["guidance", "saturation"][-1]
