@@ -60,7 +60,6 @@ def test_the_script_prints_the_differences(pipe, monkeypatch, capsys, tmp_path):
     assert read_picture(tmp_path / "p2p.png").width == 2 * pipe.config.image_size
 
 
-@pytest.mark.xfail(reason="the bundled model of 64 pixels keeps the composition by its seed alone", strict=False)
 @pytest.mark.slow
 def test_control_keeps_more_of_the_picture_of_the_bundled_model(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", ["prompt_to_prompt.py", "--out", str(tmp_path / "p2p.png")])
