@@ -1,6 +1,6 @@
 """Attend-and-Excite (Chefer et al. 2023): no object of the prompt may be missing.
 
-    python scripts/recipes/attend_and_excite.py "a frog left of a car on the grass" frog car
+    python scripts/recipes/attend_and_excite.py "a penguin and a pizza" penguin pizza
 
 Equation 1 of the paper: the latents of each of the first steps follow the gradient of the most neglected word. A_s is
 the cross-attention to word s at the coarse resolution, without the begin and end tokens, smoothed by a Gaussian.
@@ -73,12 +73,12 @@ def attend_and_excite(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make a picture of two objects, with and without Attend-and-Excite.")
-    parser.add_argument("prompt", nargs="?", default="a frog left of a car on the grass")
-    parser.add_argument("words", nargs="*", default=("frog", "car"))
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("prompt", nargs="?", default="a penguin and a pizza")
+    parser.add_argument("words", nargs="*", default=("penguin", "pizza"))
+    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--out", default="attend_and_excite.png")
     args = parser.parse_args()
-    pipe, request = ldm.load(), ldm.Request(args.prompt, steps=args.steps, seed=1)
+    pipe, request = ldm.load(), ldm.Request(args.prompt, steps=args.steps, seed=2)
     encode = pipe.text_encoder.tokenizers[0].encode
     words = [1 + encode(args.prompt).index(encode(word)[-1]) for word in args.words]
     (plain, before), (excited, after) = (attend_and_excite(pipe, request, words, rate=rate) for rate in (0.0, 20.0))

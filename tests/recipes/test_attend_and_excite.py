@@ -55,10 +55,9 @@ def test_the_script_prints_both_losses(pipe, monkeypatch, capsys, tmp_path):
     assert read_picture(tmp_path / "out.png").width == 2 * pipe.config.image_size
 
 
-@pytest.mark.xfail(reason="the bundled model of 64 pixels shows no effect of these gradients", strict=False)
 @pytest.mark.slow
 def test_the_words_of_the_bundled_model_are_less_neglected(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", ["attend_and_excite.py", "--out", str(tmp_path / "out.png")])
     main()
     words = capsys.readouterr().out.split()
-    assert float(words[8]) < float(words[12])
+    assert float(words[8]) < float(words[12]) / 2
