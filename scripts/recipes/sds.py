@@ -1,6 +1,6 @@
 """Score distillation (DreamFusion, Poole et al. 2022): a prompt finds the parameters of a renderer.
 
-    python scripts/recipes/sds.py "an orange on a purple background"
+    python scripts/recipes/sds.py "a flat orange on a purple background, on the left"
 
 Equation 3 of the paper, for latents z = g(theta) with noise eps of the level sigma on them:
 
@@ -54,36 +54,36 @@ class Disc(torch.nn.Module):
         return (ground + alpha * (color - ground)).clamp(-1, 1)[None]
 
 
-def distill(pipe: ldm.Pipeline, request: ldm.Request, disc: Disc, steps: int, levels: tuple[float, float]) -> None:
-    """Fit `disc` to the prompt with Adam. Each step draws the noise and its level, evenly in log sigma."""
+def distill(pipe: ldm.Pipeline, request: ldm.Request, disc: Disc, sigmas: Tensor) -> None:
+    """Fit `disc` to the prompt with Adam. sigmas: the level of each step. The first are high: they decide the place."""
     plan = pipe.plan(request)
     denoise, noise = pipe.denoiser(plan, pipe.conditions(plan)), plan.noise()
-    low, high = torch.tensor(levels).log()
-    generator = torch.Generator().manual_seed(request.seed)
     lengths = {"params": [disc.center, disc.radius], "lr": 0.01}
     adam = torch.optim.Adam([lengths, {"params": [disc.color, disc.ground], "lr": 0.05}], betas=(0.9, 0.99))
-    for _ in range(steps):
+    for sigma in sigmas:
         adam.zero_grad()
         latents = pipe.encode_image(disc(plan.width))
-        sigma = (low + (high - low) * torch.rand((), generator=generator)).exp()
         latents.backward(sds(denoise, latents, sigma, noise()))
         adam.step()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Find a disc and the color behind the disc from a prompt.")
-    parser.add_argument("prompt", nargs="?", default="an orange on a purple background")
+    parser.add_argument("prompt", nargs="?", default="a flat orange on a purple background, on the left")
     parser.add_argument("--ground", nargs=3, type=int, default=(136, 78, 184), help="the color that the prompt names")
-    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--place", nargs=2, type=float, default=(0.28, 0.5), help="x and y that the prompt names")
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--out", default="sds.png")
     args = parser.parse_args()
-    pipe, disc = ldm.load(), Disc()
-    before = disc(side := pipe.config.image_size).detach()
-    distill(pipe, ldm.Request(args.prompt, seed=1, guidance_scale=10), disc, args.steps, (0.7, 5.0))
-    save_png(grid(to_pil(torch.cat([before, disc(side).detach()]))), args.out, overwrite=True)
-    colors = torch.stack([disc.ground.detach(), before[0, :, 0, 0]])
-    far, first = (127.5 * (colors + 1) - torch.tensor(args.ground)).abs().mean(dim=1)
-    print(f"the color of the ground is {far:.0f} of 255 levels from the prompt's color, {first:.0f} at first")
+    pipe, disc, pictures, errors = ldm.load(), Disc(), [], []
+    for steps in (0, args.steps):
+        distill(pipe, ldm.Request(args.prompt, seed=1, guidance_scale=20), disc, torch.logspace(1, 0, steps))
+        pictures.append(disc(pipe.config.image_size).detach())
+        place = 100 * (disc.center - torch.tensor(args.place)).norm()
+        color = (127.5 * (disc.ground + 1) - torch.tensor(args.ground)).abs().mean()
+        errors.append(f"{place:.0f} % of the side in place and {color:.0f} of 255 levels in the ground's color")
+    save_png(grid(to_pil(torch.cat(pictures))), args.out, overwrite=True)
+    print(f"the disc differs from the prompt by {errors[1]}; at first by {errors[0]}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,10 @@
 """Score distillation, where the denoiser of a Gaussian gives the exact gradient."""
 
-import sys
-
 import pytest
 import torch
 
-import ldm
-from ldm.pictures import read_picture
 from scripts.recipes import sds
+from tests.recipes.test_composition import run
 
 MEAN, STD = 0.7, 0.5
 
@@ -45,17 +42,17 @@ def test_a_disc_is_where_and_as_large_as_its_parameters_say():
     assert disc.radius.grad > 0
 
 
-def test_the_script_changes_the_disc_and_prints_the_color_of_the_ground(pipe, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(ldm, "load", lambda: pipe)
-    monkeypatch.setattr(sys, "argv", ["sds.py", "a frog", "--steps", "2", "--out", str(tmp_path / "sds.png")])
-    sds.main()
-    assert "levels from the prompt's color" in capsys.readouterr().out
-    assert read_picture(tmp_path / "sds.png").width == 2 * pipe.config.image_size
+def test_the_script_changes_the_disc_and_prints_its_place_and_the_color_of_the_ground(
+    pipe, monkeypatch, capsys, tmp_path
+):
+    place, color, first, gray = run(sds, monkeypatch, capsys, tmp_path, "a frog", "--steps", "2", pipe=pipe)
+    assert first == 22
+    assert gray == pytest.approx((8.5 + 49.5 + 56.5) / 3, abs=1)
+    assert (place, color) != (first, gray)
 
 
 @pytest.mark.slow
-def test_the_prompt_gives_the_ground_of_the_bundled_model_its_color(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["sds.py", "--out", str(tmp_path / "sds.png")])
-    sds.main()
-    words = capsys.readouterr().out.split()
-    assert float(words[6]) < 0.75 * float(words[14])
+def test_the_prompt_of_the_bundled_model_places_the_disc_and_colors_the_ground(monkeypatch, capsys, tmp_path):
+    place, color, first, gray = run(sds, monkeypatch, capsys, tmp_path)
+    assert place < 0.6 * first
+    assert color < 0.6 * gray
