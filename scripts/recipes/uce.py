@@ -75,14 +75,14 @@ def main() -> None:
     kept = [f"a {name} {ground}" for name in (*KEPT, args.other) if name != args.concept for ground in GROUNDS]
     edited = ldm.Pipeline(pipe.config, erase(pipe, pairs, kept), pipe.vae, pipe.text_encoder)
     latents, scores = [], []
-    for prompt in (pairs[0][0], "a turtle on the grass"):  # the second is kept
+    for prompt in (pairs[0][0], "a fox on the grass"):  # the second is kept
         for model in (pipe, edited):
             *_, last = model.stream(ldm.Request(prompt, seed=1, steps=args.steps))
             latents.append(last.latents)
             scores.append(explained(pipe, last.latents, prompt))
     save_png(grid(pipe.decode(torch.cat(latents))), args.out, overwrite=True)
     before, after, kept_before, kept_after = scores
-    print(f"score of {args.concept}: {before:.0f} to {after:.0f} %, of turtle: {kept_before:.0f} to {kept_after:.0f} %")
+    print(f"score of {args.concept}: {before:.0f} to {after:.0f} %, of fox: {kept_before:.0f} to {kept_after:.0f} %")
 
 
 if __name__ == "__main__":
