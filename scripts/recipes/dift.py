@@ -1,6 +1,6 @@
 """DIFT (Tang et al. 2023): activations of the UNet are descriptors that find the same point in two scenes.
 
-    python scripts/recipes/dift.py "a frog on a white background"
+    python scripts/recipes/dift.py "a big frog on a white background"
 
 Section 4 of the paper: add noise of timestep t to the latents, run the UNet, and take the activations F of one stage of
 the decoder, averaged over noises. The point p of scene 1 belongs to the point of scene 2 with the nearest descriptor,
@@ -57,7 +57,7 @@ def scene(cutout: Image.Image, side: int, ground: str, left: int, top: int) -> I
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Find the points of an object in another scene.")
-    parser.add_argument("prompt", nargs="?", default="a frog on a white background")
+    parser.add_argument("prompt", nargs="?", default="a big frog on a white background")
     parser.add_argument("--timestep", type=float, default=150)
     parser.add_argument("--stage", type=int, default=-1, help="of unet.up; the last has the most pixels")
     parser.add_argument("--radius", type=float, default=1.5, help="in pixels of the latents")
@@ -65,10 +65,10 @@ def main() -> None:
     parser.add_argument("--out", default="dift.png")
     args = parser.parse_args()
     pipe, grounds = ldm.load(), list(GROUNDS)
-    (drawn,) = pipe.generate(ldm.Request(args.prompt, seed=1, steps=args.steps))
+    (drawn,) = pipe.generate(ldm.Request(args.prompt, seed=4, steps=args.steps))
     side, f = drawn.width, pipe.config.vae.factor
     small = drawn.resize((side // 2 // f * f,) * 2, Image.Resampling.LANCZOS)
-    small.putalpha(Image.fromarray((np.asarray(small).min(axis=2) < 225).astype(np.uint8) * 255))
+    small.putalpha(Image.fromarray((np.asarray(small).min(axis=2) < 195).astype(np.uint8) * 255))
     move = (side - small.width) // f * f  # along both sides, in whole pixels of the latents
     scenes = scene(small, side, grounds[0], 0, 0), scene(small, side, grounds[1], move, move)
     first, second = (descriptors(pipe, pipe.encode_image(s), args.timestep, args.stage) for s in scenes)
