@@ -122,7 +122,7 @@ def test_a_preview_by_taesd_is_its_picture(taesd):
 def test_taesd_is_refused_for_other_latents():
     for vae in (VAEConfig(latent_channels=8), VAEConfig(channels=(32, 64, 128))):
         other = SimpleNamespace(config=ModelConfig(name="mine", vae=vae))
-        with pytest.raises(ValueError, match=r"4 channels and a factor of 8, and those of mine have \d and \d: use"):
+        with pytest.raises(ValueError, match=r"4 channels and a factor of 8, but mine has \d and \d: use"):
             tiny(Decoder(), other)
 
 
