@@ -31,6 +31,7 @@ class VAELoss:
     discriminator_channels: int = 32  # of its first layer; each further layer has twice as many
     discriminator_layers: int = 2  # after the first one; each halves the resolution
     decoder_only: bool = False  # keep the encoder, so that a UNet that was trained on its latents stays valid
+    latent_noise: float = 0.0  # largest deviation of noise that is added to the latents before they are decoded
     crop: int = 0  # side in pixels of the random squares to train on; 0: whole images
 
 
@@ -59,7 +60,7 @@ class VAEObjective(Objective):
         """Return the weighted loss of one batch, and its terms without weights. The PSNR is in dB."""
         images = random_crop(batch[0], self.weights.crop) if self.weights.crop else batch[0]
         posterior = self.vae.encode(images)
-        decoded = self.vae.decode(posterior.sample()).float()
+        decoded = self.vae.decode(noisy(posterior.sample(), self.weights.latent_noise)).float()
 
         l1, edges, divergence = ((images - decoded).abs().mean(), gradient_l1(images, decoded), kl(posterior))
         loss = l1 + self.weights.gradient * edges + self.weights.kl * divergence
@@ -114,6 +115,18 @@ def random_crop(images: Tensor, size: int) -> Tensor:
     lefts = torch.randint(0, width - size + 1, (len(images),)).tolist()
     parts = zip(images, tops, lefts, strict=True)
     return torch.stack([im[:, t : t + size, le : le + size] for im, t, le in parts])
+
+
+def noisy(latents: Tensor, largest: float) -> Tensor:
+    """Add noise to each image's latents, b c h w, with a deviation between 0 and `largest` that is drawn at random.
+
+    The decoder then also learns to draw from latents with errors, as a diffusion model makes them (noise-augmented
+    decoding, Zheng et al. 2025, section 4.3). With `largest` 0 no random number is drawn.
+    """
+    if not largest:
+        return latents
+    deviations = largest * torch.rand(len(latents), 1, 1, 1, device=latents.device)
+    return latents + deviations * torch.randn_like(latents)
 
 
 def gradient_l1(images: Tensor, decoded: Tensor) -> Tensor:

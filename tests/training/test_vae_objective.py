@@ -6,7 +6,7 @@ from torch.distributions import Normal, kl_divergence
 from ldm.config import VAEConfig
 from ldm.models.discriminator import PatchDiscriminator
 from ldm.models.vae import VAE, Gaussian
-from ldm.training.vae import VAELoss, VAEObjective, gradient_l1, hinge_losses, init, kl, latent_std, random_crop
+from ldm.training.vae import VAELoss, VAEObjective, gradient_l1, hinge_losses, init, kl, latent_std, noisy, random_crop
 
 SMALL = VAEConfig(channels=(8, 16), res_blocks=1, norm_groups=2, scaling_factor=1.0)
 
@@ -29,6 +29,26 @@ def test_the_gradient_loss_sees_edges_and_not_brightness():
     across = (error[..., :, 1:] - error[..., :, :-1]).abs().mean()
     down = (error[..., 1:, :] - error[..., :-1, :]).abs().mean()
     torch.testing.assert_close(gradient_l1(images, images.flip(-1)).double(), across + down)
+
+
+def test_the_noise_of_each_picture_has_its_own_deviation_up_to_the_largest():
+    torch.manual_seed(0)
+    latents = torch.randn(64, 8, 16, 16)
+    deviations = (noisy(latents, 0.4) - latents).std(dim=(1, 2, 3))
+    assert deviations.max() < 0.42
+    assert abs(deviations.mean() - 0.2) < 0.03
+    assert torch.equal(noisy(latents, 0.0), latents)
+
+
+def test_the_decoder_sees_the_noise_and_the_divergence_does_not():
+    losses = {}
+    for largest in (0.0, 1.0):
+        torch.manual_seed(0)
+        objective = VAEObjective(SMALL, VAELoss(latent_noise=largest))
+        torch.manual_seed(1)
+        losses[largest] = objective((pictures(), []))[1]
+    assert losses[1.0]["l1"] != losses[0.0]["l1"]
+    assert losses[1.0]["kl"] == losses[0.0]["kl"]
 
 
 def test_crops_are_parts_of_their_images_each_at_its_own_place():
