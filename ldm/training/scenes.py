@@ -179,7 +179,10 @@ class Scenes:
         return 1_000_000
 
     def scene(self, rng: np.random.Generator) -> Scene:
-        """Choose a random scene that is not held out. Almost half have two objects, a tenth have several equal ones."""
+        """Choose a random scene that is not held out. Almost half have two objects, a tenth have several equal ones.
+
+        Half of the scenes with one or two objects are small ones: at 5 x 5 latent pixels, objects need the most views.
+        """
         while held_out(self.concepts, scene := self._any_scene(rng)):
             pass
         return scene
@@ -192,10 +195,11 @@ class Scenes:
         if kind < 0.45:
             other = pick(rng, self.concepts)
             if other != name:
-                return Scene((name, other), ground, style, relation=pick(rng, RELATIONS))
+                size = "small" if rng.random() < 0.5 else ""
+                return Scene((name, other), ground, style, size, relation=pick(rng, RELATIONS))
         if kind > 0.9 and name not in MANY | MASS:
             return Scene((name,), ground, style, count=pick(rng, COUNTS))
-        size = pick(rng, SIZES)
+        size = "small" if rng.random() < 0.5 else pick(rng, ("", "big"))
         place = "" if size == "big" or rng.random() < 0.4 else pick(rng, PLACES)
         return Scene((name,), ground, style, size, place)
 
