@@ -89,9 +89,11 @@ SDXL_REFINER = ModelConfig(
     image_size=1024,
     guidance_scale=5.0,
 )
-TINY = ModelConfig(  # weights/tiny, trained by configs/train_vae.toml and train_ldm.toml
+TINY = ModelConfig(  # weights/tiny, trained by the recipes in configs/
     name="tiny",
     unet=UNetConfig(
+        in_channels=8,
+        out_channels=8,
         channels=(96, 160, 192),
         res_blocks=1,
         depth=(0, 1, 1),
@@ -99,10 +101,12 @@ TINY = ModelConfig(  # weights/tiny, trained by configs/train_vae.toml and train
         context_dim=192,
         norm_groups=8,  # at least 12 channels per group; with fewer, absolute color is lost
     ),
-    vae=VAEConfig(channels=(32, 64, 128), res_blocks=1, norm_groups=4, scaling_factor=0.5041212288825143),
-    text=(TextConfig(width=192, layers=3, heads=6, mlp=768, vocab_size=705, max_length=32, pad_id=704),),
+    vae=VAEConfig(
+        channels=(32, 64, 128, 128), res_blocks=1, latent_channels=8, norm_groups=4, scaling_factor=0.9305599450490267
+    ),
+    text=(TextConfig(width=192, layers=3, heads=6, mlp=768, vocab_size=1264, max_length=32, pad_id=1263),),
     diffusion=DiffusionConfig(prediction="v", spacing="trailing"),
-    image_size=64,
+    image_size=128,
     guidance_scale=4.0,
 )
 PRESETS: dict[str, ModelConfig] = {

@@ -71,13 +71,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Restore a picture from a measurement of it.")
     parser.add_argument("problem", nargs="?", default="superresolve", choices=list(PROBLEMS))
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--zeta", type=float, default=1.5)
+    parser.add_argument("--prompt", default="a frog on the grass", help="what the picture shows")
+    parser.add_argument("--zeta", type=float, default=2.0)
     parser.add_argument("--out", default="dps.png")
     args = parser.parse_args()
     pipe, measure = ldm.load(), PROBLEMS[args.problem]
-    image = to_tensor(pipe.generate(ldm.Request("a frog on the grass", seed=1))[0])
-    y = measure(image)
-    plan = pipe.plan(ldm.Request("", steps=args.steps, guidance_scale=1, sampler="ddpm", seed=2))
+    y = measure(image := to_tensor(pipe.generate(ldm.Request("a frog on the grass", seed=1))[0]))
+    plan = pipe.plan(ldm.Request(args.prompt, steps=args.steps, guidance_scale=1, sampler="ddpm", seed=2))
     given = pipe.denoiser(plan, pipe.conditions(plan)), lambda latents: measure(pipe.vae.decode(latents)), y
     latents = dps(*given, pipe.start(plan), plan.sigmas, noise=plan.noise(), zeta=args.zeta)
     restored = to_tensor(pipe.decode(latents)[0])

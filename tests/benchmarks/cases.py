@@ -18,7 +18,7 @@ REFINER_WIDTHS = replace(  # the widths of SDXL's refiner, in a UNet that runs a
     unet=replace(SDXL_REFINER.unet, res_blocks=1, depth=(0, 1, 1, 0), mid_depth=1, context_dim=64, vector_dim=None),
 )
 CASES = {  # architecture and pixels, in the order of the tables
-    "bundled-64": (TINY, 64),
+    "bundled-128": (TINY, 128),
     "cut-down-64": (CUT_DOWN, 64),
     "sd15-256": (SD15, 256),
     "sd15-512": (SD15, 512),
@@ -34,8 +34,8 @@ DEFAULTS = {  # for each device: cases, dtypes, and the steps of a picture
 }
 PLANS = {  # the runs that are made if no case, part or variant is chosen
     "cpu": [
-        "--parts command --cases bundled-64",
-        "--parts step decode txt2img --cases bundled-64 --variants ldm ldm-not-packed ldm-library",
+        "--parts command --cases bundled-128",
+        "--parts step decode txt2img --cases bundled-128 --variants ldm ldm-not-packed ldm-library",
         "--parts step --cases refiner-widths-256 --variants ldm ldm-not-packed",
         "--parts memory --cases sd15-512 sd15-1024 sd15-2048 sd21-768 sdxl-1024",
         "--parts import text decode encode txt2img --cases sd15-256",
@@ -47,7 +47,7 @@ PLANS = {  # the runs that are made if no case, part or variant is chosen
         "--parts load_file load_folder ready_file --cases sd15-256 --variants ldm ldm-library",
     ],
     "cuda": [
-        "--parts command --cases bundled-64",
+        "--parts command --cases bundled-128",
         "--parts memory --cases sd15-512 sd15-1024 sd15-2048 sd21-768 sdxl-1024",
         "--parts import text step decode encode txt2img",
         "--parts step txt2img --variants ldm-graph ldm-compiled",

@@ -252,7 +252,7 @@ def arguments(words):
 def jobs(args):
     """Yield the rows to measure: case, part, dtype, side and the other side. Loading is timed without a cast, too."""
     if "command" in args.parts:
-        yield "bundled-64", "command", "", "ldm", "torch"
+        yield "bundled-128", "command", "", "ldm", "torch"
     if "import" in args.parts:
         yield from (("", "import", "", "ldm", other) for other in ["diffusers", "torch"])
     for case, part in product(args.cases, [part for part in args.parts if part in TIMED]):

@@ -63,7 +63,7 @@ def test_both_sides_do_the_same_step_in_turn_and_the_row_has_all_figures(monkeyp
 
 @pytest.mark.slow
 def test_the_first_row_is_the_command_that_everybody_runs_first(monkeypatch, tmp_path):
-    words = ["--cases", "bundled-64", "--parts", "command", "--rounds", "1", "--write", tmp_path]
+    words = ["--cases", "bundled-128", "--parts", "command", "--rounds", "1", "--write", tmp_path]
     assert run(monkeypatch, *words) == 0
     (row,) = json.loads((tmp_path / "performance.json").read_text())["rows"]
     assert (row["part"], row["side"], row["against"]) == ("command", "ldm", "torch")
@@ -81,8 +81,8 @@ def test_without_a_choice_the_whole_plan_is_measured_each_row_once(monkeypatch):
     with pytest.raises(SystemExit, match="False"):
         benchmark.main()
     assert len(done) == len(set(done))
-    assert done[0] == ("bundled-64", "command", "", "ldm", "torch")
-    assert ("bundled-64", "step", "bfloat16", "ldm-not-packed", "diffusers") in done
+    assert done[0] == ("bundled-128", "command", "", "ldm", "torch")
+    assert ("bundled-128", "step", "bfloat16", "ldm-not-packed", "diffusers") in done
     assert ("refiner-widths-256", "step", "float32", "ldm", "diffusers") in done
     assert ("sd15-512", "txt2img", "bfloat16", "ldm", "diffusers") in done
     assert ("sd15-256", "step", "float32", "ldm-sequential", "ldm") in done
@@ -127,7 +127,7 @@ def test_a_later_run_replaces_its_own_rows_and_keeps_the_others(tmp_path):
     report.publish(tmp_path, {"rows": [row("a", "step", 3.75), row("b", "step", 4.0)], "memory": []})
     results = json.loads((tmp_path / "performance.json").read_text())
     assert [r["s"] for r in results["rows"]] == [3.75, 2.5, 4.0]
-    first = row("bundled-64", "command", 5.5)
+    first = row("bundled-128", "command", 5.5)
     report.publish(tmp_path, {"rows": [first], "memory": []})
     results = json.loads((tmp_path / "performance.json").read_text())
     assert [r["s"] for r in results["rows"]] == [5.5, 3.75, 2.5, 4.0]

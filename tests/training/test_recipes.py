@@ -332,6 +332,8 @@ def test_the_recipes_that_ship_can_be_read():
     assert sharpen.start == vae_recipe.out / "vae"
     assert ldm_recipe.vae == sharpen.out / "vae"
     assert sharpen.vae == vae_recipe.vae
+    assert ldm.TINY.unet == ldm_recipe.unet
+    assert ldm.TINY.vae == dataclasses.replace(vae_recipe.vae, scaling_factor=ldm.TINY.vae.scaling_factor)
     assert isinstance(controlnet, ControlNetRecipe)
     assert len(controlnet.hint_channels) == len(vae_recipe.vae.channels)
     for name, side in {"finetune_sd15": 512, "finetune_sdxl": 1024}.items():
