@@ -72,13 +72,13 @@ def prompt_to_prompt(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Change words of a prompt and keep the composition.")
-    parser.add_argument("source", nargs="?", default="a frog on the grass")
-    parser.add_argument("edit", nargs="?", default="a cat on the grass")
+    parser.add_argument("source", nargs="?", default="a fox")
+    parser.add_argument("edit", nargs="?", default="a cat")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--out", default="prompt_to_prompt.png")
     args = parser.parse_args()
     pipe = ldm.load()
-    run = partial(prompt_to_prompt, pipe, args.source, args.edit, steps=args.steps, seed=1)
+    run = partial(prompt_to_prompt, pipe, args.source, args.edit, steps=args.steps, seed=5)
     pictures = pipe.decode(torch.cat([run(), run(cross=0, pixels=0)[1:]]))
     save_png(grid(pictures), args.out, overwrite=True)
     source, ours, theirs = (127.5 * to_tensor(picture) for picture in pictures)
