@@ -37,7 +37,7 @@ def calls(case):
     unet, vae, text = networks(config)
     side, tokens = pixels // config.vae.factor, config.text[0].max_length
     empty = partial(torch.empty, dtype=torch.float16, device="meta")
-    latents, context = empty(2, 4, side, side), empty(2, tokens, config.unet.context_dim)
+    latents, context = empty(2, config.unet.in_channels, side, side), empty(2, tokens, config.unet.context_dim)
     image, vector = empty(1, 3, pixels, pixels), empty(2, config.unet.vector_dim or 0)
 
     def streamed():

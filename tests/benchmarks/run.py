@@ -214,7 +214,8 @@ def fill(row, models, steps, rounds, rates):
     if not model.exists():
         write_model(config, model)
     task = {"part": part, "dtype": name, "device": row["device"], "model": str(model)}
-    task |= {"pixels": pixels, "factor": config.vae.factor, "steps": 3 if part == "step" else steps}
+    task |= {"pixels": pixels, "factor": config.vae.factor, "channels": config.vae.latent_channels}
+    task |= {"steps": 3 if part == "step" else steps}
     row |= measure(sides, task, rounds)
     if part in COMPUTING:
         flops, numbers = work(case, part, steps)

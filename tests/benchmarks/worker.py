@@ -25,7 +25,7 @@ GPU = DEVICE.type == "cuda"
 PROMPTS = {"prompt": "a red apple on a wooden table", "negative_prompt": "blurry, low contrast"}
 REQUEST = PROMPTS | {"guidance_scale": 7.5, "width": PIXELS, "height": PIXELS}
 torch.manual_seed(0)
-LATENTS = torch.randn(1, 4, *[PIXELS // TASK["factor"]] * 2).to(DEVICE, DTYPE)  # scaled
+LATENTS = torch.randn(1, TASK["channels"], *[PIXELS // TASK["factor"]] * 2).to(DEVICE, DTYPE)  # scaled
 IMAGE = (torch.rand(1, 3, PIXELS, PIXELS) * 2 - 1).to(DEVICE, DTYPE)
 MARKS = []  # the times at which steps ended
 
