@@ -34,7 +34,8 @@ def test_the_error_is_that_against_the_exact_solution():
         assert found[name][0] == pytest.approx(float((x - exact).norm() / exact.norm()), rel=0.05)
 
 
-def test_the_command_prints_a_line_for_each_sampler_and_makes_a_picture(pipe, tmp_path, monkeypatch, capsys):
+def test_the_command_prints_a_line_for_each_sampler_and_makes_a_plot(pipe, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
     words = "--calls", "2", "4", "--reference", "6"
     text = printed("sampler_orders", monkeypatch, capsys, tmp_path / "out.png", *words, pipe=pipe)
     lines = re.findall(r"^(\w+): 2 calls \d+\.\d{4}, 4 calls \d+\.\d{4} \(order -?\d+\.\d\)$", text, re.MULTILINE)
@@ -43,6 +44,7 @@ def test_the_command_prints_a_line_for_each_sampler_and_makes_a_picture(pipe, tm
 
 @pytest.mark.slow
 def test_on_the_bundled_model_heun_and_dpmpp_2m_are_nearer_than_euler(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
     text = printed("sampler_orders", monkeypatch, capsys, tmp_path / "out.png")
     last = {line.split(":")[0]: float(re.search(r"64 calls ([\d.]+)", line)[1]) for line in text.splitlines()}
     assert max(last["heun"], last["dpmpp_2m"]) < last["euler"]
