@@ -19,7 +19,7 @@ from ldm.models.tokens import Tokenizer
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
 from tests.checkpoint.conftest import SMALL
-from tests.checkpoint.growth import MB, growth, in_fresh_process, measurable
+from tests.checkpoint.growth import MB, growth, in_fresh_process, measurable, return_freed_memory
 from tests.test_lora import assert_same, lora_file
 from tests.tiny import TINY_RANDOM, TINY_SDXL, random_networks
 
@@ -225,6 +225,7 @@ def test_models_that_do_not_fit_together_are_named(three, tmp_path):
 def peak_of(folder, tiny):
     """By how many bytes a process grows that merges the model in `folder` with itself."""
     torch.set_num_threads(1)
+    return_freed_memory()
     merge(tiny, tiny, folder / "tiny", layout="diffusers")
     small = growth(lambda: merge(tiny, tiny, folder / "tiny", layout="diffusers", overwrite=True))
     a = folder / "large"
@@ -244,7 +245,7 @@ def test_memory_holds_a_few_weights_and_not_a_model(model_folder, tmp_path):
     print(
         f"{size / MB:.0f} MB, largest weight {largest / MB:.0f} MB: peak {peak / MB:.0f} MB, tiny {small / MB:.0f} MB"
     )
-    assert peak < max(small, 0) + 6 * largest + 16 * MB < size / 2
+    assert peak < max(small, 0) + 5 * largest + 16 * MB < size / 2
 
 
 def test_the_command_writes_the_model(three, tmp_path, capsys):

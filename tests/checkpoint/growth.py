@@ -10,6 +10,7 @@ from typing import Any
 
 MB = 2**20
 _RESET_PEAK = "5"  # proc(5): to the present size
+_MMAP_THRESHOLD = -3  # mallopt(3)
 
 
 def measurable() -> bool:
@@ -25,6 +26,16 @@ def in_fresh_process(function: Callable[..., Any], *args: object) -> Any:
     """Call `function` where no freed memory of other tests hides what it takes."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *args).result()
+
+
+def return_freed_memory() -> None:
+    """Let glibc give each freed block of 1 MB or more back to the system, so that `growth` counts what is in use.
+
+    By default glibc keeps such blocks after the first ones, and the peak varies from run to run.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_MMAP_THRESHOLD, MB)
 
 
 def growth(call: Callable[[], object]) -> int:
