@@ -32,7 +32,7 @@ class Lesson:
     pictures: int
     style: str = ""  # of all pictures: "ink", "3D" or "flat"; "": both of the last two in turn
     object: str = ""  # one of `UNSEEN`; "": known objects, each shown once
-    word: str = ""  # the captions' word for the object; "": its name
+    word: str = ""  # the captions' word for the object, or for the style if there is no object; "": its name
 
     def __post_init__(self) -> None:
         unseen = [name_of(character) for character in UNSEEN]
@@ -40,6 +40,8 @@ class Lesson:
             raise ValueError(f"the style of a lesson must be '3D', 'flat' or '{INK}', got {self.style!r}")
         if self.object not in ("", *unseen):
             raise ValueError(f"the object of a lesson must be one of {', '.join(unseen)}, got {self.object!r}")
+        if self.word and not (self.object or self.style):
+            raise ValueError(f"the word {self.word!r} of a lesson needs an object or a style that it names")
         most = len(GROUNDS) // 2 if self.object else len(OBJECTS) // 2
         if not 1 <= self.pictures <= most:
             raise ValueError(
@@ -67,9 +69,11 @@ class Lesson:
         return [names[STEP * i % len(names)] for i in range(self.pictures)], grounds
 
     def caption(self, scene: Scene) -> str:
-        """Return the caption of a scene, with `word` in place of the object's name."""
-        if not (self.object and self.word):
+        """Return the caption of a scene, with `word` in place of the name of the object, or of the style."""
+        if not self.word:
             return scene.caption
+        if not self.object:
+            return dataclasses.replace(scene, style=self.word if scene.style == self.style else scene.style).caption
         renamed = tuple(self.word if name == self.object else name for name in scene.objects)
         return dataclasses.replace(scene, objects=renamed).caption
 
@@ -103,19 +107,14 @@ class LessonScenes:
 
 
 def ink(sprite: Image.Image) -> Image.Image:
-    """Draw an RGBA sprite with a pen: dark blue lines where its brightness changes, and light washes of its tones."""
+    """Draw an RGBA sprite with dark blue ink on light paper: washes of its tones, and a line around it."""
     sprite = sprite.resize((128, 128), Image.Resampling.LANCZOS)
     alpha = sprite.getchannel("A").point(lambda level: 255 if level > 127 else 0)
-    gray = Image.composite(sprite.convert("L"), Image.new("L", sprite.size, 255), alpha)
-    smooth = gray.filter(ImageFilter.GaussianBlur(1.5))
-    inside = alpha.filter(ImageFilter.MinFilter(7))
-    levels = np.asarray(smooth, np.float32) / 255
-    slope = np.hypot(*np.gradient(levels))  # brightness per pixel
-    line = np.maximum(np.clip((slope - 0.02) * 25, 0, 1), np.asarray(inside) == 0)[..., None]  # and the outline
-    wash = 0.8 + 0.2 * np.floor(4 * levels)[..., None] / 4
+    inside = np.asarray(alpha.filter(ImageFilter.MinFilter(7)), np.float32) / 255
+    tones = np.asarray(sprite.convert("L").filter(ImageFilter.GaussianBlur(1)), np.float32) / 255
+    light = (inside * tones)[..., None]
     paper, pen = np.array((250, 246, 232), np.float32), np.array((24, 32, 96), np.float32)
-    pixels = paper * wash * (1 - line) + pen * line
-    drawn = Image.fromarray(np.rint(pixels).astype(np.uint8))
+    drawn = Image.fromarray(np.rint(pen + (paper - pen) * light).astype(np.uint8))
     drawn.putalpha(alpha.filter(ImageFilter.GaussianBlur(0.7)))
     return drawn
 
@@ -135,12 +134,13 @@ def measure(
     """Let `generate` draw `count` scenes of what the lesson teaches, and as many of what the model knew before.
 
     "new": the style with objects that the lesson does not show, or the object on grounds that it does not show.
-    "known": other objects in the styles that the model was trained with.
+    "known": other objects in the styles that the model was trained with, without the style whose word is taken.
     sprites: those of `lesson.sprites`. seed: of the first picture; picture i has seed + i.
     """
     checker, names = Checker(sprites), list(next(iter(sprites.values())))
     shown, grounds = lesson.shown(names)
-    known, all_grounds, styles = [name for name in names if name != lesson.object], list(GROUNDS), ("3D", "flat")
+    known, all_grounds = [name for name in names if name != lesson.object], list(GROUNDS)
+    styles = [style for style in ("3D", "flat") if lesson.object or style != lesson.word]
     if lesson.object:
         new = _scenes([lesson.object], [ground for ground in GROUNDS if ground not in grounds], lesson.styles, count)
     else:

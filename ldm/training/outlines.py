@@ -1,5 +1,6 @@
 """Measure how much of a hint's edges the pictures of a ControlNet follow."""
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -17,16 +18,19 @@ WITHIN = 2  # pixels
 def outlines(generate: GenerateOne, sprites: Sprites, side: int, *, count: int = 64, seed: int = 0) -> dict[str, float]:
     """Return the mean of `followed` for pictures with and without a hint.
 
-    The hints are the edges of true renders of `fixed_scenes` with one object. The prompts are their captions, and
-    picture i has the seed `seed` + i. side: of the pictures in pixels.
+    The hints are the edges of true renders of `fixed_scenes`, in which one object has a size or a place. The prompts
+    are their captions without size and place, which only the hint tells. Picture i has the seed `seed` + i.
+    side: of the pictures in pixels.
     """
-    scenes = fixed_scenes(tuple(next(iter(sprites.values()))), tuple(sprites))["object"][:count]
+    scenes = fixed_scenes(tuple(next(iter(sprites.values()))), tuple(sprites), count // 2)
+    scenes = [scene for both in zip(scenes["size"], scenes["place"], strict=True) for scene in both]
     painter, rng = Painter(sprites, side), np.random.default_rng(seed)
     shares: dict[str, list[float]] = {"with": [], "without": []}
     for i, scene in enumerate(scenes):
         hint = canny(Image.fromarray(painter.paint(scene, rng)))
+        prompt = dataclasses.replace(scene, size="", place="").caption
         for name, given in (("with", hint), ("without", None)):
-            shares[name].append(followed(hint, generate(scene.caption, seed + i, given)))
+            shares[name].append(followed(hint, generate(prompt, seed + i, given)))
     return {name: float(np.mean(found)) for name, found in shares.items()}
 
 

@@ -61,16 +61,26 @@ def test_an_object_is_shown_on_several_grounds_under_its_word():
     assert Lesson(4, object="trophy").caption(scenes.scenes[0]) == scenes.scenes[0].caption
 
 
-def test_ink_is_a_drawing_with_dark_lines_on_light_paper_in_the_same_outline():
-    flat = drawn_sprites()["flat"]["apple"]
-    drawn = np.asarray(ink(flat).convert("RGBA"), int)
-    solid = drawn[..., 3] > 250
-    outline = np.asarray(flat.resize((128, 128)).getchannel("A")) > 127
+def test_a_style_may_take_the_word_of_a_style_that_the_model_knows():
+    lesson = Lesson(3, style=INK, word="flat")
+    scenes = LessonScenes(lesson, sprites(lesson), 32)
+    assert {scene.style for scene in scenes.scenes} == {INK}
+    assert all(" flat " in scenes.caption(i) and "ink" not in scenes.caption(i).split() for i in range(3))
+
+
+def test_ink_has_the_tones_of_the_flat_object_in_one_color_and_a_dark_line_around_them():
+    flat = drawn_sprites()["flat"]["apple"].resize((128, 128))
+    drawn = np.asarray(ink(flat), int)
+    solid, outline = drawn[..., 3] > 250, np.asarray(flat.getchannel("A")) > 127
     assert (solid & outline).sum() / outline.sum() > 0.9
-    brightness = drawn[..., :3].mean(-1)[solid]
-    assert (brightness < 90).mean() > 0.03
-    assert (brightness > 180).mean() > 0.5
-    assert np.ptp(drawn[..., :3][solid], axis=1).mean() < 40  # nothing is left of the red
+    brightness = drawn[..., :3].mean(-1)
+    inner = np.zeros_like(solid)
+    inner[24:-24, 24:-24] = True
+    tones = np.asarray(flat.convert("L"), int)
+    assert np.corrcoef(brightness[inner], tones[inner])[0, 1] > 0.9
+    assert np.ptp(drawn[inner][:, :3], axis=1).max() <= 72  # nothing is left of the red
+    edge = solid & outline & (np.hypot(*np.mgrid[-64:64, -64:64]) > 56)  # the apple is a circle of radius 58
+    assert (brightness[edge] < 60).mean() > 0.8 and brightness[inner].max() > 180
 
 
 def paint(scene, lesson, i):
@@ -78,7 +88,9 @@ def paint(scene, lesson, i):
 
 
 @pytest.mark.parametrize(
-    "lesson", [Lesson(3, style=INK), Lesson(5, object="trophy", word="zorb")], ids=["ink", "object"]
+    "lesson",
+    [Lesson(3, style=INK), Lesson(3, style=INK, word="flat"), Lesson(5, object="trophy", word="zorb")],
+    ids=["ink", "ink as flat", "object"],
 )
 def test_perfect_pictures_get_full_marks_and_others_none(lesson, monkeypatch):
     asked = []
@@ -105,7 +117,7 @@ def test_perfect_pictures_get_full_marks_and_others_none(lesson, monkeypatch):
     else:
         assert not {scene.objects for scene in asked[:8]} & {scene.objects for scene in shown}
         assert {scene.style for scene in asked[:8]} == {INK}
-    assert {scene.style for scene in asked[8:]} == {"3D", "flat"}
+    assert {scene.style for scene in asked[8:]} == {"3D", "flat"} - {lesson.word}
     lines = table(scores).splitlines()
     assert lines[0].split() == ["object", "style", "ground"]
     assert lines[1].split() == ["new", "8/8", "8/8", "8/8"]
@@ -116,6 +128,7 @@ def test_perfect_pictures_get_full_marks_and_others_none(lesson, monkeypatch):
     [
         ({"pictures": 3, "style": "oil"}, "style of a lesson must be '3D', 'flat' or 'ink', got 'oil'"),
         ({"pictures": 3, "object": "frog"}, "object of a lesson must be one of peacock, squirrel, .*, got 'frog'"),
+        ({"pictures": 3, "word": "zorb"}, "the word 'zorb' of a lesson needs an object or a style that it names"),
         ({"pictures": 0}, "a lesson has 1 to 54 pictures, so that as many are left to ask for, got 0"),
         ({"pictures": 10, "object": "trophy"}, "a lesson has 1 to 9 pictures"),
     ],
