@@ -392,6 +392,7 @@ class TrainingLoss:
     huber_c: float = 0.00054  # c / sqrt(number of latent values), see `whole_huber`
     log_mean: float = -1.1  # of log sigma; the paper's images have a deviation of 0.5, latents of 1
     log_std: float = 2.0
+    from_model: bool = False  # start from the model's UNet (consistency tuning, Geng et al. 2024), not from nothing
 
     def __post_init__(self) -> None:
         if not 2 <= self.first_levels <= self.last_levels:
@@ -417,7 +418,7 @@ class ConsistencyTraining(ConsistencyObjective):
         accumulate: int = 1,
         sample_prompts: Sequence[str] = (),
     ) -> None:
-        """Freeze all networks of `model`, whose UNet is not used. steps: of the whole training."""
+        """Freeze all networks of `model`. steps: of the whole training."""
         super().__init__(model, student, target_ema=0.0, shown=2, accumulate=accumulate, sample_prompts=sample_prompts)
         self.loss, self.steps = loss, steps
 

@@ -42,6 +42,7 @@ KINDS = {
     "lcm": ("lcm", "[loss]\nguidance = [2.0, 4.0]\ntarget_ema = 0.5"),
     "distillation": ("consistency", "[distillation]\nguidance_scale = 2.0\ntarget_ema = 0.5"),
     "training": ("consistency", "[training]\nfirst_levels = 2\nlast_levels = 8"),
+    "tuning": ("consistency", "[training]\nfirst_levels = 2\nlast_levels = 8\nfrom_model = true"),
 }
 
 
@@ -127,11 +128,13 @@ def test_settings_in_a_loras_file_that_cannot_be_are_refused(said, message, tmp_
 
 
 @pytest.mark.slow
-def test_consistency_training_does_not_use_the_models_unet(write, model_folder):
-    student = ldm.load(write("training", "latents = 3").run(CPU), ldm.Placement("cpu"))
+@pytest.mark.parametrize("name", ["training", "tuning"])
+def test_consistency_training_starts_from_nothing_or_from_the_models_unet(name, write, model_folder):
+    student = ldm.load(write(name, "latents = 3").run(CPU), ldm.Placement("cpu"))
     teacher = ldm.load(model_folder, ldm.Placement("cpu"))
     assert student.config.sampler == "lcm"
-    assert (student.unet.conv_out.weight - teacher.unet.conv_out.weight).abs().max() > 0.05
+    changed = (student.unet.conv_out.weight - teacher.unet.conv_out.weight).abs().max()
+    assert changed < 0.05 if name == "tuning" else changed > 0.05
 
 
 @pytest.mark.slow

@@ -108,7 +108,7 @@ class ConsistencyRecipe(StudentRecipe):
     """Train a consistency model of one or two steps, and save it to `out`/model.
 
     The recipe has one of two tables. With [distillation], the student starts from the model's UNet, its teacher. With
-    [training], the student starts from nothing, and the UNet of the model is not used.
+    [training], there is no teacher, and the student starts from nothing, or from the model's UNet with `from_model`.
     """
 
     distillation: DistillationLoss | None = None
@@ -130,7 +130,8 @@ class ConsistencyRecipe(StudentRecipe):
             )
         else:
             assert self.training
-            student = zero_init(UNet(model.config.unet))
+            start = model.unet if self.training.from_model else zero_init(UNet(model.config.unet))
+            student = copy.deepcopy(start).requires_grad_(True)
             objective = ConsistencyTraining(
                 model, student, self.training, steps=self.loop.steps, accumulate=accumulate, sample_prompts=prompts
             )
