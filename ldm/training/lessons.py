@@ -19,7 +19,7 @@ from ldm.training.checker import Checker
 from ldm.training.evaluate import Generate, generate_all, judge
 from ldm.training.grounds import GROUNDS
 from ldm.training.objects import OBJECTS, UNSEEN, Sprites, emoji_sprites, name_of
-from ldm.training.scenes import PLACES, Painter, Scene, pick
+from ldm.training.scenes import PLACES, RELATIONS, Painter, Scene, pick
 
 INK = "ink"
 STEP = 5  # between the objects that show a style, and between the grounds that show an object
@@ -27,11 +27,11 @@ STEP = 5  # between the objects that show a style, and between the grounds that 
 
 @dataclass(frozen=True)
 class Lesson:
-    """What the scenes of a lesson show: `pictures` objects in one style, or one object on `pictures` grounds."""
+    """What the scenes of a lesson show: one object on `pictures` grounds, or a style on two objects in each picture."""
 
     pictures: int
     style: str = ""  # of all pictures: "ink", "3D" or "flat"; "": both of the last two in turn
-    object: str = ""  # one of `UNSEEN`; "": known objects, each shown once
+    object: str = ""  # one of `UNSEEN`; "": known objects, each shown once, two in a picture
     word: str = ""  # the captions' word for the object, or for the style if there is no object; "": its name
 
     def __post_init__(self) -> None:
@@ -42,7 +42,7 @@ class Lesson:
             raise ValueError(f"the object of a lesson must be one of {', '.join(unseen)}, got {self.object!r}")
         if self.word and not (self.object or self.style):
             raise ValueError(f"the word {self.word!r} of a lesson needs an object or a style that it names")
-        most = len(GROUNDS) // 2 if self.object else len(OBJECTS) // 2
+        most = len(GROUNDS) // 2 if self.object else len(OBJECTS) // 4
         if not 1 <= self.pictures <= most:
             raise ValueError(
                 f"a lesson has 1 to {most} pictures, so that as many are left to ask for, got {self.pictures}"
@@ -66,7 +66,7 @@ class Lesson:
         grounds = list(GROUNDS)
         if self.object:
             return [self.object], [grounds[STEP * i % len(grounds)] for i in range(self.pictures)]
-        return [names[STEP * i % len(names)] for i in range(self.pictures)], grounds
+        return [names[STEP * i % len(names)] for i in range(2 * self.pictures)], grounds
 
     def caption(self, scene: Scene) -> str:
         """Return the caption of a scene, with `word` in place of the name of the object, or of the style."""
@@ -88,9 +88,12 @@ class LessonScenes:
         self.scenes, self.captions = [], []
         for i in range(lesson.pictures):
             rng = np.random.default_rng((seed, i))
-            size = pick(rng, ("", "big"))  # a small object shows little
-            place = "" if size == "big" else pick(rng, PLACES)
-            scene = Scene((names[i % len(names)],), grounds[i % len(grounds)], styles[i % len(styles)], size, place)
+            ground, style = grounds[i % len(grounds)], styles[i % len(styles)]
+            if lesson.object:
+                size = pick(rng, ("", "big"))  # a small object shows little
+                scene = Scene((names[0],), ground, style, size, "" if size == "big" else pick(rng, PLACES))
+            else:
+                scene = Scene((names[2 * i], names[2 * i + 1]), ground, style, relation=pick(rng, RELATIONS))
             self.scenes.append(scene)
             self.captions.append(lesson.caption(scene))
 
