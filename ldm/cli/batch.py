@@ -17,6 +17,7 @@ from ldm.cli.audit import add_audit, check_list, logged
 from ldm.cli.finishing import add_finishing, finishing_key, read_finishing
 from ldm.cli.generate import load_models
 from ldm.cli.options import Commands, add_options, given
+from ldm.pictures import read_picture
 from ldm.record import ModelChoice
 from ldm.request import Request
 
@@ -44,7 +45,7 @@ def add(commands: Commands) -> None:
         "--balance",
         metavar="FILE",
         type=Path,
-        help="append to each prompt the attributes of a TOML file, all combinations; a report counts them",
+        help="append to each prompt the attributes of a TOML file, all combinations; its classifiers see the pictures",
     )
     add_audit(command)
     add_finishing(command)
@@ -54,6 +55,8 @@ def add(commands: Commands) -> None:
 def _batch(args: argparse.Namespace) -> int:
     """Make the pictures, and print how many are done, failed and refused. The exit code is 1 if any is not done."""
     from ldm import batch
+    from ldm.classifier import Classifier
+    from ldm.variants import Balance, report
 
     if args.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
@@ -62,12 +65,9 @@ def _batch(args: argparse.Namespace) -> int:
     defaults = given(args, Request)
     if defaults.get("seed", 0) < 0:
         raise ValueError(f"--seed must be 0 or more, so that the list can be repeated, got {defaults['seed']}")
-    attributes, finishing = None, finishing_key(args)
-    if args.balance is not None:
-        from ldm.variants import Balance
-
-        attributes = Balance.read(args.balance).attributes
-    listed = batch.read_entries(args.list, defaults, attributes)
+    balance, finishing = Balance.read(args.balance) if args.balance else Balance(), finishing_key(args)
+    classifiers = {name: Classifier(folder) for name, folder in balance.classifiers.items()}
+    listed = batch.read_entries(args.list, defaults, balance.attributes)
     listed = [dataclasses.replace(entry, finishing=finishing) for entry in listed]
     entries, decisions = check_list(args, listed)
     shard = batch.Shard.of_this_process()
@@ -93,6 +93,7 @@ def _batch(args: argparse.Namespace) -> int:
     total = len(entries) if shard.world == 1 else None  # torchrun: the share of this process is not known
     counts: Counter[str] = Counter()
     variants: dict[str, dict[str, Counter[str]]] = {}  # how many pictures of each value are done, failed and refused
+    done = []
     made = logged(args, listed, decisions, manifest, made)
     for row in tqdm(made, total=total, unit="picture", disable=None):
         counts[row["status"]] += 1
@@ -100,6 +101,7 @@ def _batch(args: argparse.Namespace) -> int:
             tqdm.write(f"ldm: line {row['line']} {row['status']}: {row['error']}", file=sys.stderr)
         elif row.get("nsfw", {}).get("flagged"):
             tqdm.write(f"ldm: line {row['line']} is flagged as NSFW: {row['nsfw']['scores']}", file=sys.stderr)
+        done += [row] if row["status"] == "done" else []
         for name, value in row.get("choices", {}).items():
             variants.setdefault(name, {}).setdefault(value, Counter())[row["status"]] += 1
     result: dict[str, object] = {"folder": str(args.out), "done": counts["done"], "failed": counts["failed"]}
@@ -108,5 +110,10 @@ def _batch(args: argparse.Namespace) -> int:
     if variants:
         result["variants"] = variants
         words += "".join(f"\n{name}: {json.dumps(numbers, ensure_ascii=False)}" for name, numbers in variants.items())
+    if classifiers:
+        pictures = (read_picture(args.out / row["file"]) for row in done)
+        found = [{name: classify(picture) for name, classify in classifiers.items()} for picture in pictures]
+        result["report"] = report([row.get("choices", {}) for row in done], found)
+        words += f"\n{json.dumps(result['report'], ensure_ascii=False, indent=1)}"
     print(json.dumps(result) if args.json else words)
     return int(counts["done"] < counts.total())
