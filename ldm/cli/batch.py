@@ -13,11 +13,13 @@ import torch
 from tqdm import tqdm
 
 import ldm
+from ldm import jobs, rescue
 from ldm.cli.audit import add_audit, check_list, logged
 from ldm.cli.finishing import add_finishing, finishing_key, read_finishing
 from ldm.cli.generate import load_models
 from ldm.cli.options import Commands, add_options, given
 from ldm.pictures import read_picture
+from ldm.placement.budget import Way
 from ldm.record import ModelChoice
 from ldm.request import Request
 
@@ -52,6 +54,15 @@ def add(commands: Commands) -> None:
     command.add_argument("--json", action="store_true", help="print the numbers of pictures as JSON")
 
 
+def _prepared(requests: list[Request], size: int, choice: ModelChoice, placement: ldm.Placement) -> Way:
+    """Return how to make `size` of the largest pictures at once in the memory that is free."""
+    if not requests:
+        return Way(placement, size)
+    largest = max(requests, key=lambda request: (request.width or 0) * (request.height or 0))
+    job = jobs.Job(dataclasses.replace(largest, images=min(size, len(requests))), choice, placement)
+    return rescue.prepare(job, lambda words: print(f"ldm: {words}", file=sys.stderr))
+
+
 def _batch(args: argparse.Namespace) -> int:
     """Make the pictures, and print how many are done, failed and refused. The exit code is 1 if any is not done."""
     from ldm import batch
@@ -76,7 +87,10 @@ def _batch(args: argparse.Namespace) -> int:
     if shard.world > 1 and (placement.device or "cuda") == "cuda" and torch.cuda.is_available():
         placement = dataclasses.replace(placement, device=f"cuda:{os.environ['LOCAL_RANK']}")
     if args.ray is None:
-        maker = batch.PictureMaker(choice, placement, load_models(choice, placement), args.out, read_finishing(args))
+        way = _prepared([entry.request for entry in entries if entry.request], args.batch_size, choice, placement)
+        models = load_models(choice, way.placement)
+        way = dataclasses.replace(way, placement=models.base.placement)
+        maker = batch.PictureMaker(choice, way.placement, models, args.out, read_finishing(args), way)
         make = batch.in_turn(maker)
     else:
         from ldm.batch_ray import spread
