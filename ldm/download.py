@@ -126,11 +126,11 @@ def download(
 
 def _fetch(url: str, part: Path, have: int, token: str | None, watch: Callable[[int], None]) -> None:
     """Append the bytes from number `have` on to `part`. Raises OSError if the connection fails."""
-    headers = {"Range": f"bytes={have}-"} if have else {}
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     if token:
-        headers["Authorization"] = f"Bearer {token}"
+        request.add_unredirected_header("Authorization", f"Bearer {token}")  # for the Hub, not for where the file lies
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60) as answer:
+        with urllib.request.urlopen(request, timeout=60) as answer:
             resumed = have > 0 and answer.status == http.HTTPStatus.PARTIAL_CONTENT
             if resumed:
                 watch(have)

@@ -76,8 +76,8 @@ def measured(*pipes: Pipeline) -> Iterator[Stats]:
             for method, name in STAGES.items():
                 stack.enter_context(_replaced(pipe, method, _timed(stats, name, getattr(pipe, method))))
             stack.enter_context(_replaced(pipe, "walk", _timed_steps(stats, pipe.walk)))
-        if device.type == "cuda" and find_spec("pynvml"):
-            stack.enter_context(_watched(stats, *_open_gpu(device)))
+        if device.type == "cuda" and find_spec("pynvml") and (opened := _open_gpu(device)):
+            stack.enter_context(_watched(stats, *opened))
         yield stats
     stats.peaks["host"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
     if device.type == "cuda":
@@ -128,12 +128,18 @@ def _timed_steps(stats: Stats, walk: Callable[..., Iterator[Step]]) -> Callable[
     return timed
 
 
-def _open_gpu(device: torch.device) -> tuple[Any, Any]:
-    """Return NVIDIA's management library and its handle of `device`."""
+def _open_gpu(device: torch.device) -> tuple[Any, Any] | None:
+    """Return NVIDIA's management library and its handle of `device`; None if the library is missing or refuses.
+
+    Some containers lack the library, and GPUs of other makers have none: PyTorch calls AMD's "cuda", too.
+    """
     import pynvml
 
-    pynvml.nvmlInit()
-    return pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+    try:
+        pynvml.nvmlInit()
+        return pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+    except pynvml.NVMLError:
+        return None
 
 
 @contextmanager

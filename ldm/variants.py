@@ -7,7 +7,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,18 @@ class Variant:
 
 @dataclass(frozen=True)
 class Balance:
-    """The attributes of a file: the values of each, appended to a prompt after a comma. "" appends nothing."""
+    """What a file says about variants.
 
-    attributes: Mapping[str, tuple[str, ...]]
+    attributes: the values of each are appended to a prompt after a comma. "" appends nothing.
+    classifiers: the folders of `ldm.classifier.Classifier`, by the name of what they tell.
+    """
+
+    attributes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    classifiers: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: str | Path) -> "Balance":
-        """Read a TOML file such as `[attributes]` with the line `age = ["young", "old"]`.
+        """Read a TOML file, for example with `[attributes]` and the line `age = ["young", "old"]`.
 
         Raises ValueError for a wrong file, and OSError for one that cannot be read.
         """
@@ -97,30 +102,30 @@ def varied(request: Request, variants: Sequence[Variant]) -> Request:
     return replace(request, prompt=prompts, images=len(prompts))
 
 
-def report(variants: Sequence[Variant], found: Sequence[Choices]) -> dict[str, Any]:
+def report(asked: Sequence[Choices], found: Sequence[Choices]) -> dict[str, Any]:
     """Count what came out for what was asked.
 
-    variants: of each picture. found: what a classifier says of each picture, such as {"age": "old"}; an attribute that
-    it does not know is left out.
+    asked: the choices of each picture, as in `Variant` and in the manifest of `ldm batch`. found: what classifiers say
+    of each picture, such as {"age": "old"}; an attribute that they do not know is left out.
     Returns {"pictures": n, "asked": {attribute: {value: n}}, "found": the same, "crossed": {asked attribute:
     {asked value: {found attribute: {found value: n}}}}, "right": {attribute that was asked and found: share}}.
-    Raises ValueError if the numbers of variants and answers differ.
+    Raises ValueError if the numbers of pictures differ.
     """
-    if len(variants) != len(found):
-        raise ValueError(f"the report needs an answer for each of {len(variants)} pictures, got {len(found)}")
+    if len(asked) != len(found):
+        raise ValueError(f"the report needs an answer for each of {len(asked)} pictures, got {len(found)}")
     pairs = [
-        (asked, answer)
-        for variant, answers in zip(variants, found, strict=True)
-        for asked in variant.choices.items()
+        (choice, answer)
+        for choices, answers in zip(asked, found, strict=True)
+        for choice in choices.items()
         for answer in answers.items()
     ]
     crossed: dict[str, dict[str, dict[str, dict[str, int]]]] = {}
     for ((attribute, value), (other, answer)), n in sorted(Counter(pairs).items()):
         crossed.setdefault(attribute, {}).setdefault(value, {}).setdefault(other, {})[answer] = n
-    same = [(asked[0], asked[1] == answer[1]) for asked, answer in pairs if asked[0] == answer[0]]
+    same = [(choice[0], choice[1] == answer[1]) for choice, answer in pairs if choice[0] == answer[0]]
     return {
-        "pictures": len(variants),
-        "asked": _counts([variant.choices for variant in variants]),
+        "pictures": len(asked),
+        "asked": _counts(asked),
         "found": _counts(found),
         "crossed": crossed,
         "right": {

@@ -11,6 +11,7 @@ import json
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from textwrap import shorten
 from typing import Literal
 
 import numpy as np
@@ -78,10 +79,9 @@ def finished(picture: Image.Image, finish: Finish) -> Image.Image:
     picture = picture.resize((width, height), Image.Resampling.LANCZOS)
     picture = ImageEnhance.Contrast(ImageEnhance.Color(picture).enhance(finish.saturation)).enhance(finish.contrast)
     if finish.text:
-        font = ImageFont.load_default(height / 12)
-        middle = width / 2, height * 0.92
+        middle, font = (width / 2, height * 0.92), ImageFont.load_default(height / 12)
         edge = {"stroke_width": max(1, height // 200), "stroke_fill": "black"}
-        ImageDraw.Draw(picture).text(middle, finish.text, finish.text_color, font, anchor="mm", **edge)
+        ImageDraw.Draw(picture).text(middle, finish.text, finish.text_color, font, "mm", **edge)
     if finish.logo:
         with Image.open(finish.logo) as opened:
             logo = ImageOps.contain(opened.convert("RGBA"), (width // 5, height // 5))
@@ -92,9 +92,9 @@ def finished(picture: Image.Image, finish: Finish) -> Image.Image:
 def cell(path: Path, label: str, chosen: bool = False) -> Image.Image:
     """Return a picture of the sheet with its label."""
     color = "gold" if chosen else "white"
-    sheet = ImageOps.expand(ImageOps.pad(read_picture(path), (256, 256), color=color), (8, 8, 8, 32), color)
-    ImageDraw.Draw(sheet).text((136, 280), label, "black", ImageFont.load_default(14), anchor="mm")
-    return sheet
+    framed = ImageOps.expand(ImageOps.pad(read_picture(path), (256, 256), color=color), (8, 8, 8, 32), color)
+    ImageDraw.Draw(framed).text((136, 280), shorten(label, 36), "black", ImageFont.load_default(14), "mm")
+    return framed
 
 
 parser = argparse.ArgumentParser(description="Make the pictures of a campaign from a brief.")
@@ -106,7 +106,7 @@ args = parser.parse_args()
 
 # The brief, and the model.
 brief = from_dict(read_toml(args.brief), Brief, where=str(args.brief), names=PARTS)
-entries = batch.entries_of(1, "concept", brief.concepts)
+refine, finish, entries = brief.refine, brief.finish, batch.entries_of(1, "concept", brief.concepts)
 if args.choose is not None and not 1 <= args.choose <= len(entries):
     parser.error(f"--choose must be from 1 to {len(entries)}, got {args.choose}")
 placement = ldm.Placement.fast(device=args.device)
@@ -120,7 +120,6 @@ number = args.choose or scores.index(max(scores)) + 1
 chosen, concept = entries[number - 1], concepts[number - 1]
 
 # The refined picture.
-refine, finish = brief.refine, brief.finish
 controls = (ldm.Control(refine.controlnet, concept, detector=refine.detector),) if refine.controlnet else ()
 changes = {name: getattr(refine, name) or getattr(chosen.request, name) for name in ("steps", "width", "height")}
 request = replace(chosen.request, source=ldm.Source(concept, refine.strength), controls=controls, **changes)
@@ -134,7 +133,10 @@ save_png(finished(read_picture(refined), finish), best, texts, overwrite=True)
 if finish.certificates:
     credentials.sign(best, finish.certificates, finish.key)
 
-# The sheet.
-cells = [cell(path, f"{i}: {scores[i - 1]:.1f}", i == number) for i, path in enumerate(concepts, 1)]
-save_png(grid([*cells, cell(refined, "refined"), cell(best, "finished")]), args.out / "sheet.png", overwrite=True)
+# The sheet. The chosen concept has a golden frame, and the last row is filled with white.
+rows = enumerate(zip(concepts, scores, entries, strict=True), 1)
+cells = [cell(path, f"{i}. {score:.0f}: {entry.request.prompt}", i == number) for i, (path, score, entry) in rows]
+cells += [cell(refined, f"{number}. refined"), cell(best, f"{number}. finished")]
+cells += [Image.new("RGB", cells[0].size, "white")] * (-len(cells) % math.ceil(len(cells) ** 0.5))
+save_png(grid(cells), args.out / "sheet.png", overwrite=True)
 print(best)

@@ -26,7 +26,11 @@ def _no_network() -> None:
             raise OSError(f"tests must not use the network, tried to reach {address}")
         connect(self, address)
 
+    def refuse_name(host: object, *_: object, **__: object) -> None:
+        raise OSError(f"tests must not use the network, tried to look up {host}")
+
     socket.socket.connect = socket.socket.connect_ex = refuse
+    socket.getaddrinfo = refuse_name
 
 
 @pytest.fixture(autouse=True, scope="session")

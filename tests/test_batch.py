@@ -182,6 +182,24 @@ def test_a_group_that_fails_is_done_one_by_one(pipe, folder, monkeypatch):
     assert [manifest.rows[entry.name]["status"] for entry in entries] == ["done", "failed", "done"]
 
 
+def test_a_list_is_planned_for_its_largest_pictures_before_the_model_is_loaded(run, folder, monkeypatch):
+    path = listed("a.jsonl", '"a cat"', '{"prompt": "a dog", "width": 64}', '"a fox"', '"a pig"')
+    assert run("batch", str(path), "plain", *SMALL)[0] == 0
+    planned, real = [], rescue.prepare
+    monkeypatch.setattr(rescue, "free_bytes", lambda device: 5 << 20)
+    monkeypatch.setattr(rescue, "prepare", lambda job, say: planned.append(job.request) or real(job, say))
+    code, _, err = run("batch", str(path), "out", *SMALL)
+    assert (code, "memory are free: prompt and negative prompt one after the other, 1 picture at once" in err) == (
+        0,
+        True,
+    )
+    assert [(request.prompt, request.width, request.images) for request in planned] == [("a dog", 64, 4)]
+    for name in ("00001", "00002", "00003", "00004"):
+        assert recall(f"out/{name}.png").adjusted[0] == "prompt and negative prompt one after the other"
+        alone, other = (np.asarray(Image.open(f"{each}/{name}.png")).astype(int) for each in ("plain", "out"))
+        assert np.abs(alone - other).max() <= 1
+
+
 def test_the_processes_of_torchrun_share_a_list_and_any_number_goes_on(pipe, folder):
     entries = read_entries(listed("a.txt", *"abcde"), {"steps": 1, "width": 32, "height": 32})
 

@@ -24,7 +24,7 @@ BRIEF = """
 [model]
 model = "{model}"
 [concepts]
-prompt = "a {{cat|dog}} {{at night|on the beach}}"
+prompt = "a {{cat|dog}} {{at night|on the beach|in a box}}"
 steps = 1
 seed = 5
 [refine]
@@ -60,13 +60,21 @@ def made_by(path):
 def test_the_groups_of_the_prompt_give_concepts_and_the_most_colorful_one_is_refined(first):
     files = sorted(Path("out/concepts").glob("*.png"))
     assert {made_by(file)[0] for file in files} == {
-        f"a {animal} {where}" for animal in ("cat", "dog") for where in ("at night", "on the beach")
+        f"a {animal} {where}" for animal in ("cat", "dog") for where in ("at night", "on the beach", "in a box")
     }
     best = max(files, key=lambda file: first["colorfulness"](Image.open(file)))
     assert [file.name for file in Path("out/refined").glob("*.png")] == [best.name]
     enlarged = Image.open(f"out/refined/{best.name}").resize((128, 128), Image.Resampling.LANCZOS)
     assert np.array_equal(pixels(f"out/finished/{best.name}"), np.asarray(enlarged))
-    assert Image.open("out/sheet.png").size == (3 * 272, 2 * 296)  # four concepts, the refined and finished picture
+    sheet = pixels("out/sheet.png")
+    assert sheet.shape == (3 * 296, 3 * 272, 3)
+    cells = [np.s_[296 * row : 296 * (row + 1), 272 * column : 272 * (column + 1)] for row, column in np.ndindex(3, 3)]
+    assert [i for i, cell in enumerate(cells) if np.array_equal(sheet[cell][2, 2], [255, 215, 0])] == [
+        files.index(best)
+    ]
+    assert [i for i, cell in enumerate(cells) if sheet[cell].min() == 255] == [8]  # six concepts and two pictures
+    expected = np.asarray(Image.open(best).convert("RGB").resize((256, 256), Image.Resampling.BICUBIC))
+    assert np.array_equal(sheet[cells[files.index(best)]][8:264, 8:264], expected)
 
 
 def test_a_choice_is_refined_under_control_finished_and_signed_and_all_pictures_have_records(
@@ -79,7 +87,7 @@ def test_a_choice_is_refined_under_control_finished_and_signed_and_all_pictures_
     brief = Path("brief.toml").read_text() + 'strength = 0.8\ncontrolnet = "net"\n[finish]\nscale = 4.0\n'
     brief += 'logo = "logo.png"\nwatermark = "ours"\ntext = "Hello"\ncertificates = "signer.pem"\nkey = "signer.key"\n'
     Path("brief.toml").write_text(brief)
-    number = next(i for i in range(1, 5) if not Path(f"out/refined/concept-{i}.png").exists())
+    number = next(i for i in range(1, 7) if not Path(f"out/refined/concept-{i}.png").exists())
     concept, refined, finished = (f"out/{name}/concept-{number}.png" for name in ("concepts", "refined", "finished"))
     before = os.stat(concept).st_mtime_ns
     call("--choose", str(number))
@@ -121,14 +129,25 @@ def test_colorfulness_is_that_of_its_paper(first):
     assert first["colorfulness"](both) == pytest.approx(255 + 0.3 * 127.5)
 
 
-@pytest.mark.parametrize("number", ["0", "5"])
+@pytest.mark.parametrize("number", ["0", "7"])
 def test_a_choice_that_is_not_there_is_an_error(first, number, capsys):
     with pytest.raises(SystemExit):
         call("--choose", number)
-    assert f"--choose must be from 1 to 4, got {number}" in capsys.readouterr().err
+    assert f"--choose must be from 1 to 6, got {number}" in capsys.readouterr().err
 
 
 def test_the_brief_of_the_repository_is_one_that_the_script_reads(first):
     brief = from_dict(read_toml(ROOT / "configs" / "campaign.toml"), first["Brief"], names=PARTS)
     assert isinstance(brief.concepts, ldm.Request)
     assert brief.finish.watermark
+
+
+@pytest.mark.slow
+def test_the_sheet_of_the_docs_is_what_the_command_beside_it_makes(tmp_path, monkeypatch):
+    command = "python scripts/campaign.py configs/campaign.toml campaign "
+    assert command in (ROOT / "docs" / "operate.md").read_text(encoding="utf-8")
+    assert (ROOT / "docs" / "campaign.png").stat().st_size <= 400_000
+    monkeypatch.setattr(sys, "argv", ["campaign.py", str(ROOT / "configs" / "campaign.toml"), str(tmp_path / "out")])
+    runpy.run_path(str(ROOT / "scripts" / "campaign.py"), run_name="__main__")
+    shown, made = pixels(ROOT / "docs" / "campaign.png"), pixels(tmp_path / "out" / "sheet.png")
+    assert np.abs(shown - made).mean() < 1  # of 255 levels; another processor rounds differently

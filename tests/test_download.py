@@ -17,7 +17,7 @@ import hashlib, http.server, sys, threading
 from pathlib import Path
 from ldm.download import Published, download
 BYTES = bytes(range(256)) * 20_000
-asked, cut, wrong, status = [], [None], [False], [None]
+asked, cut, wrong, status, moved, whole = [], [None], [False], [None], [], [False]
 
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.0"
@@ -26,6 +26,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         asked.append((self.path, start, self.headers.get("Authorization")))
         if status[0]:
             self.send_error(status[0]); return
+        if moved and self.path != "/moved":
+            self.send_response(302)
+            self.send_header("Location", moved[0])
+            self.end_headers(); return
+        start = 0 if whole[0] else start
         body = (b"x" * len(BYTES) if wrong[0] else BYTES)[start:]
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(body)))
@@ -78,6 +83,35 @@ def test_a_download_that_was_cut_goes_on(tmp_path):
         cut[0] = None
         assert get() == folder / "model.bin"
         assert [start for _, start, _ in asked] == [0, 2_000_000]
+        """,
+    )
+
+
+def test_a_server_that_sends_the_whole_file_again_is_no_problem(tmp_path):
+    served(
+        tmp_path,
+        """
+        cut[0], whole[0] = 2_000_000, True
+        get()
+        cut[0] = None
+        assert get() == folder / "model.bin"
+        assert [start for _, start, _ in asked] == [0, 2_000_000]
+        """,
+    )
+
+
+def test_the_token_stays_with_the_hub_if_the_file_lies_elsewhere(tmp_path):
+    served(
+        tmp_path,
+        """
+        cut[0] = 2_000_000
+        get()
+        cut[0] = None
+        moved.append(f"http://localhost:{server.server_port}/moved")  # another host
+        assert get(token="secret") == folder / "model.bin"
+        assert asked[1:] == [
+            ("/owner/model/resolve/main/sub/model.bin", 2_000_000, "Bearer secret"), ("/moved", 2_000_000, None)
+        ]
         """,
     )
 

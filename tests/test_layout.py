@@ -61,11 +61,12 @@ PACKAGES = {  # what each part of ldm may import of ldm, beside itself; "ldm" is
     "batch_ray": "batch jobs placement record",
     "training": "atomic checkpoint conditioning config control diffusion geometry image_prompt images loading models "
     "pictures presets strict",
-    "cli": "batch batch_ray checkpoint config control diffusion doctor download geometry image_prompt jobs ldm "
-    "loading lora_tools merging models outputs pictures pipeline placement previews prompts record regions request "
+    "cli": "batch batch_ray checkpoint classifier config control diffusion doctor download geometry image_prompt jobs "
+    "ldm loading lora_tools merging models outputs pictures pipeline placement previews prompts record regions request "
     "rescue safety sizes source stats training variants variations",
     "stats": "diffusion pipeline",
     "safety": "atomic checkpoint config image_prompt ldm request strict",
+    "classifier": "",
     "variants": "request strict",
     "doctor": "atomic checkpoint config ldm loading pipeline placement request",
     "ldm": "config control image_prompt loading lora pipeline placement presets refiner regions request sizes source "

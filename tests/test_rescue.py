@@ -6,6 +6,9 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
+from functools import partial
+from random import Random
 
 import numpy as np
 import pytest
@@ -105,6 +108,57 @@ def test_out_of_memory_in_the_text_encoder_is_tried_in_every_way_and_then_raised
     out_of_memory_if(monkeypatch, work.pipe.text_encoder, "encode", lambda texts: True)
     with pytest.raises(torch.OutOfMemoryError):
         work()
+
+
+class Faults:
+    """Makes functions fail at random: at most as often as there are ways to need less memory, and pauses."""
+
+    def __init__(self, random, injected):
+        self.random, self.injected = random, injected
+        self.left = {MemoryError: 4, OSError: 3}
+        self.written = Counter()
+
+    def in_front_of(self, function, stage, error):
+        def call(*values, **options):
+            kind = OSError if isinstance(error, OSError) else MemoryError
+            if self.left[kind] and self.random.random() < 0.3:
+                self.left[kind] -= 1
+                self.injected[stage] += 1
+                raise error
+            return function(*values, **options)
+
+        return call
+
+    def save(self, outputs, index, picture, texts):
+        self.written[index] += 1
+        return SAVE(outputs, index, picture, texts)
+
+
+SAVE = Outputs.save
+
+
+@pytest.mark.slow
+def test_faults_at_random_places_lose_no_picture_and_write_none_twice(model_folder, tmp_path, monkeypatch):
+    """The numbers that this test prints are in docs/operate.md."""
+    right = expected(ldm.load(model_folder, ldm.Placement(device="cpu")))
+    random, injected = Random(0), Counter()
+    for run in range(12):
+        pipe, faults = ldm.load(model_folder, ldm.Placement(device="cpu")), Faults(random, injected)
+        stages = {"text encoder": (pipe.text_encoder, "encode"), "UNet": (pipe.unet, "forward")}
+        with monkeypatch.context() as patch:
+            for stage, (owner, name) in (stages | {"decoder": (pipe.vae, "decode")}).items():
+                full = torch.OutOfMemoryError("CUDA out of memory")
+                patch.setattr(owner, name, faults.in_front_of(getattr(owner, name), stage, full))
+            passing = OSError(errno.EIO, "Input/output error")
+            patch.setattr(Outputs, "save", faults.in_front_of(partial(Faults.save, faults), "disk", passing))
+            job = Job(REQUEST, ModelChoice(str(model_folder)), pipe.placement)
+            outputs = Outputs(tmp_path / f"{run}.png", REQUEST.images)
+            result = rescue.run(job, Models(pipe), outputs, pause=lambda seconds: None)
+        assert faults.written == dict.fromkeys(range(REQUEST.images), 1)
+        for one, other in zip(pixels(result.files), right, strict=True):
+            assert np.abs(one - other).max() <= 1
+    print(f"{injected.total()} faults: {dict(injected)}")
+    assert len(injected) == 4
 
 
 def test_pictures_get_smaller_only_if_that_is_allowed(work, monkeypatch):

@@ -1,7 +1,10 @@
 """--stats and --trace: which work counts to which stage, and that a measured run is the same run."""
 
+import ctypes
 import json
 import re
+import shutil
+import subprocess
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -99,6 +102,57 @@ def test_the_gpu_is_asked_in_the_background(monkeypatch):
     with module._watched(silent, nvml, "the handle"):
         pass
     assert silent.gpu == {"utilization_percent": 80}
+
+
+NVML = """
+#include <string.h>
+typedef struct { unsigned gpu, memory; } rates;
+static int device;
+int nvmlInitWithFlags(unsigned flags) { return 0; }
+const char *nvmlErrorString(int code) { return "refused"; }
+int nvmlDeviceGetHandleByUUID(const char *uuid, void **handle) {
+    *handle = &device;
+    return strcmp(uuid, "GPU-12-34") ? 6 : 0;  // 6: not found
+}
+int nvmlDeviceGetUtilizationRates(void *handle, rates *found) {
+    found->gpu = 70; found->memory = 5;
+    return handle == &device ? 0 : 1;
+}
+int nvmlDeviceGetPowerUsage(void *handle, unsigned *milliwatts) { *milliwatts = 250000; return 0; }
+"""
+
+
+@pytest.fixture
+def nvml(monkeypatch):
+    """The package nvidia-ml-py itself, which has not loaded the driver's library yet."""
+    pynvml = pytest.importorskip("pynvml")
+    monkeypatch.setattr(pynvml, "nvmlLib", None)
+    monkeypatch.setattr(pynvml, "_nvmlGetFunctionPointer_cache", {})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="12-34"))
+    return pynvml
+
+
+def test_nvidia_ml_py_itself_asks_the_library_of_the_driver(nvml, monkeypatch, tmp_path):
+    """The driver's library is a stand-in in C, because only a machine with such a GPU has the real one."""
+    if shutil.which("cc") is None:
+        pytest.skip("a C compiler makes the stand-in")
+    (tmp_path / "nvml.c").write_text(NVML)
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", tmp_path / "nvml.so", tmp_path / "nvml.c"], check=True)
+    monkeypatch.setattr(nvml, "nvmlLib", ctypes.CDLL(str(tmp_path / "nvml.so")))
+    stats = Stats(torch.device("cpu"))
+    with module._watched(stats, *module._open_gpu(torch.device("cuda"))):
+        pass
+    assert stats.gpu == {"utilization_percent": 70, "watts": 250, "peak_watts": 250}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="56-78"))
+    assert module._open_gpu(torch.device("cuda")) is None
+
+
+def test_a_machine_without_the_library_of_the_driver_has_no_gpu_to_ask(nvml, monkeypatch):
+    def missing(name):
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(nvml, "CDLL", missing)
+    assert module._open_gpu(torch.device("cuda")) is None
 
 
 # ------------------------------------------------------------------ the command

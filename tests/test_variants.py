@@ -67,8 +67,10 @@ def test_attributes_are_read_from_a_file(tmp_path):
     path = tmp_path / "balance.toml"
     path.write_text('[attributes]\nage = ["young", "old"]\nlight = ["dim", ""]')
     assert dict(Balance.read(path).attributes) == {"age": ("young", "old"), "light": ("dim", "")}
+    path.write_text('[classifiers]\nage = "a folder"')
+    assert Balance.read(path) == Balance({}, {"age": "a folder"})
     path.write_text('[attribute]\nage = ["young"]')
-    with pytest.raises(ValueError, match="unknown 'attribute'; valid keys: attributes"):
+    with pytest.raises(ValueError, match="unknown 'attribute'; valid keys: attributes, classifiers"):
         Balance.read(path)
 
 
@@ -99,7 +101,7 @@ def test_the_report_counts_what_came_out_for_what_was_asked():
         {"age": "old"},
     ]
     assert [v.prompt for v in variants] == ["a nurse, young", "a engineer, old", "a nurse, old", "a engineer, young"]
-    table = report(variants, found)
+    table = report([v.choices for v in variants], found)
     assert table["pictures"] == 4
     assert table["asked"]["age"] == {"old": 2, "young": 2}
     assert table["found"] == {"age": {"old": 2, "young": 2}, "gender": {"man": 1, "woman": 2}}
@@ -111,4 +113,4 @@ def test_the_report_counts_what_came_out_for_what_was_asked():
 
 def test_a_report_needs_an_answer_for_each_picture():
     with pytest.raises(ValueError, match="an answer for each of 2 pictures, got 1"):
-        report(expand("a {x|y}"), [{}])
+        report([v.choices for v in expand("a {x|y}")], [{}])

@@ -50,20 +50,24 @@ def add_audit(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _read(args: argparse.Namespace) -> "tuple[AuditLog | None, Guard | None]":
-    """Return the log and the guard that the options name. They are imported only then."""
-    log = guard = None
-    if args.audit is not None:
-        from ldm.safety.audit import AuditLog
+def _read_log(args: argparse.Namespace) -> "AuditLog | None":
+    """Return the log that the options name. It is imported only then."""
+    if args.audit is None:
+        if args.audit_hidden:
+            raise ValueError("--audit-hidden is for the audit log: add --audit FILE")
+        return None
+    from ldm.safety.audit import AuditLog
 
-        log = AuditLog(args.audit, hidden=args.audit_hidden)
-    elif args.audit_hidden:
-        raise ValueError("--audit-hidden is for the audit log: add --audit FILE")
-    if args.guard is not None:
-        from ldm.safety.guard import Guard, Policy
+    return AuditLog(args.audit, hidden=args.audit_hidden)
 
-        guard = Guard(Policy.read(args.guard))
-    return log, guard
+
+def _read_guard(args: argparse.Namespace) -> "Guard | None":
+    """Return the guard that the options name. With names, it takes seconds."""
+    if args.guard is None:
+        return None
+    from ldm.safety.guard import Guard, Policy
+
+    return Guard(Policy.read(args.guard))
 
 
 def start_audit(args: argparse.Namespace, request: Request) -> Callable[[Sequence[Path], Mapping[str, Any]], None]:
@@ -71,7 +75,7 @@ def start_audit(args: argparse.Namespace, request: Request) -> Callable[[Sequenc
 
     Raises ValueError if the guard, if there is one, refuses the prompts.
     """
-    log, guard = _read(args)
+    log, guard = _read_log(args), _read_guard(args)
     decision = guard.check_request(request) if guard else None
     asked = log.asked(request, decision) if log else ""
     if decision is not None and decision.refused:
@@ -86,7 +90,8 @@ def start_audit(args: argparse.Namespace, request: Request) -> Callable[[Sequenc
 
 def check_list(args: argparse.Namespace, entries: "list[Entry]") -> "tuple[list[Entry], dict[str, Decision]]":
     """Return the entries, with an error in place of requests that the guard refuses, and its decisions by name."""
-    _, guard = _read(args)
+    _read_log(args)  # raises its errors before the work
+    guard = _read_guard(args)
     decisions = {entry.name: guard.check_request(entry.request) for entry in entries if guard and entry.request}
     refused = {name for name, decision in decisions.items() if decision.refused}
     checked = [
@@ -104,7 +109,7 @@ def logged(
     rows: "Iterator[Row]",
 ) -> "Iterator[Row]":
     """Yield `rows`, and write each that is new into the log, if there is one, as "made", "refused" or "failed"."""
-    log, _ = _read(args)
+    log = _read_log(args)
     if log is None:
         yield from rows
         return

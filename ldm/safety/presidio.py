@@ -1,7 +1,6 @@
 """Names of people and places in a text, by Microsoft's Presidio (the extra `guard`). Nothing is fetched."""
 
 import importlib
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,10 @@ class Presidio:
     """
 
     def __init__(self, model: str, entities: tuple[str, ...], allow: tuple[str, ...] = ()):
-        analyzer, engines, domains = map(
-            _installed, ("presidio_analyzer", "presidio_analyzer.nlp_engine", "tldextract.tldextract")
+        analyzer, engines, domains, spacy = map(
+            _installed, ("presidio_analyzer", "presidio_analyzer.nlp_engine", "tldextract.tldextract", "spacy.util")
         )
-        if not Path(model).is_dir() and importlib.util.find_spec(model) is None:
+        if not Path(model).is_dir() and not spacy.is_package(model):  # Presidio fetches what this function refuses
             raise ValueError(
                 f"the spaCy model {model} is neither a folder nor an installed package, and nothing is fetched: "
                 "install its wheel with pip, or name another in the policy"

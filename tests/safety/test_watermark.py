@@ -96,19 +96,41 @@ def test_dwt_dct_writes_the_pixels_of_the_slow_form(height, width):
         np.testing.assert_array_equal(np.asarray(write(picture, message, "dwtDct")), expected)
 
 
+@pytest.fixture(scope="module")
+def library():
+    """The library invisible-watermark, which takes pictures as arrays of BGR."""
+    return pytest.importorskip("imwatermark")
+
+
+def bgr(picture):
+    return np.asarray(picture)[..., ::-1].copy()
+
+
+@pytest.mark.parametrize("message", KNOWN)
+@pytest.mark.parametrize("size", [(261, 270), (256, 256), (300, 221)])
+def test_dwt_dct_writes_the_pixels_of_the_library(library, size, message):
+    for picture in (noisy(*size), PICTURES["landscape"]().crop((60, 90, 60 + size[1], 90 + size[0]))):
+        encoder = library.WatermarkEncoder()
+        encoder.set_watermark("bits", message_bits(message).astype(int).tolist())
+        theirs = encoder.encode(bgr(picture), "dwtDct")[..., ::-1]
+        np.testing.assert_array_equal(np.asarray(write(picture, message, "dwtDct")), theirs)
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_pixels_and_bits_equal_those_of_the_library(method):
-    library = pytest.importorskip("imwatermark")
-    picture, bits = noisy(261, 270), message_bits(SDXL)
-    encoder = library.WatermarkEncoder()
+def test_each_reads_the_bits_of_the_other_and_loses_the_same_ones(library, method):
+    picture, bits = PICTURES["landscape"]().crop((100, 100, 361, 370)), message_bits(SDXL)
+    encoder, decoder = library.WatermarkEncoder(), library.WatermarkDecoder("bits", 48)
     encoder.set_watermark("bits", bits.astype(int).tolist())
-    theirs = encoder.encode(np.asarray(picture)[..., ::-1].copy(), method)[..., ::-1]
+    theirs = Image.fromarray(encoder.encode(bgr(picture), method)[..., ::-1].copy())
     ours = write(picture, SDXL, method)
-    if method == "dwtDct":
-        np.testing.assert_array_equal(np.asarray(ours), theirs)
-    np.testing.assert_array_equal(read(Image.fromarray(theirs.copy()), 48, method), bits)
-    decoder = library.WatermarkDecoder("bits", 48)
-    np.testing.assert_array_equal(decoder.decode(np.asarray(ours)[..., ::-1].copy(), method), bits)
+    for marked in (theirs, ours):
+        for changed in (marked, *(CHANGES[change](marked) for change in ("JPEG 95", "JPEG 50", "WebP 50"))):
+            np.testing.assert_array_equal(read(changed, 48, method), decoder.decode(bgr(changed), method))
+        if method == "dwtDctSvd":  # the other loses bits where colors are flat
+            np.testing.assert_array_equal(read(marked, 48, method), bits)
+    np.testing.assert_array_equal(decoder.decode(bgr(write(noisy(261, 270), SDXL, method)), method), bits)
+    if method == "dwtDctSvd":  # the library may take a level that is further away
+        assert psnr(picture, ours) > psnr(picture, theirs) + 1
 
 
 def test_the_default_is_read_by_the_slow_form_with_its_dct():
@@ -172,7 +194,7 @@ def test_the_default_mark_survives_jpeg_at_quality_80_where_the_official_one_is_
         picture = draw().crop((128, 128, 384, 384))
         marked = write(picture, SDXL)
         assert detect(CHANGES["JPEG 80"](marked), SDXL).found
-        assert psnr(picture, marked) > 40
+        assert psnr(picture, marked) > 43
         assert not detect(CHANGES["JPEG 90"](write(picture, SDXL, "dwtDct")), SDXL, "dwtDct").found
         assert not detect(marked.crop((16, 0, 256, 256)), SDXL).found
 
