@@ -22,8 +22,8 @@ def outlines(generate: GenerateOne, sprites: Sprites, side: int, *, count: int =
     are their captions without size and place, which only the hint tells. Picture i has the seed `seed` + i.
     side: of the pictures in pixels.
     """
-    scenes = fixed_scenes(tuple(next(iter(sprites.values()))), tuple(sprites), count // 2)
-    scenes = [scene for both in zip(scenes["size"], scenes["place"], strict=True) for scene in both]
+    kinds = fixed_scenes(tuple(next(iter(sprites.values()))), tuple(sprites), count // 2)
+    scenes = [scene for both in zip(kinds["size"], kinds["place"], strict=True) for scene in both]
     painter, rng = Painter(sprites, side), np.random.default_rng(seed)
     shares: dict[str, list[float]] = {"with": [], "without": []}
     for i, scene in enumerate(scenes):

@@ -81,7 +81,8 @@ def test_ink_has_the_tones_of_the_flat_object_in_one_color_and_a_dark_line_aroun
     assert np.corrcoef(brightness[inner], tones[inner])[0, 1] > 0.9
     assert np.ptp(drawn[inner][:, :3], axis=1).max() <= 72  # nothing is left of the red
     edge = solid & outline & (np.hypot(*np.mgrid[-64:64, -64:64]) > 56)  # the apple is a circle of radius 58
-    assert (brightness[edge] < 60).mean() > 0.8 and brightness[inner].max() > 180
+    assert (brightness[edge] < 60).mean() > 0.8
+    assert brightness[inner].max() > 180
 
 
 def paint(scene, lesson, i):
