@@ -16,8 +16,8 @@ SHOWN = 8  # sample pictures, each below its hint
 class ControlNetObjective(DiffusionObjective):
     """Train a ControlNet for a fixed model. The hint of each training image is its edges by Canny's method.
 
-    The batches have images. Half of the captions or so should be dropped, so that the ControlNet learns to follow the
-    hint without a prompt (section 3.3).
+    The batches have images. Some captions should be dropped, so that the ControlNet learns to follow the hint without a
+    prompt (half of them in section 3.3).
     """
 
     def __init__(self, model: Model, network: ControlNet, weights: DiffusionLoss) -> None:

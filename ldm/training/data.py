@@ -52,6 +52,7 @@ class DataConfig:
     font: Path = FONT  # draws the flat objects of the scenes
     fluent: Path = FLUENT  # has the 3D objects of the scenes; see docs/training.md
     every_emoji: bool = False  # the objects: all emoji but ten, for a VAE; False: the 108 with names
+    layout: bool = True  # the captions of the scenes name sizes and places; False: for a ControlNet, which sees them
     seed: int = 0  # of the scenes, and of the choice of the pictures that are kept out
 
     def open(self, *, sizes: bool = False) -> Dataset:
@@ -66,7 +67,8 @@ class DataConfig:
                 "buckets and mask are for the pictures of a folder, and emoji scenes are squares: omit them"
             )
         characters = every_character(self.fluent) if self.every_emoji else OBJECTS
-        return Scenes(emoji_sprites(self.font, self.fluent, characters), self.size, seed=self.seed)
+        sprites = emoji_sprites(self.font, self.fluent, characters)
+        return Scenes(sprites, self.size, seed=self.seed, layout=self.layout)
 
     def split(self, dataset: Dataset) -> tuple[Dataset, Dataset | None]:
         """Return the examples to train on, and `keep_out` others that `seed` chooses, or None for `keep_out` 0.

@@ -4,6 +4,7 @@ A scene has one object with a size and a place, two objects with a relation, or 
 depends on (seed, index) alone.
 """
 
+import dataclasses
 import functools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -169,11 +170,11 @@ def apart(concepts: Sequence[str], first: str, second: str) -> bool:
 class Scenes:
     """A data set of a million random scenes: (image: uint8 3 h w, caption)."""
 
-    def __init__(self, sprites: Sprites, side: int = 128, *, seed: int = 0) -> None:
-        """Make the data set. side: of the pictures in pixels."""
+    def __init__(self, sprites: Sprites, side: int = 128, *, seed: int = 0, layout: bool = True) -> None:
+        """Make the data set. side: of the pictures in pixels. layout: whether captions name sizes and places."""
         self.concepts = tuple(next(iter(sprites.values())))
         self.painter = Painter(sprites, side)
-        self.seed = seed
+        self.seed, self.layout = seed, layout
 
     def __len__(self) -> int:
         return 1_000_000
@@ -206,13 +207,16 @@ class Scenes:
     def __getitem__(self, index: int) -> tuple[Tensor, str]:
         rng = np.random.default_rng((self.seed, index))
         scene = self.scene(rng)
-        caption = scene.describe(rng)
+        caption = self._caption(scene, rng)
         return torch.from_numpy(self.painter.paint(scene, rng)).permute(2, 0, 1), caption
 
     def caption(self, index: int) -> str:
         """Return the caption of a scene without drawing the scene."""
         rng = np.random.default_rng((self.seed, index))
-        return self.scene(rng).describe(rng)
+        return self._caption(self.scene(rng), rng)
+
+    def _caption(self, scene: Scene, rng: np.random.Generator) -> str:
+        return (scene if self.layout else dataclasses.replace(scene, size="", place="")).describe(rng)
 
 
 def pick(rng: np.random.Generator, choices: Collection[str]) -> str:

@@ -226,10 +226,11 @@ def test_the_configuration_opens_scenes_of_its_size_and_seed_otherwise(monkeypat
 def test_the_configuration_names_the_font_the_archive_and_the_objects(monkeypatch, archive):
     asked = []
     monkeypatch.setattr(data, "emoji_sprites", lambda *given: asked.append(given) or drawn_sprites())
-    DataConfig().open()
+    assert DataConfig().open().layout
+    assert not DataConfig(layout=False).open().layout
     DataConfig(font=Path("my.ttf"), fluent=Path("my.tgz")).open()
     DataConfig(fluent=archive, every_emoji=True).open()
-    assert asked == [(FONT, FLUENT, OBJECTS), (Path("my.ttf"), Path("my.tgz"), OBJECTS), (FONT, archive, "🐸🐭")]
+    assert asked == [*[(FONT, FLUENT, OBJECTS)] * 2, (Path("my.ttf"), Path("my.tgz"), OBJECTS), (FONT, archive, "🐸🐭")]
 
 
 def test_scenes_without_their_files_are_an_error_at_once(tmp_path, archive):

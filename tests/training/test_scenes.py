@@ -217,6 +217,14 @@ def test_a_caption_is_returned_without_drawing_its_scene():
     assert len(scenes) == 1_000_000
 
 
+def test_captions_without_layout_name_neither_sizes_nor_places():
+    words = re.compile(r"small|little|tiny|big|large|huge|on the left|on the right|at the top|at the bottom")
+    named, unnamed = (Scenes(SPRITES, 32, layout=layout) for layout in (True, False))
+    assert sum(bool(words.search(named.caption(i))) for i in range(200)) > 80
+    assert not [unnamed.caption(i) for i in range(200) if words.search(unnamed.caption(i))]
+    assert unnamed[3][1] == unnamed.caption(3)
+
+
 @pytest.mark.parametrize("side", [32, 50, 64, 128])
 def test_scenes_of_every_size_are_bytes_in_channels_first_order(side):
     image, _ = Scenes(SPRITES, side)[0]
