@@ -1,5 +1,6 @@
 """Concept erasure by fine-tuning: the target is guidance away from the prompt, and only cross-attention learns it."""
 
+import inspect
 import math
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 import ldm
 from ldm.diffusion.denoiser import guided
-from scripts.recipes import esd
+from scripts.recipes import esd, uce
 from tests.recipes.mains import numbers
 
 
@@ -36,6 +37,13 @@ def test_only_a_copy_of_the_cross_attention_learns_and_comes_nearer_to_the_targe
             far += float((pipe.unet.bind(conditions[0])(z, times) - target(z, times)).square().mean())
             near += float((unet.bind(conditions[0])(z, times) - target(z, times)).square().mean())
     assert near < 0.95 * far
+
+
+def test_the_score_is_0_for_the_empty_prompt_and_measures_both_recipes_of_unlearning_alike(pipe):
+    latents = torch.randn(1, *pipe.plan(ldm.Request("")).latent_shape)
+    assert esd.score(pipe, latents, "") == pytest.approx(0, abs=1e-3)
+    assert abs(esd.score(pipe, latents, "a frog")) > 1e-3
+    assert inspect.getsource(esd.score) == inspect.getsource(uce.score)
 
 
 def test_the_script_makes_a_picture_and_numbers(monkeypatch, capsys, tmp_path, pipe):

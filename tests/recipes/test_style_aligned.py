@@ -1,12 +1,13 @@
 """StyleAligned: the reference is not changed, and equal pictures have nothing to share."""
 
+import pytest
 import torch
 
 import ldm
 from ldm.models.attention import math_attention
 from ldm.pictures import read_picture
 from scripts.recipes.style_aligned import adain, shared, style_aligned
-from tests.recipes.mains import printed
+from tests.recipes.mains import numbers, printed
 
 REQUEST = ldm.Request(("a frog", "a car"), steps=2, seed=3, images=2)
 
@@ -38,3 +39,9 @@ def test_the_script_prints_the_differences(pipe, monkeypatch, capsys, tmp_path):
     text = printed("style_aligned", monkeypatch, capsys, tmp_path / "out.png", *words, pipe=pipe)
     assert "without sharing" in text
     assert read_picture(tmp_path / "out.png").width == 2 * pipe.config.image_size
+
+
+@pytest.mark.slow
+def test_the_pictures_of_the_bundled_model_come_nearer_to_the_colors_of_the_first(monkeypatch, capsys, tmp_path):
+    after, before = numbers("style_aligned", monkeypatch, capsys, tmp_path / "out.png")
+    assert after < 0.8 * before

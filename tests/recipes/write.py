@@ -62,7 +62,7 @@ SHOWN = {  # what a picture has in its rows
     "sampler_orders": "Left: the error over the calls. Right: the estimates x0 along a run.",
     "sds": "The disc at first, and the disc that score distillation finds.",
     "semantic_guidance": "A frog, the edit to a fox, and the same edit without masks.",
-    "style_aligned": "Above: each prompt alone. Below: in the style of the first picture.",
+    "style_aligned": "Above: each prompt alone. Below: in the style of the first picture. White grounds stay white.",
     "tileable": "Two by two copies of one tile.",
     "two_moons": "Above: the direction from x to x0 at three levels. Below: samples of three samplers.",
     "uce": "Left: the original. Right: the edited model. Above: the erased object. Below: another object.",
