@@ -25,7 +25,7 @@ from ldm.training.checker import Checker
 
 FIRST = "frog", "fox", "penguin", "panda", "house", "robot", "cat", "owl"
 SECOND = "car", "pizza", "apple", "cactus", "tree", "balloon", "strawberry", "guitar"
-THRESHOLDS, SHARPNESS = {0.0: 0.05, 0.2: 0.5, 0.4: 0.8}, 20  # by i / n; the paper has 100, and the mean of all layers
+THRESHOLDS, SHARPNESS = {0.0: 0.05, 0.2: 0.5, 0.4: 0.8}, 20  # by i / n; paper: 100, rate 20, mean of all layers
 
 
 def neglect(maps: Tensor, words: list[int]) -> Tensor:

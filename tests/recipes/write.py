@@ -42,7 +42,7 @@ fox.
 
 
 SHOWN = {  # what a picture has in its rows
-    "attend_and_excite": "Above: eight pairs of objects. Below: the same prompts and noise with Attend-and-Excite.",
+    "attend_and_excite": "Above: 'a 3D frog to the left of a 3D car' and seven more. Below: with Attend-and-Excite.",
     "compose": "A frog AND a red background; the same with NOT a red background.",
     "daam": "The picture, the map of the frog, and the map of the car.",
     "dds": "A frog, and its edit to a cat.",
