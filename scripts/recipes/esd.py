@@ -56,14 +56,14 @@ def erase(pipe: ldm.Pipeline, prompt: str, steps: int, *, eta: float = 1.0, rate
 
 @torch.no_grad()
 def score(pipe: ldm.Pipeline, latents: Tensor, prompt: str) -> float:
-    """Return the evidence of the diffusion classifier: by how many percent the prompt lowers the denoising error."""
-    errors = []
-    for text in (prompt, ""):
-        plan = pipe.plan(ldm.Request((text,) * 3, images=3, seed=7, guidance_scale=1))
-        denoise, sigma = pipe.denoiser(plan, pipe.conditions(plan)), plan.sigmas[plan.steps // 3]
-        x0 = denoise(latents + float(sigma) * plan.noise()(), sigma)
-        errors.append(float((x0 - latents).square().mean()))
-    return 100 * (1 - errors[0] / errors[1])
+    """Return by how many percent a prompt lowers the denoising error of latents, 1 c h w: the diffusion classifier's
+    evidence (Li et al. 2023). It is near 0 for what the picture does not show."""
+    plan = pipe.plan(ldm.Request((prompt, ""), seed=7, images=2, guidance_scale=1))
+    denoise, noise, errors = pipe.denoiser(plan, pipe.conditions(plan)), plan.noise(), torch.zeros(2)
+    for sigma in plan.sigmas[plan.steps // 5 : plan.steps // 2]:
+        x0 = denoise((latents + float(sigma) * noise()[:1]).expand(2, -1, -1, -1), sigma)
+        errors += ((x0 - latents) / float(sigma)).square().mean(dim=(1, 2, 3)).cpu()
+    return 100 * (1 - float(errors[0] / errors[1]))
 
 
 def main() -> None:
@@ -80,7 +80,7 @@ def main() -> None:
         for model in (pipe, edited):
             *_, last = model.stream(ldm.Request(prompt, seed=1, steps=12))
             latents.append(last.latents)
-            scores.append(f"{score(pipe, last.latents, prompt):.0f}")
+            scores.append(f"{score(pipe, last.latents, prompt):z.0f}")
     save_png(grid(pipe.decode(torch.cat(latents))), args.out, overwrite=True)
     print(f"score of {args.concept}: {' to '.join(scores[:2])} %, of {args.other}: {' to '.join(scores[2:])} %")
 

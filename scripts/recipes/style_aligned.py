@@ -1,6 +1,6 @@
 """StyleAligned (Hertz et al. 2024): pictures of several prompts in one style, by shared self-attention.
 
-    python scripts/recipes/style_aligned.py "a frog at sunset" "a car" "a house"
+    python scripts/recipes/style_aligned.py "a frog at sunset" "a house" "an apple"
 
 Equation 3 of the paper: each picture also attends to the first, r, the reference, after AdaIN of its queries and keys:
 
@@ -53,12 +53,12 @@ def style_aligned(pipe: ldm.Pipeline, request: ldm.Request) -> Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make pictures in the style of the first.")
-    parser.add_argument("prompts", nargs="*", default=("a frog at sunset", "a car", "a house"))
+    parser.add_argument("prompts", nargs="*", default=("a frog at sunset", "a house", "an apple"))
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--out", default="style_aligned.png")
     args = parser.parse_args()
     pipe = ldm.load()
-    request = ldm.Request(tuple(args.prompts), steps=args.steps, images=len(args.prompts), seed=1)
+    request = ldm.Request(tuple(args.prompts), steps=args.steps, images=len(args.prompts), seed=2)
     runs = pipe.generate(request), pipe.decode(style_aligned(pipe, request))
     save_png(grid([*runs[0], *runs[1]]), args.out, overwrite=True)
     colors = [torch.cat([127.5 * to_tensor(picture).mean((2, 3)) for picture in run]) for run in runs]

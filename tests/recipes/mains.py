@@ -1,5 +1,6 @@
 """Run the recipes as commands, in tests."""
 
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -20,3 +21,11 @@ def printed(
     runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
     assert out.is_file()
     return capsys.readouterr().out
+
+
+def numbers(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], out: Path, *words: str, pipe=None
+) -> list[float]:
+    """Run a recipe as `printed` does, and return the numbers of its lines, without the 255 of "of 255 levels"."""
+    text = printed(name, monkeypatch, capsys, out, *words, pipe=pipe).replace("255", "")
+    return [float(number) for number in re.findall(r"-?\d+\.?\d*", text)]

@@ -1,13 +1,12 @@
 """Maps of words: they are attention weights, enlarged, and the sampling is that of the Pipeline."""
 
-import sys
-
 import pytest
 import torch
 
 import ldm
 from ldm.pictures import read_picture
 from scripts.recipes import daam
+from tests.recipes.mains import printed
 
 FROG = ldm.Request("a frog", steps=2, seed=3)
 
@@ -45,16 +44,13 @@ def test_an_overlay_keeps_the_brightest_place_and_darkens_the_rest():
 
 
 def test_the_script_shows_the_maps_and_prints_their_share(pipe, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(ldm, "load", lambda: pipe)
-    words = ["a frog and a car", "frog", "car", "--steps", "2", "--out", str(tmp_path / "daam.png")]
-    monkeypatch.setattr(sys, "argv", ["daam.py", *words])
-    daam.main()
-    assert "% of the words' maps lie" in capsys.readouterr().out
+    words = "a frog and a car", "frog", "car", "--steps", "2"
+    text = printed("daam", monkeypatch, capsys, tmp_path / "daam.png", *words, pipe=pipe)
+    assert "% of the words' maps lie" in text
     assert read_picture(tmp_path / "daam.png").width == 2 * pipe.config.image_size
 
 
 @pytest.mark.slow
 def test_the_bundled_model_attends_to_the_words_where_their_objects_are(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["daam.py", "--out", str(tmp_path / "daam.png")])
-    daam.main()
-    assert float(capsys.readouterr().out.split()[0]) > 55
+    text = printed("daam", monkeypatch, capsys, tmp_path / "daam.png")
+    assert float(text.split()[0]) > 55

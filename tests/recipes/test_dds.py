@@ -1,13 +1,12 @@
 """Delta Denoising Score, where the denoisers of Gaussians give the exact gradient."""
 
-import sys
-
 import pytest
 import torch
 
 import ldm
 from ldm.pictures import read_picture
 from scripts.recipes import dds
+from tests.recipes.mains import printed
 
 STD, SIGMA = 0.5, torch.tensor(1.5, dtype=torch.float64)
 
@@ -43,16 +42,13 @@ def test_equal_prompts_change_nothing(pipe):
 
 
 def test_the_script_edits_a_picture_and_prints_the_change(pipe, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(ldm, "load", lambda: pipe)
-    monkeypatch.setattr(sys, "argv", ["dds.py", "a frog", "a cat", "--steps", "2", "--out", str(tmp_path / "dds.png")])
-    dds.main()
-    assert "the middle changed by" in capsys.readouterr().out
+    words = "a frog", "a cat", "--steps", "2"
+    text = printed("dds", monkeypatch, capsys, tmp_path / "dds.png", *words, pipe=pipe)
+    assert "the middle changed by" in text
     assert read_picture(tmp_path / "dds.png").width == 2 * pipe.config.image_size
 
 
 @pytest.mark.slow
 def test_the_bundled_model_changes_the_object_more_than_the_ground(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["dds.py", "--out", str(tmp_path / "dds.png")])
-    dds.main()
-    words = capsys.readouterr().out.split()
+    words = printed("dds", monkeypatch, capsys, tmp_path / "dds.png").split()
     assert float(words[6]) > 2 * float(words[-1])

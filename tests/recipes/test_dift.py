@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from scripts.recipes import dift
-from tests.recipes.test_composition import run
+from tests.recipes.mains import numbers
 
 
 def test_a_moved_map_matches_its_own_points():
@@ -38,11 +38,13 @@ def test_the_same_picture_matches_itself(pipe):
 
 
 def test_the_script_makes_a_picture_and_numbers(monkeypatch, capsys, tmp_path, pipe):
-    assert all(map(math.isfinite, run(dift, monkeypatch, capsys, tmp_path, "--steps", "2", pipe=pipe)))
+    assert all(
+        map(math.isfinite, numbers("dift", monkeypatch, capsys, tmp_path / "out.png", "--steps", "2", pipe=pipe))
+    )
 
 
 @pytest.mark.slow
 def test_most_points_of_the_object_are_found(monkeypatch, capsys, tmp_path):
-    share, points, _ = run(dift, monkeypatch, capsys, tmp_path)
+    share, points, _ = numbers("dift", monkeypatch, capsys, tmp_path / "out.png")
     assert points > 10
     assert share > 70

@@ -1,16 +1,15 @@
 """Diffusion posterior sampling: the paper's own form, and a Gaussian whose posterior is known."""
 
 import math
-import sys
 
 import pytest
 import torch
 
-import ldm
 from ldm.diffusion.samplers import seeded_noise, start
 from ldm.diffusion.schedule import NoiseSchedule, to_vp
 from ldm.pictures import read_picture
 from scripts.recipes import dps
+from tests.recipes.mains import printed
 
 STD = 0.8
 SCHEDULE = NoiseSchedule()
@@ -61,17 +60,13 @@ def test_psnr_is_20_db_for_an_error_of_a_tenth_of_the_range():
 
 @pytest.mark.parametrize("problem", ["colorize"])
 def test_the_script_restores_a_picture_and_prints_its_psnr(pipe, monkeypatch, capsys, tmp_path, problem):
-    monkeypatch.setattr(ldm, "load", lambda: pipe)
-    monkeypatch.setattr(sys, "argv", ["dps.py", problem, "--steps", "2", "--out", str(tmp_path / "dps.png")])
-    dps.main()
-    assert f"{problem}: " in capsys.readouterr().out
+    text = printed("dps", monkeypatch, capsys, tmp_path / "dps.png", problem, "--steps", "2", pipe=pipe)
+    assert f"{problem}: " in text
     assert read_picture(tmp_path / "dps.png").width == 2 * pipe.config.image_size
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("problem", dps.PROBLEMS)
 def test_the_bundled_model_restores_more_than_was_measured(monkeypatch, capsys, tmp_path, problem):
-    monkeypatch.setattr(sys, "argv", ["dps.py", problem, "--out", str(tmp_path / "dps.png")])
-    dps.main()
-    words = capsys.readouterr().out.split()
+    words = printed("dps", monkeypatch, capsys, tmp_path / "dps.png", problem).split()
     assert float(words[1]) > float(words[4])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from scripts.recipes import diffedit, uce
-from tests.recipes.test_composition import run
+from tests.recipes.mains import numbers
 
 LEVELS = torch.tensor([6.0, 3.0, 1.5, 0.7, 0.0], dtype=torch.float64)
 
@@ -62,20 +62,21 @@ def test_kept_prompts_alone_change_nothing(pipe):
         assert torch.allclose(new, old, atol=1e-4)
 
 
-@pytest.mark.parametrize("script", [diffedit, uce], ids=lambda script: script.__name__)
+@pytest.mark.parametrize("script", ["diffedit", "uce"])
 def test_the_script_makes_a_picture_and_numbers(script, monkeypatch, capsys, tmp_path, pipe):
-    assert all(map(math.isfinite, run(script, monkeypatch, capsys, tmp_path, "--steps", "4", pipe=pipe)))
+    found = numbers(script, monkeypatch, capsys, tmp_path / "out.png", "--steps", "4", pipe=pipe)
+    assert all(map(math.isfinite, found))
 
 
 @pytest.mark.slow
 def test_an_edit_changes_its_mask_and_little_else(monkeypatch, capsys, tmp_path):
-    share, inside, outside = run(diffedit, monkeypatch, capsys, tmp_path)
+    share, inside, outside = numbers("diffedit", monkeypatch, capsys, tmp_path / "out.png")
     assert 3 < share < 60
     assert outside < inside / 4
 
 
 @pytest.mark.slow
 def test_an_erased_object_is_drawn_no_more_and_another_stays(monkeypatch, capsys, tmp_path):
-    before, after, kept_before, kept_after = run(uce, monkeypatch, capsys, tmp_path)
+    before, after, kept_before, kept_after = numbers("uce", monkeypatch, capsys, tmp_path / "out.png")
     assert after < before / 3
     assert kept_after > 0.8 * kept_before

@@ -1,5 +1,6 @@
 """Concept erasure by fine-tuning: the target is guidance away from the prompt, and only cross-attention learns it."""
 
+import inspect
 import math
 
 import pytest
@@ -7,8 +8,8 @@ import torch
 
 import ldm
 from ldm.diffusion.denoiser import guided
-from scripts.recipes import esd
-from tests.recipes.test_composition import run
+from scripts.recipes import esd, uce
+from tests.recipes.mains import numbers
 
 
 def test_the_target_of_a_gaussian_is_the_noise_of_the_mirrored_gaussian():
@@ -38,12 +39,19 @@ def test_only_a_copy_of_the_cross_attention_learns_and_comes_nearer_to_the_targe
     assert near < 0.95 * far
 
 
+def test_the_score_is_0_for_the_empty_prompt_and_measures_both_recipes_of_unlearning_alike(pipe):
+    latents = torch.randn(1, *pipe.plan(ldm.Request("")).latent_shape)
+    assert esd.score(pipe, latents, "") == pytest.approx(0, abs=1e-3)
+    assert abs(esd.score(pipe, latents, "a frog")) > 1e-3
+    assert inspect.getsource(esd.score) == inspect.getsource(uce.score)
+
+
 def test_the_script_makes_a_picture_and_numbers(monkeypatch, capsys, tmp_path, pipe):
-    assert all(map(math.isfinite, run(esd, monkeypatch, capsys, tmp_path, "--steps", "2", pipe=pipe)))
+    assert all(map(math.isfinite, numbers("esd", monkeypatch, capsys, tmp_path / "out.png", "--steps", "2", pipe=pipe)))
 
 
 @pytest.mark.slow
 def test_an_erased_object_is_drawn_no_more_and_another_stays(monkeypatch, capsys, tmp_path):
-    before, after, kept_before, kept_after = run(esd, monkeypatch, capsys, tmp_path)
+    before, after, kept_before, kept_after = numbers("esd", monkeypatch, capsys, tmp_path / "out.png")
     assert after < before / 3
     assert kept_after > 0.7 * kept_before

@@ -1,6 +1,5 @@
 """Prompt-to-Prompt: an edit that changes nothing is exact, and each word takes the map of its partner."""
 
-import sys
 import warnings
 
 import pytest
@@ -8,7 +7,8 @@ import torch
 
 import ldm
 from ldm.pictures import read_picture
-from scripts.recipes.prompt_to_prompt import main, partners, prompt_to_prompt
+from scripts.recipes.prompt_to_prompt import partners, prompt_to_prompt
+from tests.recipes.mains import printed
 
 
 def test_a_replaced_token_has_the_replaced_one_as_its_partner_and_an_added_token_has_none():
@@ -52,17 +52,13 @@ def test_control_brings_the_edit_nearer_to_the_source_and_weights_change_the_edi
 
 
 def test_the_script_prints_the_differences(pipe, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(ldm, "load", lambda: pipe)
-    words = ["a frog", "a cat", "--steps", "2", "--out", str(tmp_path / "p2p.png")]
-    monkeypatch.setattr(sys, "argv", ["prompt_to_prompt.py", *words])
-    main()
-    assert "without control" in capsys.readouterr().out
+    words = "a frog", "a cat", "--steps", "2"
+    text = printed("prompt_to_prompt", monkeypatch, capsys, tmp_path / "p2p.png", *words, pipe=pipe)
+    assert "without control" in text
     assert read_picture(tmp_path / "p2p.png").width == 2 * pipe.config.image_size
 
 
 @pytest.mark.slow
 def test_control_keeps_more_of_the_picture_of_the_bundled_model(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["prompt_to_prompt.py", "--out", str(tmp_path / "p2p.png")])
-    main()
-    words = capsys.readouterr().out.split()
+    words = printed("prompt_to_prompt", monkeypatch, capsys, tmp_path / "p2p.png").split()
     assert float(words[7]) < float(words[12])

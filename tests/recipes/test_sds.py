@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from scripts.recipes import sds
-from tests.recipes.test_composition import run
+from tests.recipes.mains import numbers
 
 MEAN, STD = 0.7, 0.5
 
@@ -45,7 +45,9 @@ def test_a_disc_is_where_and_as_large_as_its_parameters_say():
 def test_the_script_changes_the_disc_and_prints_its_place_and_the_color_of_the_ground(
     pipe, monkeypatch, capsys, tmp_path
 ):
-    place, color, first, gray = run(sds, monkeypatch, capsys, tmp_path, "a frog", "--steps", "2", pipe=pipe)
+    place, color, first, gray = numbers(
+        "sds", monkeypatch, capsys, tmp_path / "out.png", "a frog", "--steps", "2", pipe=pipe
+    )
     assert first == 22
     assert gray == pytest.approx((8.5 + 49.5 + 56.5) / 3, abs=1)
     assert (place, color) != (first, gray)
@@ -53,6 +55,6 @@ def test_the_script_changes_the_disc_and_prints_its_place_and_the_color_of_the_g
 
 @pytest.mark.slow
 def test_the_prompt_of_the_bundled_model_places_the_disc_and_colors_the_ground(monkeypatch, capsys, tmp_path):
-    place, color, first, gray = run(sds, monkeypatch, capsys, tmp_path)
+    place, color, first, gray = numbers("sds", monkeypatch, capsys, tmp_path / "out.png")
     assert place < 0.6 * first
     assert color < 0.6 * gray

@@ -5,9 +5,8 @@ import math
 import pytest
 import torch
 
-from scripts.recipes import semantic_guidance
 from scripts.recipes.semantic_guidance import largest, semantic
-from tests.recipes.test_composition import run
+from tests.recipes.mains import numbers
 from tests.recipes.test_editing import toward
 
 
@@ -42,11 +41,16 @@ def test_momentum_grows_during_the_warm_up_and_adds_up_as_in_the_paper():
 
 
 def test_the_script_makes_a_picture_and_numbers(monkeypatch, capsys, tmp_path, pipe):
-    assert all(map(math.isfinite, run(semantic_guidance, monkeypatch, capsys, tmp_path, "--steps", "3", pipe=pipe)))
+    assert all(
+        map(
+            math.isfinite,
+            numbers("semantic_guidance", monkeypatch, capsys, tmp_path / "out.png", "--steps", "3", pipe=pipe),
+        )
+    )
 
 
 @pytest.mark.slow
 def test_an_edit_of_the_bundled_model_changes_the_object_and_masks_keep_the_rest(monkeypatch, capsys, tmp_path):
-    inside, outside, without = run(semantic_guidance, monkeypatch, capsys, tmp_path)
+    inside, outside, without = numbers("semantic_guidance", monkeypatch, capsys, tmp_path / "out.png")
     assert inside > 3 * outside
     assert outside < without

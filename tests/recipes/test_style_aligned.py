@@ -1,13 +1,13 @@
 """StyleAligned: the reference is not changed, and equal pictures have nothing to share."""
 
-import sys
-
+import pytest
 import torch
 
 import ldm
 from ldm.models.attention import math_attention
 from ldm.pictures import read_picture
-from scripts.recipes.style_aligned import adain, main, shared, style_aligned
+from scripts.recipes.style_aligned import adain, shared, style_aligned
+from tests.recipes.mains import numbers, printed
 
 REQUEST = ldm.Request(("a frog", "a car"), steps=2, seed=3, images=2)
 
@@ -35,9 +35,13 @@ def test_the_first_picture_is_the_pipelines_and_the_second_is_not(pipe):
 
 
 def test_the_script_prints_the_differences(pipe, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(ldm, "load", lambda: pipe)
-    words = ["a frog", "a car", "--steps", "2", "--out", str(tmp_path / "out.png")]
-    monkeypatch.setattr(sys, "argv", ["style_aligned.py", *words])
-    main()
-    assert "without sharing" in capsys.readouterr().out
+    words = "a frog", "a car", "--steps", "2"
+    text = printed("style_aligned", monkeypatch, capsys, tmp_path / "out.png", *words, pipe=pipe)
+    assert "without sharing" in text
     assert read_picture(tmp_path / "out.png").width == 2 * pipe.config.image_size
+
+
+@pytest.mark.slow
+def test_the_pictures_of_the_bundled_model_come_nearer_to_the_colors_of_the_first(monkeypatch, capsys, tmp_path):
+    after, before = numbers("style_aligned", monkeypatch, capsys, tmp_path / "out.png")
+    assert after < 0.8 * before

@@ -1,17 +1,15 @@
 """Universal guidance: for a Gaussian prior and a Gaussian likelihood, the posterior is known."""
 
-import sys
-
 import numpy as np
 import pytest
 import torch
 
-import ldm
 from ldm.diffusion.samplers import heun, seeded_noise
 from ldm.diffusion.schedule import NoiseSchedule, to_ve
 from ldm.pictures import read_picture
 from ldm.training.grounds import GROUNDS
-from scripts.recipes.universal_guidance import Classifier, main, steered
+from scripts.recipes.universal_guidance import Classifier, steered
+from tests.recipes.mains import printed
 
 PRIOR, NOISE, Y = 0.8, 0.5, 1.0
 
@@ -47,17 +45,12 @@ def test_the_classifier_knows_grounds_that_it_has_not_seen():
 
 
 def test_the_script_prints_the_probabilities(pipe, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(ldm, "load", lambda: pipe)
-    out = tmp_path / "out.png"
-    monkeypatch.setattr(sys, "argv", ["universal_guidance.py", "a frog", "snow", "--steps", "2", "--out", str(out)])
-    main()
-    assert capsys.readouterr().out.startswith("p(snow) is ")
+    out, words = tmp_path / "out.png", ("a frog", "snow", "--steps", "2")
+    assert printed("universal_guidance", monkeypatch, capsys, out, *words, pipe=pipe).startswith("p(snow) is ")
     assert read_picture(out).width == 2 * pipe.config.image_size
 
 
 @pytest.mark.slow
 def test_the_bundled_model_shows_the_ground_that_the_classifier_wants(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["universal_guidance.py", "--out", str(tmp_path / "out.png")])
-    main()
-    words = capsys.readouterr().out.split()
+    words = printed("universal_guidance", monkeypatch, capsys, tmp_path / "out.png").split()
     assert float(words[2]) > 2 * float(words[8])

@@ -1,5 +1,7 @@
 """The command that writes docs/recipes.md."""
 
+import re
+
 import pytest
 
 from tests.recipes import write
@@ -61,6 +63,14 @@ def test_an_unknown_recipe_is_refused_before_any_runs(folder):
 def test_every_recipe_with_a_picture_names_its_paper():
     for name in write.names():
         assert len(write.about(name)) > 30, name
+
+
+def test_the_head_of_the_page_leads_to_every_recipe():
+    assert sorted(re.findall(r"\(#(\w+)\)", write.HEAD)) == write.names()
+
+
+def test_every_picture_of_the_page_is_explained():
+    assert sorted(write.SHOWN) == write.names()
 
 
 @pytest.mark.skipif(not write.PAGE.exists(), reason="docs/recipes.md is not written yet")
