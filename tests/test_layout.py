@@ -240,12 +240,14 @@ def test_ci_runs_the_readmes_test_command_in_an_environment_of_its_own():
 @pytest.mark.slow
 def test_the_readmes_commands_that_need_only_the_install_run_offline_in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "addons").symlink_to(ROOT / "weights" / "addons")
     ready = [command for command in commands() if not re.search(r"--model|ldm train|ldm evaluate", command)]
     tasks = {"txt2img", "img2img", "inpaint", "interpolate", "inspect", "convert"}
     assert {command.split()[1] for command in ready} == tasks
     for command in ready:
         assert cli.main(shlex.split(command, comments=True)[1:]) == 0, command
-    assert len(list(tmp_path.glob("*.png"))) == 7
+    assert len(list(tmp_path.glob("*.png"))) == 9
 
 
 def test_every_ldm_command_of_the_readme_is_one_that_the_parser_knows(monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """Measure the differences between this package and diffusers: `python -m tests.parity.measure --write docs/parity.md`.
 
+--tasks measures the tasks instead, from image to image to LoRA: `--tasks --write docs/parity_tasks.md`.
 --full measures the official sizes too (30 GB of disk, 18 GB of memory). --device cuda measures on a GPU, in fp16 too.
 """
 
@@ -33,7 +34,7 @@ The weights are random. diffusers built the models, saved them and ran them; thi
 "Relative" is the largest difference divided by the largest value, in fp32. The columns of a lower precision compare
 this package and diffusers in this precision with diffusers in fp32. They hold the root mean square of the error,
 divided by that of the fp32 result. Their ratio, with its standard error, is 1 if both round alike, and below 1 if ours
-is more exact.
+is more exact. [The tasks](parity_tasks.md), from image to image to LoRA, have a page of their own.
 """
 NETWORKS = """\
 ## Networks
@@ -42,9 +43,12 @@ Small models: the published architectures with narrower UNets (64 to 128 channel
 has {inputs} random inputs, and the UNet runs at the timesteps {timesteps} with each of them. The text
 encoders read a prompt and a negative prompt, and each library makes the tokens itself.
 """
-TAESD = """\
-The decoder of TAESD, which makes previews, at full size with random weights: the largest difference is {:.2g}, relative
-{:.1e}.
+TASKS = """\
+# Parity with diffusers: tasks
+
+Written by `{command}` on {machine}.
+
+The models are the small ones of [parity.md](parity.md), with random weights. Each picture has 64 pixels.
 """
 PICTURES = """\
 ## Pictures
@@ -103,6 +107,12 @@ The same text encoders with two embeddings, of one vector and of three. The tabl
 context, and of the pooled text where the model has one, divided by the largest value. diffusers pools at the largest id
 of a prompt, which is that of an embedding; for this table it was told the end token, where this package pools.
 """
+TAESD = """\
+## Previews
+
+The decoder of TAESD, which makes previews, at full size with random weights: the largest difference is {:.2g}, relative
+{:.1e}.
+"""
 LORAS = """\
 ## LoRA
 
@@ -139,46 +149,56 @@ golden lists are written with five decimals. A sampler takes any list of levels,
 
 
 def document(command: str, device: str, *, full: bool) -> str:
-    """Measure everything and return it as Markdown."""
+    """Measure networks, pictures and files, and return the results as Markdown."""
     dtypes = [torch.bfloat16, torch.float16] if device != "cpu" else [torch.bfloat16]
-    networks, pictures, files, tenancies, controlled, prompted, inpainted, edited, inverted = ([] for _ in range(9))
-    adapted: list[list[str]] = []
-    for name, family in FAMILIES.items():
-        print(name, file=sys.stderr)
+    networks: list[compare.Row] = []
+    pictures: list[compare.Row] = []
+    files = []
+    for name, folder in _small_models():
         task = compare.small_size(name)
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary)
-            reference.build(folder, reference.small(family))
-            for row in compare.measure(name, folder, task, device, dtypes):
-                (pictures if row.what in task.asked else networks).append(row)
-            both = ldm.load(folder, ldm.Placement("cpu")), reference.load(folder)
-            files.append((name, compare.saved(name, folder, *both)))
-            if family.makes_pictures:
-                tenancies.append([name, *_image_to_image(*both)])
-            if name in inversions.FAMILIES:
-                cells = [f"{value:.1e}" for value in inversions.differences(folder, both[1], folder)]
-                inverted.append([name, *cells, *[""] * (2 - len(cells))])
-            if name in loras.FAMILIES and loras.installed():
-                adapted.append([name, *_with_loras(*both, folder)])
-            if name in ip_adapters.FAMILIES:
-                prompted.append([name, *_image_prompts(*both, folder)])
-            if name in controls.FAMILIES:
-                controlled.append([name, *_controlled(*both, folder)])
-                inpainted.append([f"{name}, 4 channels", *_inpainting(*both)])
-                wide = tenants.nine_channels(both[1], folder / "9")
-                inpainted.append(
-                    [f"{name}, 9 channels", *_inpainting(ldm.load(folder / "9", ldm.Placement("cpu")), wide)]
-                )
-                if name != "sdxl-base":
-                    wide = tenants.eight_channels(both[1], folder / "8")
-                    edited.append([name, *_editing(ldm.load(folder / "8", ldm.Placement("cpu")), wide)])
+        for row in compare.measure(name, folder, task, device, dtypes):
+            (pictures if row.what in task.asked else networks).append(row)
+        both = ldm.load(folder, ldm.Placement("cpu")), reference.load(folder)
+        files.append((name, compare.saved(name, folder, *both)))
     parts = [
         HEAD.format(command=command, machine=_machine(device)),
         NETWORKS.format(inputs=len(task.given), timesteps=", ".join(map(str, TIMESTEPS))),
         _differences(networks),
-        TAESD.format(*compare.taesd()),
         PICTURES.format(**_overall(pictures)),
         _differences(pictures),
+    ]
+    if full:
+        parts += [FULL_SIZE, _differences(_full_size(device, dtypes))]
+    readings = list(files[0][1])
+    rows = ([name, *(f"{a} of {b}" for a, b in read.values())] for name, read in files)
+    parts += [FILES, _table(["model", *readings], rows), _golden()]
+    return "\n".join(parts)
+
+
+def tasks(command: str) -> str:
+    """Measure the tasks on the CPU and return the results as Markdown."""
+    tenancies, controlled, prompted, inpainted, edited, inverted, adapted = ([] for _ in range(7))
+    for name, folder in _small_models():
+        both = ldm.load(folder, ldm.Placement("cpu")), reference.load(folder)
+        if FAMILIES[name].makes_pictures:
+            tenancies.append([name, *_image_to_image(*both)])
+        if name in inversions.FAMILIES:
+            cells = [f"{value:.1e}" for value in inversions.differences(folder, both[1], folder)]
+            inverted.append([name, *cells, *[""] * (2 - len(cells))])
+        if name in loras.FAMILIES and loras.installed():
+            adapted.append([name, *_with_loras(*both, folder)])
+        if name in ip_adapters.FAMILIES:
+            prompted.append([name, *_image_prompts(*both, folder)])
+        if name in controls.FAMILIES:
+            controlled.append([name, *_controlled(*both, folder)])
+            inpainted.append([f"{name}, 4 channels", *_inpainting(*both)])
+            wide = tenants.nine_channels(both[1], folder / "9")
+            inpainted.append([f"{name}, 9 channels", *_inpainting(ldm.load(folder / "9", ldm.Placement("cpu")), wide)])
+            if name != "sdxl-base":
+                wide = tenants.eight_channels(both[1], folder / "8")
+                edited.append([name, *_editing(ldm.load(folder / "8", ldm.Placement("cpu")), wide)])
+    parts = [
+        TASKS.format(command=command, machine=_machine("cpu")),
         TENANTS.format(images=IMAGES),
         _table(["model", *SCHEDULERS], tenancies + _two_stages()),
         CONTROLS.format(images=IMAGES),
@@ -191,15 +211,20 @@ def document(command: str, device: str, *, full: bool) -> str:
         _table(["model", *SCHEDULERS], edited),
         INVERSIONS,
         _table(["model", "context", "pooled text"], inverted),
+        TAESD.format(*compare.taesd()),
     ]
     if adapted:
         parts += [LORAS.format(images=IMAGES), _table(["model", *loras.CASES], adapted)]
-    if full:
-        parts += [FULL_SIZE, _differences(_full_size(device, dtypes))]
-    readings = list(files[0][1])
-    rows = ([name, *(f"{a} of {b}" for a, b in read.values())] for name, read in files)
-    parts += [FILES, _table(["model", *readings], rows), _golden()]
     return "\n".join(parts)
+
+
+def _small_models() -> Iterator[tuple[str, Path]]:
+    """Build the small model of each family in a folder, which is deleted afterwards."""
+    for name, family in FAMILIES.items():
+        print(name, file=sys.stderr)
+        with tempfile.TemporaryDirectory() as folder:
+            reference.build(Path(folder), reference.small(family))
+            yield name, Path(folder)
 
 
 def _image_to_image(ours: ldm.Pipeline, theirs: Any) -> Iterator[str]:
@@ -351,13 +376,16 @@ def _machine(device: str) -> str:
 def main() -> None:
     """Measure, and print the document or write it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", action="store_true")
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--write", type=Path, metavar="FILE")
     args = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     command = " ".join(["python -m tests.parity.measure", *sys.argv[1:]])
-    text = document(command, args.device, full=args.full)
+    if args.tasks and (args.full or args.device != "cpu"):
+        parser.error("--tasks measures small models on the CPU: omit --full and --device")
+    text = tasks(command) if args.tasks else document(command, args.device, full=args.full)
     if args.write:
         args.write.write_text(text, encoding="utf-8")
     else:
