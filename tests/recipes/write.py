@@ -66,7 +66,7 @@ SHOWN = {  # what a picture has in its rows
     "tileable": "Two by two copies of one tile.",
     "two_moons": "Above: the direction from x to x0 at three levels. Below: samples of three samplers.",
     "uce": "Left: the original. Right: the edited model. Above: the erased object. Below: another object.",
-    "universal_guidance": "Above: without guidance by the classifier. Below: with guidance to a beach.",
+    "universal_guidance": "Above: a 3D frog without a ground. Below: guided to the beach, the night and the forest.",
 }
 
 
