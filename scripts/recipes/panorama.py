@@ -1,6 +1,6 @@
 """MultiDiffusion (Bar-Tal et al. 2023): a picture wider than the model's, from windows that overlap.
 
-    python scripts/recipes/panorama.py "a tree on the grass" --width 4
+    python scripts/recipes/panorama.py "two 3D penguins in the mountains" --width 4
 
 Equation 5 of the paper, with all weights 1: each pixel takes the mean of the estimates of the windows that cover it,
 
@@ -52,7 +52,7 @@ def seams(latents: Tensor, side: int) -> float:
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make a panorama.")
-    parser.add_argument("prompt", nargs="?", default="a tree on the grass")
+    parser.add_argument("prompt", nargs="?", default="two 3D penguins in the mountains")
     parser.add_argument("--width", type=int, default=3, help="in pictures of the model's size")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--out", default="panorama.png")

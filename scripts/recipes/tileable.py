@@ -1,6 +1,6 @@
 """Tileable textures: all convolutions continue at the opposite side (circular padding), so that borders fit.
 
-    python scripts/recipes/tileable.py "a tree on the grass"
+    python scripts/recipes/tileable.py "a 3D frog on a red background"
 
 With circular padding a convolution commutes with every shift S along the torus, and attention does so, because it has
 no positions. A network that halves the sides d times then has, for shifts by multiples of 2^d pixels,
@@ -47,7 +47,7 @@ def border(image: Tensor) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make a picture that continues at the opposite side.")
-    parser.add_argument("prompt", nargs="?", default="a tree on the grass")
+    parser.add_argument("prompt", nargs="?", default="a 3D frog on a red background")
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--out", default="tileable.png")
     args = parser.parse_args()

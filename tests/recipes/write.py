@@ -59,14 +59,14 @@ SHOWN = {  # what a picture has in its rows
     "panorama": "One prompt, in windows that overlap.",
     "prompt_swap": "What follows the second prompt, over the level of the swap. Below: one pair at these levels.",
     "prompt_to_prompt": "A fox, its edit to a cat, and the cat without control.",
-    "sampler_orders": "Left: the error over the calls. Right: the estimates x0 along a run.",
+    "sampler_orders": "Errors for Gaussians (ddim is euler, ddpm is euler_ancestral) and the model; x0 along a run.",
     "sds": "The disc at first, and the disc that score distillation finds.",
     "semantic_guidance": "A frog, the edit to a fox, and the same edit without masks.",
     "style_aligned": "Above: each prompt alone. Below: in the style of the first picture. White grounds stay white.",
     "tileable": "Two by two copies of one tile.",
     "two_moons": "Above: the direction from x to x0 at three levels. Below: samples of three samplers.",
     "uce": "Left: the original. Right: the edited model. Above: the erased object. Below: another object.",
-    "universal_guidance": "Above: without guidance by the classifier. Below: with guidance to a beach.",
+    "universal_guidance": "Above: a 3D frog without a ground. Below: guided to the beach, the night and the forest.",
 }
 
 
