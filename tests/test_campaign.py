@@ -145,6 +145,7 @@ def test_the_brief_of_the_repository_is_one_that_the_script_reads(first):
 @pytest.mark.slow
 def test_the_sheet_of_the_docs_is_what_the_command_beside_it_makes(tmp_path, monkeypatch):
     command = "python scripts/campaign.py configs/campaign.toml campaign "
+    monkeypatch.chdir(ROOT)  # the brief names weights/addons/edges
     assert command in (ROOT / "docs" / "operate.md").read_text(encoding="utf-8")
     assert (ROOT / "docs" / "campaign.png").stat().st_size <= 400_000
     monkeypatch.setattr(sys, "argv", ["campaign.py", str(ROOT / "configs" / "campaign.toml"), str(tmp_path / "out")])
