@@ -1,6 +1,5 @@
 """Measure how much of a hint's edges the pictures of a ControlNet follow."""
 
-import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -28,7 +27,7 @@ def outlines(generate: GenerateOne, sprites: Sprites, side: int, *, count: int =
     shares: dict[str, list[float]] = {"with": [], "without": []}
     for i, scene in enumerate(scenes):
         hint = canny(Image.fromarray(painter.paint(scene, rng)))
-        prompt = dataclasses.replace(scene, size="", place="").caption
+        prompt = scene.without_layout().caption
         for name, given in (("with", hint), ("without", None)):
             shares[name].append(followed(hint, generate(prompt, seed + i, given)))
     return {name: float(np.mean(found)) for name, found in shares.items()}

@@ -58,6 +58,10 @@ class Scene:
         """The scene in English, such as "a small 3D frog on the grass, on the left"."""
         return self.describe()
 
+    def without_layout(self) -> "Scene":
+        """Return the scene without its size and its place."""
+        return dataclasses.replace(self, size="", place="")
+
     def describe(self, rng: np.random.Generator | None = None) -> str:
         """Return a caption. With `rng`, words vary, and some of them are left out."""
 
@@ -216,7 +220,7 @@ class Scenes:
         return self._caption(self.scene(rng), rng)
 
     def _caption(self, scene: Scene, rng: np.random.Generator) -> str:
-        return (scene if self.layout else dataclasses.replace(scene, size="", place="")).describe(rng)
+        return (scene if self.layout else scene.without_layout()).describe(rng)
 
 
 def pick(rng: np.random.Generator, choices: Collection[str]) -> str:

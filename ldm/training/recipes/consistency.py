@@ -122,16 +122,17 @@ class ConsistencyRecipe(StudentRecipe):
         """Train the student; return the folder of the model. Raises as `Recipe.run` does."""
         model, dataset = self._open(device)
         accumulate, prompts = self.loop.accumulate, self.sample_prompts
+        if self.training and not self.training.from_model:
+            student = zero_init(UNet(model.config.unet))
+        else:
+            student = copy.deepcopy(model.unet).requires_grad_(True)
         objective: ConsistencyObjective
         if self.distillation:
-            student = copy.deepcopy(model.unet).requires_grad_(True)
             objective = ConsistencyDistillation(
                 model, student, self.distillation, accumulate=accumulate, sample_prompts=prompts
             )
         else:
             assert self.training
-            start = model.unet if self.training.from_model else zero_init(UNet(model.config.unet))
-            student = copy.deepcopy(start).requires_grad_(True)
             objective = ConsistencyTraining(
                 model, student, self.training, steps=self.loop.steps, accumulate=accumulate, sample_prompts=prompts
             )
