@@ -1,6 +1,7 @@
 """IP-Adapters on disk, as they were published, and the vision towers of CLIP that they need."""
 
 import math
+import os
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -8,12 +9,13 @@ from typing import Any
 
 import torch
 
+from ldm.atomic import beside, replace_folder
 from ldm.checkpoint.configs import Json
-from ldm.checkpoint.folder import config_of, tensors_of
+from ldm.checkpoint.folder import config_of, tensors_of, write_network
 from ldm.checkpoint.keymap import Piece, Rule
 from ldm.checkpoint.known import kind_of
-from ldm.checkpoint.parts import Part, check, fill
-from ldm.checkpoint.tensors import TensorFiles, Tensors, some
+from ldm.checkpoint.parts import Part, check, collect, fill
+from ldm.checkpoint.tensors import TensorFiles, Tensors, some, write_tensors
 from ldm.models.ip_adapter import HEAD_DIM, ImageProjection, IPAdapter, Resampler, check_fits
 from ldm.models.unet import UNet
 
@@ -74,6 +76,13 @@ def load_ip_adapter(
             raise ValueError(f"{path}: {error}") from error
     fill(adapter, part, dtype=dtype, device=torch.device(device))
     return adapter
+
+
+def save_ip_adapter(adapter: IPAdapter, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
+    """Save an IP-Adapter as the .safetensors file `path`, with the published names. dtype: None keeps that of it."""
+    with beside(Path(path)) as new:
+        write_tensors(collect(adapter, RULES, dtype=dtype), new)
+        os.replace(new, path)
 
 
 def _build(tensors: Tensors) -> IPAdapter:
@@ -154,6 +163,21 @@ def load_image_encoder(
     embeddings.register_buffer("position_ids", torch.arange(embeddings.num_positions)[None], persistent=False)
     fill(tower, part, dtype=dtype, device=torch.device(device))
     return tower
+
+
+def save_image_encoder(tower: Any, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
+    """Save a vision tower as a folder for `load_image_encoder` and for transformers. A tower at `path` is replaced.
+
+    tower: transformers' `CLIPVisionModelWithProjection`. dtype: None keeps that of the tower.
+    Raises ValueError if `path` is anything else.
+    """
+    if Path(path).exists() and not (Path(path) / "config.json").is_file():
+        raise ValueError(f"{path} is not a folder of a vision tower, so it is not overwritten: give another path")
+    path = Path(path).resolve()
+    with beside(path) as new:
+        new.mkdir(exist_ok=True)
+        write_network(new, "model", tower.config.to_diff_dict(), collect(tower, _TOWER_RULES, dtype=dtype))
+        replace_folder(path, new)
 
 
 def _tower_config(tensors: Tensors) -> Json:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from ldm.strict import from_dict, read_toml
 from ldm.training.recipes.base import FREE, Recipe
+from ldm.training.recipes.clip import ClipRecipe
 from ldm.training.recipes.consistency import ConsistencyRecipe, LCMRecipe
 from ldm.training.recipes.controlnet import ControlNetRecipe
 from ldm.training.recipes.diffusion import LDMRecipe
@@ -16,6 +17,7 @@ from ldm.training.recipes.vae import VAERecipe
 __all__ = [
     "FREE",
     "RECIPES",
+    "ClipRecipe",
     "ConsistencyRecipe",
     "ControlNetRecipe",
     "DreamBoothRecipe",
@@ -33,6 +35,7 @@ RECIPES: dict[str, type[Recipe]] = {
     "vae": VAERecipe,
     "ldm": LDMRecipe,
     "controlnet": ControlNetRecipe,
+    "clip": ClipRecipe,
     "lora": LoraRecipe,
     "dreambooth": DreamBoothRecipe,
     "textual_inversion": TextualInversionRecipe,
