@@ -12,7 +12,7 @@ An IP-Adapter needs such a vision tower for a model whose text encoder is not th
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ldm.image_prompt import pixels
 from ldm.images import to_pil
-from ldm.models.text import TextEncoder
+from ldm.models.text import TextEncoder, TextTower
 from ldm.training.loop import Batch, Objective
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class ClipObjective(Objective):
         super().__init__()
         self.text_encoder = text_encoder.eval().requires_grad_(False)
         self.tower = tower.requires_grad_(True)
-        width = sum(text.config.width for text in text_encoder.towers)
+        width = sum(text.config.width for text in self._text_towers())
         self.text_projection = nn.Linear(width, tower.config.projection_dim, bias=False)
         self.log_scale = nn.Parameter(torch.tensor(-math.log(TEMPERATURE)))
 
@@ -95,11 +95,14 @@ class ClipObjective(Objective):
         texts = self.text_projection(self._last_states(captions))
         return F.normalize(pictures, dim=-1) @ F.normalize(texts, dim=-1).T
 
+    def _text_towers(self) -> list[TextTower]:
+        return [cast(TextTower, tower) for tower in self.text_encoder.towers]
+
     @torch.no_grad()
     def _last_states(self, captions: Sequence[str]) -> Tensor:
         """Return the states of the texts at their end tokens, of all towers: b width."""
         states = []
-        for tower in self.text_encoder.towers:
+        for tower in self._text_towers():
             ids = tower.tokenize(captions)
             ends = (ids == tower.tokenizer.eos_id).int().argmax(dim=-1)
             states.append(tower(ids).context[torch.arange(len(ids)), ends])

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ldm.atomic import beside
@@ -33,17 +33,29 @@ class Latents(Some):
     """
 
     def __init__(
-        self, dataset: Dataset, count: int, vae: VAE, folder: Path, source: Mapping[str, object], *, bf16: bool = False
+        self,
+        dataset: Dataset,
+        count: int,
+        vae: VAE,
+        folder: Path,
+        source: Mapping[str, object],
+        also: nn.Module | None = None,
+        *,
+        bf16: bool = False,
     ) -> None:
         """Encode the examples, or read those that an earlier run has written to `folder`.
 
         source: what the examples depend on, as JSON can hold it. The files keep it, with a digest of the encoder.
+        also: a network from images, b 3 h w in [-1, 1], to more tensors by name, b ... each, which are kept in fp16.
         Raises ValueError if `folder` has latents of another source or encoder.
         """
         super().__init__(dataset, torch.arange(min(count, len(dataset))))
-        self.vae, self.bf16 = vae, bf16
+        self.vae, self.also, self.bf16 = vae, also, bf16
         encoder = {n: t for n, t in vae.state_dict().items() if n.startswith(("encoder.", "quant_conv."))}
-        text = json.dumps({**source, "encoder": _digest(encoder, str(vae.config.scaling_factor))})
+        networks = {"encoder": _digest(encoder, str(vae.config.scaling_factor))}
+        if also:
+            networks["also"] = _digest(also.state_dict())
+        text = json.dumps({**source, **networks})
         self.rows = _kept(folder, "latents", len(self), PART, lambda indices: text, self._encode)
 
     def _encode(self, indices: range) -> list[Row]:
@@ -53,9 +65,12 @@ class Latents(Some):
         for shape in {example[0].shape: None for example in examples.values()}:
             group = [i for i in indices if examples[i][0].shape == shape]
             batch = collate([examples[i] for i in group])
+            images = batch[0].to(device)
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-                moments = torch.cat(self.vae.encode(batch[0].to(device)), dim=1).half().cpu()
-            found = {**extras(batch), "moments": moments}
+                moments = torch.cat(self.vae.encode(images), dim=1)
+                more = self.also(images) if self.also else {}
+            made = {"moments": moments, **more}
+            found = {**extras(batch), **{name: tensor.half().cpu() for name, tensor in made.items()}}
             if "mask" in found:
                 found["mask"] = F.interpolate(found["mask"], moments.shape[-2:], mode="area").half()
             rows |= zip(group, _rows(found), strict=True)

@@ -9,6 +9,7 @@ from ldm.training.recipes.consistency import ConsistencyRecipe, LCMRecipe
 from ldm.training.recipes.controlnet import ControlNetRecipe
 from ldm.training.recipes.diffusion import LDMRecipe
 from ldm.training.recipes.dreambooth import DreamBoothRecipe
+from ldm.training.recipes.image_prompt import ImagePromptRecipe
 from ldm.training.recipes.lora import LoraRecipe
 from ldm.training.recipes.reward import RewardRecipe
 from ldm.training.recipes.textual_inversion import TextualInversionRecipe
@@ -21,6 +22,7 @@ __all__ = [
     "ConsistencyRecipe",
     "ControlNetRecipe",
     "DreamBoothRecipe",
+    "ImagePromptRecipe",
     "LCMRecipe",
     "LDMRecipe",
     "LoraRecipe",
@@ -36,6 +38,7 @@ RECIPES: dict[str, type[Recipe]] = {
     "ldm": LDMRecipe,
     "controlnet": ControlNetRecipe,
     "clip": ClipRecipe,
+    "ip_adapter": ImagePromptRecipe,
     "lora": LoraRecipe,
     "dreambooth": DreamBoothRecipe,
     "textual_inversion": TextualInversionRecipe,

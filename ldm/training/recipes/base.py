@@ -66,15 +66,21 @@ class Recipe(ABC):
         return {name: value for name, value in _flat(table).items() if name not in FREE}
 
     def encoded(
-        self, dataset: Dataset, count: int, vae: VAE, folder: str = "latents", values: tuple[str, ...] = ("data.",)
+        self,
+        dataset: Dataset,
+        count: int,
+        vae: VAE,
+        folder: str = "latents",
+        values: tuple[str, ...] = ("data.",),
+        also: nn.Module | None = None,
     ) -> Dataset:
         """Return the first `count` examples as latents, which stay in `folder` below `out`. One process encodes them.
 
-        values: the beginnings of the names of the recipe's values that the data depend on.
+        values: the beginnings of the names of the recipe's values that the data depend on. also: see `Latents`.
         """
         source = {name: value for name, value in self.fixed_values().items() if name.startswith(values)}
         with first_process_first():
-            return Latents(dataset, count, vae, self.out / folder, source, bf16=self.loop.bf16)
+            return Latents(dataset, count, vae, self.out / folder, source, also, bf16=self.loop.bf16)
 
 
 @dataclass(frozen=True, kw_only=True)
