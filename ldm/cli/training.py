@@ -39,6 +39,8 @@ def add(commands: Commands) -> None:
     other = command.add_mutually_exclusive_group()
     other.add_argument("--kid", type=int, metavar="N", help="measure KID with N pictures instead, such as 1000")
     other.add_argument("--controlnet", help="measure instead how well pictures follow the edges that this one is given")
+    other.add_argument("--ip-adapter", metavar="FILE", help="measure instead how much pictures keep of an image prompt")
+    command.add_argument("--image-encoder", metavar="PATH", help="the vision tower of the IP-Adapter, a folder or file")
     metrics.add(command, other)
     other.add_argument("--recipe", type=Path, help="measure instead what this recipe with a [lesson] has taught")
     add_options(command, ldm.Request, ASKED)
@@ -88,12 +90,17 @@ def _evaluate(args: argparse.Namespace) -> None:
     if args.metrics is not None:
         metrics.run(args, asked, placement)
         return
+    if (args.ip_adapter is None) != (args.image_encoder is None):
+        raise ValueError("--ip-adapter and --image-encoder belong together: give both or neither")
     files = args.font or FONT, args.fluent or FLUENT
     lesson = _lesson(args.recipe) if args.recipe is not None else None
     sprites = lesson.sprites(*files) if lesson else emoji_sprites(*files)
     pipe = load_models(ModelChoice(**given(args, ModelChoice)), placement).base
     if args.controlnet is not None:
         _evaluate_controlnet(args, asked, pipe, sprites)
+        return
+    if args.ip_adapter is not None:
+        _evaluate_ip_adapter(args, asked, pipe, sprites)
         return
     scenes = fixed_scenes(tuple(next(iter(sprites.values()))), tuple(sprites))
     total = 2 * TAUGHT if lesson else args.kid or sum(map(len, scenes.values()))
@@ -153,3 +160,23 @@ def _evaluate_controlnet(args: argparse.Namespace, asked: ldm.Request, pipe: ldm
     else:
         shares = ", ".join(f"{100 * share:.0f} % {name} the ControlNet" for name, share in found.items())
         print(f"edges of the hint with an edge of the picture within {WITHIN} pixels: {shares} ({count} pictures each)")
+
+
+def _evaluate_ip_adapter(args: argparse.Namespace, asked: ldm.Request, pipe: ldm.Pipeline, sprites: Any) -> None:
+    from ldm.training.likeness import likeness
+
+    count = 64
+    with tqdm(total=4 * count, unit="picture", disable=None) as progress:
+
+        def generate(seed: int, picture: Image.Image | None) -> Image.Image:
+            prompts = () if picture is None else (ldm.ImagePrompt(args.ip_adapter, picture, args.image_encoder),)
+            (made,) = pipe.generate(dataclasses.replace(asked, seed=seed, image_prompts=prompts))
+            progress.update()
+            return made
+
+        found = likeness(generate, sprites, pipe.config.image_size, count=count, seed=asked.seed)
+    if args.json:
+        print(json.dumps(found))
+        return
+    for row, scores in found.items():
+        print(f"{row} the image prompt: " + ", ".join(f"{name} {right}/{of}" for name, (right, of) in scores.items()))

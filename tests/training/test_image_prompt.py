@@ -1,0 +1,203 @@
+"""A vision tower and an IP-Adapter are trained for a model that stays, and the files are read by others."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import ldm
+from ldm.checkpoint.files import save
+from ldm.checkpoint.ip_adapters import load_image_encoder, load_ip_adapter, save_image_encoder, save_ip_adapter
+from ldm.checkpoint.parts import Model
+from ldm.checkpoint.tensors import TensorFiles
+from ldm.models.ip_adapter import cross_attentions
+from ldm.training import loop
+from ldm.training.clip import ClipObjective, TowerConfig, seen
+from ldm.training.diffusion import DiffusionLoss
+from ldm.training.image_prompt import ImagePromptObjective, new_ip_adapter
+from ldm.training.likeness import likeness
+from ldm.training.recipes import read_recipe
+from tests.tiny import TINY_RANDOM, random_networks
+from tests.training.drawn import drawn_sprites
+
+pytest.importorskip("transformers")
+CPU = torch.device("cpu")
+COLORS = ("red", "green", "blue")
+DATA = """
+[data]
+size = 32
+folder = "{out}/pictures"
+[loop]
+steps = {steps}
+batch_size = 3
+warmup = 0
+schedule = "constant"
+learning_rate = {rate}
+log_every = 1
+"""
+CLIP = """
+recipe = "clip"
+out = "{out}/clip"
+model = "{out}/model"
+[tower]
+width = 8
+layers = 1
+heads = 2
+mlp = 16
+patch = 16
+projection = 6
+"""
+IP_ADAPTER = """
+recipe = "ip_adapter"
+out = "{out}/ip"
+model = "{out}/model"
+encoder = "{out}/clip/image_encoder"
+latents = 3
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a small random model and pictures, and a vision tower that was trained on them."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("image_prompt")
+    save(Model(TINY_RANDOM, *random_networks(TINY_RANDOM)), path / "model")
+    (path / "pictures").mkdir()
+    for color in COLORS:
+        Image.new("RGB", (32, 32), color).save(path / "pictures" / f"{color}.png")
+        (path / "pictures" / f"{color}.txt").write_text(f"a {color} wall")
+    assert recipe(path, CLIP + DATA, steps=30, rate=1e-2).run(CPU) == path / "clip" / "image_encoder"
+    return path
+
+
+def recipe(folder, text, steps=3, rate=1e-2):
+    (folder / "recipe.toml").write_text(text.format(out=folder, steps=steps, rate=rate))
+    return read_recipe(folder / "recipe.toml")
+
+
+def losses(folder):
+    return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_vision_tower_learns_which_caption_belongs_to_a_picture(folder):
+    found = losses(folder / "clip")
+    assert found[0] == pytest.approx(math.log(3), abs=0.7)  # each picture is classified among three captions
+    assert found[-1] < 0.5 * found[0]
+    assert (folder / "clip" / "samples" / "step-000030.png").is_file()
+
+
+def test_a_saved_vision_tower_is_read_by_transformers(folder):
+    from transformers import CLIPVisionModelWithProjection
+
+    path = folder / "clip" / "image_encoder"
+    ours, theirs = load_image_encoder(path), CLIPVisionModelWithProjection.from_pretrained(path).float()
+    images = seen(torch.rand(2, 3, 32, 32) * 2 - 1, 32)
+    torch.testing.assert_close(ours(images).image_embeds, theirs(images).image_embeds)
+    with pytest.raises(ValueError, match="is not a folder of a vision tower, so it is not overwritten"):
+        save_image_encoder(ours, folder / "pictures")
+
+
+def test_the_loss_of_clip_is_the_one_of_the_paper():
+    text = ldm.load("weights/tiny", ldm.Placement("cpu")).text_encoder
+    objective = ClipObjective(text, TowerConfig(8, 1, 2, 16, 16, 6).build(32))
+    images, captions = torch.rand(3, 3, 32, 32) * 2 - 1, ["a cat", "a dog", "a frog"]
+    loss, logs = objective((images, captions))
+    cosines = objective.cosines(images, captions)
+    assert cosines.abs().max() <= 1 + 1e-6
+    rows, columns = (cosines / 0.07).softmax(1).diagonal().log(), (cosines / 0.07).softmax(0).diagonal().log()
+    torch.testing.assert_close(loss, -(rows.mean() + columns.mean()) / 2)
+    assert logs["accuracy"] == (cosines.argmax(1) == torch.arange(3)).float().mean()
+    assert not any(p.requires_grad for p in text.parameters())
+
+
+def test_an_ip_adapter_is_trained_for_a_model_that_stays_and_changes_its_pictures(folder, monkeypatch):
+    before = {path: path.read_bytes() for part in ("model", "clip") for path in (folder / part).rglob("*.safetensors")}
+    seeds = torch.manual_seed
+    monkeypatch.setattr(loop.torch, "manual_seed", lambda seed: seeds(0))  # the same noise in each step
+    path = recipe(folder, IP_ADAPTER + DATA, steps=6).run(CPU)
+    monkeypatch.undo()
+    assert path == folder / "ip" / "ip-adapter.safetensors"
+    assert {path: path.read_bytes() for path in before} == before
+    assert losses(folder / "ip")[-1] < losses(folder / "ip")[0]
+
+    pipe = ldm.load(folder / "model", ldm.Placement("cpu"))
+    adapter = load_ip_adapter(path, unet=pipe.unet)
+    moved = adapter.to_k[0].weight - cross_attentions(pipe.unet)[0].to_k.weight
+    assert 0 < moved.abs().max() < 0.2  # it started from the keys of texts, and learned
+    names = set(TensorFiles([path]).shapes)
+    assert {"image_proj.proj.weight", "image_proj.norm.weight", "ip_adapter.1.to_k_ip.weight"} <= names
+    pictures = [
+        pipe.generate(ldm.Request("", steps=2, seed=1, image_prompts=prompts))[0].tobytes()
+        for prompts in (
+            (),
+            *(
+                (ldm.ImagePrompt(path, folder / "pictures" / f"{color}.png", folder / "clip" / "image_encoder"),)
+                for color in COLORS[:2]
+            ),
+        )
+    ]
+    assert len(set(pictures)) == 3
+
+
+def test_embeddings_of_another_vision_tower_are_not_used(folder):
+    own = recipe(folder, IP_ADAPTER.replace("/ip", "/other") + DATA, steps=1)
+    own.run(CPU)
+    torch.manual_seed(1)
+    kept = load_image_encoder(own.encoder)
+    save_image_encoder(TowerConfig(8, 1, 2, 16, 16, 6).build(32), own.encoder)
+    with pytest.raises(ValueError, match="has latents of other data or of another encoder"):
+        own.run(CPU)
+    save_image_encoder(kept, own.encoder, dtype=torch.float16)
+
+
+def test_a_left_out_picture_is_an_embedding_of_zeros(folder):
+    pipe = ldm.load(folder / "model", ldm.Placement("cpu"))
+    adapter = new_ip_adapter(pipe.unet, 6, 4)
+    moments, captions = torch.rand(4, 2 * pipe.config.vae.latent_channels, 8, 8), ["a red wall"] * 4
+    pictures = torch.randn(4, 6)
+
+    def loss(dropout, pictures):
+        torch.manual_seed(0)
+        objective = ImagePromptObjective(pipe, adapter, DiffusionLoss(caption_dropout=0.0), dropout)
+        return objective((moments, captions, {"picture": pictures}))[0]
+
+    assert torch.equal(loss(0.999999, pictures), loss(0.0, torch.zeros(4, 6)))
+    assert not torch.equal(loss(0.0, pictures), loss(0.0, torch.zeros(4, 6)))
+
+
+def test_a_saved_ip_adapter_is_read_back(folder, tmp_path):
+    pipe = ldm.load(folder / "model", ldm.Placement("cpu"))
+    adapter = new_ip_adapter(pipe.unet, 6, 4)
+    save_ip_adapter(adapter, tmp_path / "a.safetensors")
+    found = load_ip_adapter(tmp_path / "a.safetensors", unet=pipe.unet)
+    for name, value in adapter.state_dict().items():
+        assert torch.equal(found.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("latents = 3", "latents = 0"), "latents must be at least 1, got 0"),
+        (("latents = 3", "latents = 3\npicture_dropout = 1.0"), "picture_dropout must be at least 0 and less than 1"),
+    ],
+)
+def test_wrong_values_are_refused(folder, change, message):
+    with pytest.raises(ValueError, match=message):
+        recipe(folder, IP_ADAPTER.replace(*change) + DATA)
+
+
+def test_sizes_of_a_tower_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="width 10, heads 4, size 32, patch 16"):
+        TowerConfig(width=10).build(32)
+
+
+def test_the_measure_tells_pictures_that_keep_the_image_prompt_from_others():
+    blank = Image.fromarray(np.full((64, 64, 3), 255, np.uint8))
+    found = likeness(lambda seed, prompt: prompt or blank, drawn_sprites(), 64, count=8)
+    assert set(found["with"]) == {"object", "style", "ground", "size", "place"}
+    assert sum(right for right, _ in found["with"].values()) > 0.9 * sum(of for _, of in found["with"].values())
+    assert found["with"]["object"][1] == found["without"]["object"][1] == 8
+    assert found["without"]["object"][0] < 4
