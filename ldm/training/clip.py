@@ -92,20 +92,24 @@ class ClipObjective(Objective):
     def cosines(self, images: Tensor, captions: Sequence[str]) -> Tensor:
         """Compare images, b 3 h w in [-1, 1], with captions: b n. Both are embedded here."""
         pictures = self.tower(seen(images, self.tower.config.image_size)).image_embeds
-        texts = self.text_projection(self._last_states(captions))
+        texts = self.text_projection(self._pooled(captions))
         return F.normalize(pictures, dim=-1) @ F.normalize(texts, dim=-1).T
 
     def _text_towers(self) -> list[TextTower]:
         return [cast(TextTower, tower) for tower in self.text_encoder.towers]
 
     @torch.no_grad()
-    def _last_states(self, captions: Sequence[str]) -> Tensor:
-        """Return the states of the texts at their end tokens, of all towers: b width."""
+    def _pooled(self, captions: Sequence[str]) -> Tensor:
+        """Return the mean of each caption's states from the begin token to the end token, of all towers: b width.
+
+        CLIP takes the state of the end token. A text encoder that was trained with a UNet hardly has the objects there.
+        """
         states = []
         for tower in self._text_towers():
             ids = tower.tokenize(captions)
-            ends = (ids == tower.tokenizer.eos_id).int().argmax(dim=-1)
-            states.append(tower(ids).context[torch.arange(len(ids)), ends])
+            ends = (ids == tower.tokenizer.eos_id).int().argmax(dim=-1, keepdim=True)
+            inside = (torch.arange(ids.shape[1], device=ids.device) <= ends).float()
+            states.append(torch.einsum("bnd,bn->bd", tower(ids).context, inside / inside.sum(dim=1, keepdim=True)))
         return torch.cat(states, dim=-1)
 
     def sample(self, batch: Batch) -> Tensor:
