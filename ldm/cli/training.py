@@ -45,6 +45,7 @@ def add(commands: Commands) -> None:
     other.add_argument("--recipe", type=Path, help="measure instead what this recipe with a [lesson] has taught")
     add_options(command, ldm.Request, ASKED)
     add_options(command, ldm.Placement)
+    command.add_argument("--checker", action="store_true", help="measure also the checker itself, on true renders")
     command.add_argument("--json", action="store_true", help="print the results of all pictures as JSON")
 
 
@@ -126,7 +127,7 @@ def _evaluate(args: argparse.Namespace) -> None:
             found = {"kid": value, "standard_error": error, "pictures": args.kid}
             print(json.dumps(found) if args.json else f"KID {value:.5f} +- {error:.5f} ({args.kid} pictures)")
             return
-        report = evaluate(generate, sprites, seed=asked.seed, reconstruct=reconstruct)
+        report = evaluate(generate, sprites, seed=asked.seed, reconstruct=reconstruct if args.checker else None)
     print(json.dumps(report.to_json()) if args.json else report)
 
 

@@ -140,6 +140,12 @@ def test_the_checker_is_measured_beside_the_model(report):
         assert scores["count"][1] == 2
 
 
+def test_without_the_vae_only_the_model_is_measured():
+    blank = Image.new("RGB", (64, 64), "black")
+    report = evaluate(lambda prompts, seeds: [blank] * len(prompts), SPRITES, each=2)
+    assert not any("checker" in row for row in report.rows)
+
+
 def test_the_report_is_a_table_and_plain_json(report):
     lines = str(report).splitlines()
     assert lines[0].split() == [
