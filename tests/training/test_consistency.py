@@ -13,19 +13,17 @@ from ldm.config import DiffusionConfig
 from ldm.diffusion.schedule import NoiseSchedule, to_vp
 from ldm.models.unet import UNet
 from ldm.training.adapters import LoraConfig
-from ldm.training.consistency import (
+from ldm.training.consistency import Pairs
+from ldm.training.consistency_models import (
     ConsistencyDistillation,
     ConsistencyTraining,
     DistillationLoss,
-    LCMLoraObjective,
-    LCMLoss,
-    LCMObjective,
-    Pairs,
     TrainingLoss,
     chances,
     karras_levels,
     number_of_levels,
 )
+from ldm.training.lcm import LCMLoraObjective, LCMLoss, LCMObjective
 from ldm.training.recipes.consistency import with_guidance
 from ldm.training.recipes.lora import new_adapters
 from tests.reference import diffusion_papers as papers

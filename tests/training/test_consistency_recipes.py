@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 
 import ldm
 from ldm.checkpoint.sampling import KEY, LCM_LORA, with_sampling
-from ldm.training.consistency import ConsistencyTraining, DistillationLoss, LCMLoss, LCMObjective, TrainingLoss
+from ldm.training.consistency_models import ConsistencyTraining, DistillationLoss, TrainingLoss
+from ldm.training.lcm import LCMLoss, LCMObjective
 from ldm.training.recipes import ConsistencyRecipe, LCMRecipe, RewardRecipe, read_recipe
 from ldm.training.reward import RewardLoss
 from tests.tiny import TINY_RANDOM

@@ -12,17 +12,10 @@ from ldm.checkpoint.parts import Model
 from ldm.checkpoint.sampling import LCM_LORA
 from ldm.models.unet import UNet
 from ldm.training.adapters import Adapters, LoraConfig
-from ldm.training.consistency import (
-    ConsistencyDistillation,
-    ConsistencyObjective,
-    ConsistencyTraining,
-    DistillationLoss,
-    LCMLoraObjective,
-    LCMLoss,
-    LCMObjective,
-    TrainingLoss,
-)
+from ldm.training.consistency import ConsistencyObjective
+from ldm.training.consistency_models import ConsistencyDistillation, ConsistencyTraining, DistillationLoss, TrainingLoss
 from ldm.training.diffusion import zero_init
+from ldm.training.lcm import LCMLoraObjective, LCMLoss, LCMObjective
 from ldm.training.loop import Dataset, train
 from ldm.training.recipes.base import ModelRecipe, choose_attention, refuse_fsdp, refuse_keys
 from ldm.training.recipes.lora import new_adapters, save_adapters
