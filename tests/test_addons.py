@@ -64,7 +64,7 @@ def test_the_controlnet_of_edges_follows_its_hint():
 def test_an_image_prompt_brings_its_colors():
     pytest.importorskip("transformers")
     folder = ADDONS / "image_prompt"
-    pictures = [ROOT / "docs" / "gallery" / name for name in ("panda.png", "penguin.png")]  # on red, and in the snow
+    pictures = [ROOT / "docs" / "gallery" / name for name in ("panda.png", "wide.png")]  # on red, and in the snow
     pipe, shares = load(), []
     for picture in pictures:
         prompt = ldm.ImagePrompt(folder / "ip-adapter.safetensors", picture, folder / "image_encoder")
