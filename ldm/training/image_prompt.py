@@ -13,9 +13,9 @@ from ldm.checkpoint.parts import Model
 from ldm.conditioning import Condition
 from ldm.models.ip_adapter import Applied, ImageProjection, ImagePrompted, IPAdapter, cross_attentions
 from ldm.models.unet import UNet
-from ldm.training.clip import seen
 from ldm.training.diffusion import DiffusionLoss, DiffusionObjective, Networks
 from ldm.training.loop import Batch, extras
+from ldm.training.vision import seen
 
 SHOWN = 8  # sample pictures, each below the picture that is its prompt
 

@@ -15,11 +15,11 @@ from ldm.checkpoint.parts import Model
 from ldm.checkpoint.tensors import TensorFiles
 from ldm.models.ip_adapter import cross_attentions
 from ldm.training import loop
-from ldm.training.clip import ClipObjective, TowerConfig, seen
 from ldm.training.diffusion import DiffusionLoss
 from ldm.training.image_prompt import ImagePromptObjective, new_ip_adapter
 from ldm.training.likeness import likeness
 from ldm.training.recipes import read_recipe
+from ldm.training.vision import TowerConfig, VisionObjective, inverse_frequency, seen
 from tests.tiny import TINY_RANDOM, random_networks
 from tests.training.drawn import drawn_sprites
 
@@ -38,9 +38,9 @@ schedule = "constant"
 learning_rate = {rate}
 log_every = 1
 """
-CLIP = """
-recipe = "clip"
-out = "{out}/clip"
+VISION = """
+recipe = "vision"
+out = "{out}/vision"
 model = "{out}/model"
 [tower]
 width = 8
@@ -54,7 +54,7 @@ IP_ADAPTER = """
 recipe = "ip_adapter"
 out = "{out}/ip"
 model = "{out}/model"
-encoder = "{out}/clip/image_encoder"
+encoder = "{out}/vision/image_encoder"
 latents = 3
 """
 
@@ -69,7 +69,7 @@ def folder(tmp_path_factory):
     for color in COLORS:
         Image.new("RGB", (32, 32), color).save(path / "pictures" / f"{color}.png")
         (path / "pictures" / f"{color}.txt").write_text(f"a {color} wall")
-    assert recipe(path, CLIP + DATA, steps=30, rate=1e-2).run(CPU) == path / "clip" / "image_encoder"
+    assert recipe(path, VISION + DATA, steps=30, rate=1e-2).run(CPU) == path / "vision" / "image_encoder"
     return path
 
 
@@ -82,17 +82,17 @@ def losses(folder):
     return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-def test_a_vision_tower_learns_which_caption_belongs_to_a_picture(folder):
-    found = losses(folder / "clip")
-    assert found[0] == pytest.approx(math.log(3), abs=0.7)  # each picture is classified among three captions
-    assert found[-1] < 0.5 * found[0]
-    assert (folder / "clip" / "samples" / "step-000030.png").is_file()
+def test_a_vision_tower_learns_the_words_of_the_captions(folder):
+    found = [json.loads(line) for line in (folder / "vision" / "log.jsonl").read_text().splitlines()]
+    assert found[-1]["loss"] < 0.2 * found[0]["loss"]
+    assert found[-1]["found"] == 1
+    assert (folder / "vision" / "samples" / "step-000030.png").is_file()
 
 
 def test_a_saved_vision_tower_is_read_by_transformers(folder):
     from transformers import CLIPVisionModelWithProjection
 
-    path = folder / "clip" / "image_encoder"
+    path = folder / "vision" / "image_encoder"
     ours, theirs = load_image_encoder(path), CLIPVisionModelWithProjection.from_pretrained(path).float()
     images = seen(torch.rand(2, 3, 32, 32) * 2 - 1, 32)
     torch.testing.assert_close(ours(images).image_embeds, theirs(images).image_embeds)
@@ -100,21 +100,42 @@ def test_a_saved_vision_tower_is_read_by_transformers(folder):
         save_image_encoder(ours, folder / "pictures")
 
 
-def test_the_loss_of_clip_is_the_one_of_the_paper():
-    text = ldm.load("weights/tiny", ldm.Placement("cpu")).text_encoder
-    objective = ClipObjective(text, TowerConfig(8, 1, 2, 16, 16, 6).build(32))
-    images, captions = torch.rand(3, 3, 32, 32) * 2 - 1, ["a cat", "a dog", "a frog"]
+def test_the_labels_of_a_picture_are_the_rare_tokens_of_its_caption():
+    tokenizer = ldm.load("weights/tiny", ldm.Placement("cpu")).text_encoder.tokenizers[0]
+    captions = ["a cat", "a cat", "a dog"]
+    (a,), (cat,), (dog,) = (tokenizer.encode(word) for word in ("a", "cat", "dog"))
+
+    class Captions:
+        def __len__(self):
+            return len(captions)
+
+        def caption(self, index):
+            return captions[index]
+
+    rarity = inverse_frequency(tokenizer, Captions())
+    assert rarity[cat] == 0  # log(3 / 3)
+    assert rarity[a] == 0  # log(3 / 4), raised to 0
+    assert float(rarity[dog]) == pytest.approx(math.log(3 / 2))
+    rarity[cat] = 3 * rarity[dog]
+    objective = VisionObjective(tokenizer, TowerConfig(8, 1, 2, 16, 16, 6).build(32), rarity)
+    labels = objective.labels(["a cat", "a dog", "a dog and a cat", ""])
+    assert labels[0].nonzero().tolist() == [[cat]]
+    assert labels.sum(dim=1)[:3].tolist() == pytest.approx([1, 1, 1])
+    assert float(labels[2, cat] / labels[2, dog]) == pytest.approx(3)
+    assert not labels[3].any()
+
+    images = torch.rand(3, 3, 32, 32) * 2 - 1
     loss, logs = objective((images, captions))
-    cosines = objective.cosines(images, captions)
-    assert cosines.abs().max() <= 1 + 1e-6
-    rows, columns = (cosines / 0.07).softmax(1).diagonal().log(), (cosines / 0.07).softmax(0).diagonal().log()
-    torch.testing.assert_close(loss, -(rows.mean() + columns.mean()) / 2)
-    assert logs["accuracy"] == (cosines.argmax(1) == torch.arange(3)).float().mean()
-    assert not any(p.requires_grad for p in text.parameters())
+    logits = objective.classify(objective.tower(seen(images, 32)).image_embeds)
+    expected = torch.nn.functional.cross_entropy(logits, torch.tensor([cat, cat, dog]))
+    torch.testing.assert_close(loss, expected)
+    assert logs["found"] == (logits.argmax(1) == torch.tensor([cat, cat, dog])).float().mean()
 
 
 def test_an_ip_adapter_is_trained_for_a_model_that_stays_and_changes_its_pictures(folder, monkeypatch):
-    before = {path: path.read_bytes() for part in ("model", "clip") for path in (folder / part).rglob("*.safetensors")}
+    before = {
+        path: path.read_bytes() for part in ("model", "vision") for path in (folder / part).rglob("*.safetensors")
+    }
     seeds = torch.manual_seed
     monkeypatch.setattr(loop.torch, "manual_seed", lambda seed: seeds(0))  # the same noise in each step
     path = recipe(folder, IP_ADAPTER + DATA, steps=6).run(CPU)
@@ -134,7 +155,7 @@ def test_an_ip_adapter_is_trained_for_a_model_that_stays_and_changes_its_picture
         for prompts in (
             (),
             *(
-                (ldm.ImagePrompt(path, folder / "pictures" / f"{color}.png", folder / "clip" / "image_encoder"),)
+                (ldm.ImagePrompt(path, folder / "pictures" / f"{color}.png", folder / "vision" / "image_encoder"),)
                 for color in COLORS[:2]
             ),
         )

@@ -4,7 +4,6 @@ from pathlib import Path
 
 from ldm.strict import from_dict, read_toml
 from ldm.training.recipes.base import FREE, Recipe
-from ldm.training.recipes.clip import ClipRecipe
 from ldm.training.recipes.consistency import ConsistencyRecipe, LCMRecipe
 from ldm.training.recipes.controlnet import ControlNetRecipe
 from ldm.training.recipes.diffusion import LDMRecipe
@@ -14,11 +13,11 @@ from ldm.training.recipes.lora import LoraRecipe
 from ldm.training.recipes.reward import RewardRecipe
 from ldm.training.recipes.textual_inversion import TextualInversionRecipe
 from ldm.training.recipes.vae import VAERecipe
+from ldm.training.recipes.vision import VisionRecipe
 
 __all__ = [
     "FREE",
     "RECIPES",
-    "ClipRecipe",
     "ConsistencyRecipe",
     "ControlNetRecipe",
     "DreamBoothRecipe",
@@ -30,6 +29,7 @@ __all__ = [
     "RewardRecipe",
     "TextualInversionRecipe",
     "VAERecipe",
+    "VisionRecipe",
     "read_recipe",
 ]
 
@@ -37,7 +37,7 @@ RECIPES: dict[str, type[Recipe]] = {
     "vae": VAERecipe,
     "ldm": LDMRecipe,
     "controlnet": ControlNetRecipe,
-    "clip": ClipRecipe,
+    "vision": VisionRecipe,
     "ip_adapter": ImagePromptRecipe,
     "lora": LoraRecipe,
     "dreambooth": DreamBoothRecipe,
