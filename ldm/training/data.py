@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ldm.pictures import FORMATS, MAX_PIXELS, open_picture
 from ldm.training.buckets import Size, bucket_table, crop_corner, nearest
+from ldm.training.edits import Edits
 from ldm.training.loop import Dataset, Example
 from ldm.training.objects import FLUENT, FONT, OBJECTS, emoji_sprites, every_character
 from ldm.training.scenes import Scenes
@@ -55,9 +56,10 @@ class DataConfig:
     layout: bool = True  # the captions of the scenes name sizes and places; False: for a ControlNet, which sees them
     seed: int = 0  # of the scenes, and of the choice of the pictures that are kept out
 
-    def open(self, *, sizes: bool = False) -> Dataset:
+    def open(self, *, sizes: bool = False, pairs: bool = False) -> Dataset:
         """Return the data set. sizes: record the original size and the crop of each picture, for SDXL.
 
+        pairs: pictures after an edit, with the instruction and the picture before it.
         Raises ValueError if the folder or the font cannot be used.
         """
         if self.folder is not None:
@@ -68,6 +70,8 @@ class DataConfig:
             )
         characters = every_character(self.fluent) if self.every_emoji else OBJECTS
         sprites = emoji_sprites(self.font, self.fluent, characters)
+        if pairs:
+            return Edits(sprites, self.size, seed=self.seed)
         return Scenes(sprites, self.size, seed=self.seed, layout=self.layout)
 
     def split(self, dataset: Dataset) -> tuple[Dataset, Dataset | None]:

@@ -8,6 +8,7 @@ from ldm.training.recipes.consistency import ConsistencyRecipe, LCMRecipe
 from ldm.training.recipes.controlnet import ControlNetRecipe
 from ldm.training.recipes.diffusion import LDMRecipe
 from ldm.training.recipes.dreambooth import DreamBoothRecipe
+from ldm.training.recipes.editing import EditRecipe
 from ldm.training.recipes.lora import LoraRecipe
 from ldm.training.recipes.reward import RewardRecipe
 from ldm.training.recipes.textual_inversion import TextualInversionRecipe
@@ -19,6 +20,7 @@ __all__ = [
     "ConsistencyRecipe",
     "ControlNetRecipe",
     "DreamBoothRecipe",
+    "EditRecipe",
     "LCMRecipe",
     "LDMRecipe",
     "LoraRecipe",
@@ -33,6 +35,7 @@ RECIPES: dict[str, type[Recipe]] = {
     "vae": VAERecipe,
     "ldm": LDMRecipe,
     "controlnet": ControlNetRecipe,
+    "edit": EditRecipe,
     "lora": LoraRecipe,
     "dreambooth": DreamBoothRecipe,
     "textual_inversion": TextualInversionRecipe,
