@@ -46,14 +46,14 @@ class EditObjective(DiffusionObjective):
       "picture" b c h w, their latents; see `picture_latents`
     """
 
-    def __init__(self, model: Model, weights: EditLoss) -> None:
-        """Freeze the text encoder. The UNet of `model` takes 2 c channels, and is trained.
+    def __init__(self, model: Model, weights: EditLoss, *, train_text_encoder: bool = False) -> None:
+        """Train the UNet of `model`, which takes 2 c channels, and the text encoder if asked.
 
         Raises ValueError as `DiffusionObjective` does.
         """
         super().__init__(model.config, Networks(model.unet, model.text_encoder), model.vae, weights)
         self.networks.unet.requires_grad_(True)
-        self.networks.text_encoder.eval().requires_grad_(False)
+        self.networks.text_encoder.requires_grad_(train_text_encoder)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the mean weighted squared error of one batch at random timesteps.

@@ -35,7 +35,10 @@ class Edit(NamedTuple):
     kind: str
 
     def instruction(self, rng: np.random.Generator | None = None) -> str:
-        """Say the edit in English, such as "turn the frog into a crab". With `rng`, words vary."""
+        """Say the edit in English, such as "turn the frog into a crab". With `rng`, words vary.
+
+        The objects are always named: a model that knows them by name learns the edits much faster.
+        """
 
         def one_of(words: Sequence[str]) -> str:
             return pick(rng, words) if rng is not None and rng.random() < 0.25 else words[0]
@@ -49,8 +52,7 @@ class Edit(NamedTuple):
             gone, come = noun(old[changed]), noun(new[changed])
             come = come if come in MANY | MASS else with_article(come)
             return one_of((f"turn the {gone} into {come}", f"replace the {gone} with {come}"))
-        it = "them" if len(old) > 1 or old[0] in MANY else "it"
-        it = f"the {noun(old[0])}" if len(old) == 1 and rng is not None and rng.random() < 0.5 else it
+        it = " and ".join(f"the {noun(name)}" for name in old)
         if self.kind == "ground":
             phrase = one_of(GROUNDS[self.after.ground].phrases)
             return f"{'put' if phrase.startswith(('on ', 'in ')) else 'show'} {it} {phrase}"

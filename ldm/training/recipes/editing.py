@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 
 from ldm.checkpoint.parts import Model
-from ldm.models.unet import UNet
 from ldm.training.editing import EditLoss, EditObjective, with_picture_input
 from ldm.training.loop import train
 from ldm.training.recipes.base import ModelRecipe, choose_attention, refuse_keys
@@ -17,16 +16,17 @@ from ldm.training.recipes.base import ModelRecipe, choose_attention, refuse_keys
 class EditRecipe(ModelRecipe):
     """Teach a model to edit pictures by instructions (InstructPix2Pix), and save it to `out`/model.
 
-    `model` is a model of text to image, or an editing model, which is trained further. Its text encoder stays.
+    `model` is a model of text to image, or an editing model, which is trained further.
     """
 
     name: str = "editor"
     latents: int = 0  # encode this many pairs once, before the training; 0: encode every batch
+    train_text_encoder: bool = False  # for a text encoder that has read captions only; CLIP's stays in the paper
     loss: EditLoss = field(default_factory=EditLoss)
     guidance_scale: float | None = None  # of the sample pictures, and the default of the trained model
 
     def run(self, device: torch.device) -> Path:
-        """Train the UNet; return the model's folder. Raises as `Recipe.run` does."""
+        """Train the networks; return the model's folder. Raises as `Recipe.run` does."""
         refuse_keys(self.data, "keep_out", "layout")
         start = self.load(device)
         model = self._editing(start)
@@ -34,11 +34,10 @@ class EditRecipe(ModelRecipe):
         if self.latents:
             dataset = self.encoded(dataset, self.latents, model.vae)
         torch.manual_seed(self.loop.seed)
-        objective = EditObjective(model, self.loss).to(device)
+        objective = EditObjective(model, self.loss, train_text_encoder=self.train_text_encoder).to(device)
         choose_attention(objective, device)
-        average = train(objective, dataset, self.loop, self.out, self.fixed_values())
-        assert isinstance(average, UNet)
-        return self.save(model._replace(unet=average))
+        found = objective.complete(train(objective, dataset, self.loop, self.out, self.fixed_values()))
+        return self.save(model._replace(unet=found.unet, text_encoder=found.text_encoder))
 
     def _editing(self, start: Model) -> Model:
         """Return the model with a UNet that takes a picture, and with the values of the recipe."""
