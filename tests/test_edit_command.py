@@ -13,6 +13,7 @@ from ldm.checkpoint.parts import Model
 from ldm.cli import main
 from ldm.models.unet import UNet
 from ldm.pictures import read_texts
+from ldm.training import changes, objects
 from tests.test_editing import EIGHT, PICTURE
 from tests.tiny import random_networks
 
@@ -116,3 +117,32 @@ def test_a_bad_input_is_one_sentence_and_nothing_is_written(run, command, words,
     assert (code, out) == (2, "")
     assert message in last
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_evaluate_lets_the_model_make_edits_and_prints_their_scores(run, edit_model, monkeypatch, as_json):
+    made = []
+
+    def measure(generate, sprites, side, *, count, seed):
+        made.append((generate("make it red", seed, PICTURE), sprites, side, count))
+        return {"model": {"all": changes.Score(3, 2, 1, 4)}}
+
+    monkeypatch.setattr(changes, "changes", measure)
+    monkeypatch.setattr(objects, "emoji_sprites", lambda font, fluent: "sprites")
+    words = ("--edit", "--steps", "2", "--seed", "3", "--image-guidance", "2")
+    code, out, _ = run("evaluate", *words, *["--json"] * as_json)
+    assert code == 0
+    if as_json:
+        assert json.loads(out) == {"model": {"all": {"changed": 3, "kept": 2, "both": 1, "pictures": 4}}}
+    else:
+        assert out.splitlines()[1].split() == ["model", "all", "3/4", "75%", "2/4", "50%", "1/4", "25%"]
+    ((picture, *others),) = made
+    assert others == ["sprites", 32, 64]
+    request = ldm.Request("make it red", steps=2, seed=3, source=ldm.Source(PICTURE, image_guidance=2.0))
+    (wanted,) = ldm.load(edit_model, ldm.Placement.fast(device="cpu")).generate(request)
+    assert np.array_equal(picture, wanted)
+
+
+def test_evaluate_refuses_image_guidance_without_edits(run):
+    code, _, err = run("evaluate", "--image-guidance", "2")
+    assert (code, err) == (2, "ldm: error: --image-guidance is for --edit: leave it out, or add --edit\n")

@@ -59,8 +59,8 @@ PACKAGES = {  # what each part of ldm may import of ldm, beside itself; "ldm" is
     "serving": "diffusion pipeline request",
     "batch": "jobs outputs pipeline placement record request rescue strict variants",
     "batch_ray": "batch jobs placement record",
-    "training": "atomic checkpoint conditioning config control diffusion geometry image_prompt images loading models "
-    "pictures presets strict",
+    "training": "atomic checkpoint conditioning config control diffusion editing geometry image_prompt images loading "
+    "models pictures presets strict",
     "cli": "batch batch_ray checkpoint classifier config control diffusion doctor download geometry image_prompt jobs "
     "ldm loading lora_tools merging models outputs pictures pipeline placement previews prompts record regions request "
     "rescue safety sizes source stats training variants variations",

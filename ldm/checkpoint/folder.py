@@ -59,7 +59,7 @@ def open_folder(folder: Path, *, prediction: Prediction | None = None, pickles: 
         return _open_part(folder, pickles)
     index, towers, notes = _read_index(folder)
     unet_json, where = config_of(folder, "unet")
-    check_inputs(unet_json.get("in_channels", 4), folder)
+    check_inputs(unet_json.get("in_channels", 4), folder, config_of(folder, "vae")[0].get("latent_channels", 4))
     unet = configs.unet_from_json(unet_json, where)
     sdxl = unet.is_sdxl
     tokenizers = [read_tokenizer(folder / name.replace("text_encoder", "tokenizer")) for name in towers]

@@ -12,7 +12,7 @@ from ldm.checkpoint.parts import Part
 from ldm.checkpoint.tensors import Tensors
 from ldm.config import ModelConfig, TextConfig, UNetConfig, VAEConfig
 from ldm.diffusion.denoiser import Prediction
-from ldm.presets import FAMILIES, PRESETS, SD15, SD21, SD21_BASE, SDXL_BASE, VARIANTS, family_key
+from ldm.presets import FAMILIES, PRESETS, SD15, SD21, SD21_BASE, SDXL_BASE, family_key
 
 ENOUGH_EMA = 100  # the fewest tensors of a moving average of the UNet; pruned files keep two counters of it
 OTHER_INPUTS = {  # UNets with inputs that this package does not provide, by their input channels
@@ -243,9 +243,9 @@ def encoder_of(tensors: Tensors, place: Place) -> tuple[Shapes, UNetConfig, Mode
     return shapes, config, family[0], f"{seen} are {NAMES[context]}"
 
 
-def check_inputs(channels: int, where: object) -> None:
-    """Raise ValueError for a number of UNet input channels that is not in VARIANTS."""
-    if channels not in VARIANTS:
+def check_inputs(channels: int, where: object, latents: int = 4) -> None:
+    """Raise ValueError for a number of UNet input channels that no task has. latents: channels of the latents."""
+    if channels not in (latents, 2 * latents, 2 * latents + 1):
         name = OTHER_INPUTS.get(channels, "no model that is known here")
         raise ValueError(f"{where} is {name} ({channels} input channels): it is not supported")
 

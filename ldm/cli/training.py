@@ -41,6 +41,8 @@ def add(commands: Commands) -> None:
     other.add_argument("--controlnet", help="measure instead how well pictures follow the edges that this one is given")
     other.add_argument("--ip-adapter", metavar="FILE", help="measure instead how much pictures keep of an image prompt")
     command.add_argument("--image-encoder", metavar="PATH", help="the vision tower of the IP-Adapter, a folder or file")
+    other.add_argument("--edit", action="store_true", help="measure instead how an editing model follows instructions")
+    add_options(command, ldm.Source, ("image_guidance",))
     metrics.add(command, other)
     other.add_argument("--recipe", type=Path, help="measure instead what this recipe with a [lesson] has taught")
     add_options(command, ldm.Request, ASKED)
@@ -83,6 +85,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     from ldm.training.lessons import measure, table
     from ldm.training.objects import FLUENT, FONT, emoji_sprites
 
+    if args.image_guidance is not None and not args.edit:
+        raise ValueError("--image-guidance is for --edit: leave it out, or add --edit")
     asked = ldm.Request("", **given(args, ldm.Request, ASKED))
     placement = ldm.Placement.fast(**given(args, ldm.Placement))
     if args.loss is not None:
@@ -102,6 +106,9 @@ def _evaluate(args: argparse.Namespace) -> None:
         return
     if args.ip_adapter is not None:
         _evaluate_ip_adapter(args, asked, pipe, sprites)
+        return
+    if args.edit:
+        _evaluate_edits(args, asked, pipe, sprites)
         return
     scenes = fixed_scenes(tuple(next(iter(sprites.values()))), tuple(sprites))
     total = 2 * TAUGHT if lesson else args.kid or sum(map(len, scenes.values()))
@@ -181,3 +188,23 @@ def _evaluate_ip_adapter(args: argparse.Namespace, asked: ldm.Request, pipe: ldm
         return
     for row, scores in found.items():
         print(f"{row} the image prompt: " + ", ".join(f"{name} {right}/{of}" for name, (right, of) in scores.items()))
+
+
+def _evaluate_edits(args: argparse.Namespace, asked: ldm.Request, pipe: ldm.Pipeline, sprites: Any) -> None:
+    from ldm.training.changes import changes, table
+
+    guidance = {"image_guidance": 1.5} | given(args, ldm.Source, ("image_guidance",))
+    count = 64
+    with tqdm(total=count, unit="picture", disable=None) as progress:
+
+        def generate(instruction: str, seed: int, before: Image.Image) -> Image.Image:
+            source = ldm.Source(before, **guidance)
+            (picture,) = pipe.generate(dataclasses.replace(asked, prompt=instruction, seed=seed, source=source))
+            progress.update()
+            return picture
+
+        found = changes(generate, sprites, pipe.config.image_size, count=count, seed=asked.seed)
+    if args.json:
+        print(json.dumps({row: {kind: score._asdict() for kind, score in own.items()} for row, own in found.items()}))
+    else:
+        print(table(found))

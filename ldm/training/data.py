@@ -1,5 +1,6 @@
 """The training data: random emoji scenes, or pictures with captions from a folder, tar files or tables."""
 
+import dataclasses
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -15,12 +16,13 @@ from torch import Tensor
 
 from ldm.pictures import FORMATS, MAX_PIXELS, open_picture
 from ldm.training.buckets import Size, bucket_table, crop_corner, nearest
+from ldm.training.edits import Edits
 from ldm.training.loop import Dataset, Example
 from ldm.training.objects import FLUENT, FONT, OBJECTS, emoji_sprites, every_character
 from ldm.training.scenes import Scenes
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-MASK_SUFFIX = ".mask.png"
+BESIDE = {"mask": "mask", "before": "picture before the edit"}  # what the file 1.mask.png or 1.before.png of 1.jpg is
 Masking = Literal["none", "file", "alpha"]
 
 
@@ -32,12 +34,18 @@ class Frame:
     buckets: int = 0  # crop to `bucket_table(size, buckets)` instead of squares; 0: squares
     mask: Masking = "none"  # where a picture is trained on: everywhere, by a file beside it, or where it is opaque
     sizes: bool = False  # record the original size and the crop, for SDXL
+    before: bool = False  # the pictures show the result of an edit, and each has the picture before it
 
     def __post_init__(self) -> None:
         if self.size < 1:
             raise ValueError(f"the size of the pictures must be at least 1 pixel, got {self.size}")
         if self.buckets:
             bucket_table(self.size, self.buckets)
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """The files that each picture has beside it, as keys of BESIDE."""
+        return ("mask",) * (self.mask == "file") + ("before",) * self.before
 
 
 @dataclass(frozen=True)
@@ -55,19 +63,22 @@ class DataConfig:
     layout: bool = True  # the captions of the scenes name sizes and places; False: for a ControlNet, which sees them
     seed: int = 0  # of the scenes, and of the choice of the pictures that are kept out
 
-    def open(self, *, sizes: bool = False) -> Dataset:
+    def open(self, *, sizes: bool = False, pairs: bool = False) -> Dataset:
         """Return the data set. sizes: record the original size and the crop of each picture, for SDXL.
 
+        pairs: pictures after an edit, with the instruction and the picture before it.
         Raises ValueError if the folder or the font cannot be used.
         """
         if self.folder is not None:
-            return open_folder(self.folder, Frame(self.size, self.buckets, self.mask, sizes))
+            return open_folder(self.folder, Frame(self.size, self.buckets, self.mask, sizes, pairs))
         if self.buckets or self.mask != "none":
             raise ValueError(
                 "buckets and mask are for the pictures of a folder, and emoji scenes are squares: omit them"
             )
         characters = every_character(self.fluent) if self.every_emoji else OBJECTS
         sprites = emoji_sprites(self.font, self.fluent, characters)
+        if pairs:
+            return Edits(sprites, self.size, seed=self.seed)
         return Scenes(sprites, self.size, seed=self.seed, layout=self.layout)
 
     def split(self, dataset: Dataset) -> tuple[Dataset, Dataset | None]:
@@ -109,6 +120,7 @@ class Pictures(ABC):
     Small pictures are enlarged. The EXIF rotation is applied, and transparent parts become white.
     An example has "mask" beside the image, uint8 1 h w, unless the frame has none. It has "sizes" if the frame asks for
     them. These are the original height and width, and the top and left of the crop in pixels of the scaled picture.
+    It has "source", uint8 3 h w, if the frame asks for the pictures before an edit.
     buckets: the bucket of each picture, or None for squares.
     """
 
@@ -132,36 +144,40 @@ class Pictures(ABC):
         """Open a picture for a block of code that decodes it. Raises ValueError if it cannot be decoded."""
 
     @abstractmethod
-    def open_mask(self, index: int) -> AbstractContextManager[Image.Image]:
-        """Open the mask that is stored beside a picture. Raises ValueError if there is none."""
+    def open_beside(self, index: int, kind: str) -> AbstractContextManager[Image.Image]:
+        """Open what is stored beside a picture. kind: a key of BESIDE. Raises ValueError if there is none."""
 
     def __getitem__(self, index: int) -> Example:
         with self.open(index) as picture:
             upright = ImageOps.exif_transpose(picture)
         bucket = self.table[0 if self.buckets is None else int(self.buckets[index])]
-        square = ImageOps.fit(_on_white(upright), bucket, Image.Resampling.LANCZOS)
-        image = torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()  # 3 h w
-        more = {}
+        image, more = _cropped(upright, bucket), {}
         if self.frame.mask != "none":
             mask = ImageOps.fit(self._mask(index, upright), bucket, Image.Resampling.BILINEAR)
             more["mask"] = torch.from_numpy(np.array(mask))[None]
         if self.frame.sizes:
             width, height = self.originals[index].tolist()
             more["sizes"] = torch.tensor([height, width, *crop_corner(Size(width, height), bucket)])
+        if self.frame.before:
+            more["source"] = _cropped(self._beside(index, "before", upright), bucket)
         return (image, self.caption(index), more) if more else (image, self.caption(index))
 
     def _mask(self, index: int, upright: Image.Image) -> Image.Image:
         """Return the mask of a picture in levels of gray, as large as the picture."""
         if self.frame.mask == "alpha":
             return upright.convert("RGBA").getchannel("A")
-        with self.open_mask(index) as picture:
-            mask = ImageOps.exif_transpose(picture).convert("L")
-        if mask.size != upright.size:
+        return self._beside(index, "mask", upright).convert("L")
+
+    def _beside(self, index: int, kind: str, upright: Image.Image) -> Image.Image:
+        """Return the picture that is stored beside another one. It must be as large."""
+        with self.open_beside(index, kind) as picture:
+            found = ImageOps.exif_transpose(picture)
+        if found.size != upright.size:
             raise ValueError(
-                f"the mask of picture {index} ({self.caption(index)[:40]!r}) has {mask.width} x {mask.height} pixels, "
-                f"and the picture {upright.width} x {upright.height}: make them equal"
+                f"the {BESIDE[kind]} of picture {index} ({self.caption(index)[:40]!r}) has {found.width} x "
+                f"{found.height} pixels, and the picture {upright.width} x {upright.height}: make them equal"
             )
-        return mask
+        return found
 
 
 def upright_size(picture: Image.Image) -> Size:
@@ -186,24 +202,34 @@ class Folder(Pictures):
 
     Both kinds of file are UTF-8. White space around a caption is removed. An empty caption is allowed.
     With the masking "file", the mask of cats/1.jpg is cats/1.mask.png: white where the picture is trained on.
+    With `before`, cats/1.before.png is the picture before the edit whose result is cats/1.jpg.
     """
 
     def __init__(
-        self, path: Path | str, size: int = 64, *, buckets: int = 0, mask: Masking = "none", sizes: bool = False
+        self,
+        path: Path | str,
+        size: int = 64,
+        *,
+        buckets: int = 0,
+        mask: Masking = "none",
+        sizes: bool = False,
+        before: bool = False,
     ) -> None:
-        """Raises ValueError, with the file's name, for an empty folder, a missing caption or an unreadable file.
+        """Raises ValueError, with the file's name, for an empty folder, a missing or an unreadable file.
 
-        size, buckets, mask, sizes: see `Frame`.
+        size, buckets, mask, sizes, before: see `Frame`.
         """
         path = Path(path)
         if not path.is_dir():
             raise ValueError(f"the data folder {path} {'is not a folder' if path.exists() else 'does not exist'}")
-        frame = Frame(size, buckets, mask, sizes)
+        frame = Frame(size, buckets, mask, sizes, before)
         listed = (path / "metadata.jsonl").is_file()
-        self.items = _read_metadata(path) if listed else _read_captions(path, mask)
+        self.items = _read_metadata(path) if listed else _read_captions(path, frame)
         if not self.items:
             where = f"{path / 'metadata.jsonl'} lists no pictures" if listed else f"there are no pictures in {path}"
             raise ValueError(f"{where}: put {', '.join(SUFFIXES)} files with captions there")
+        for kind in frame.beside:
+            self._check_beside(path, kind)
         found = []
         for file, _ in self.items:
             with open_picture(file) as picture:  # a wrong file is found now instead of hours into the training
@@ -221,9 +247,18 @@ class Folder(Pictures):
         """Open a picture; see `Pictures.open`."""
         return open_picture(self.items[index][0])
 
-    def open_mask(self, index: int) -> AbstractContextManager[Image.Image]:
-        """Open the mask beside a picture."""
-        return open_picture(self.items[index][0].with_suffix(MASK_SUFFIX))
+    def open_beside(self, index: int, kind: str) -> AbstractContextManager[Image.Image]:
+        """Open the file beside a picture; see `Pictures.open_beside`."""
+        return open_picture(self.items[index][0].with_suffix(f".{kind}.png"))
+
+    def _check_beside(self, folder: Path, kind: str) -> None:
+        """Raise ValueError if a picture has no file of this kind."""
+        missing = [file for file, _ in self.items if not file.with_suffix(f".{kind}.png").exists()]
+        if missing:
+            raise ValueError(
+                f"{len(missing)} of {len(self.items)} pictures in {folder} have no {BESIDE[kind]}, the first is "
+                f"{missing[0]}: save it as {missing[0].with_suffix(f'.{kind}.png')}"
+            )
 
 
 def open_folder(folder: Path, frame: Frame) -> Pictures:
@@ -242,7 +277,7 @@ def open_folder(folder: Path, frame: Frame) -> Pictures:
             from ldm.training.tables import Table
 
             return Table(folder, frame)
-    return Folder(folder, frame.size, buckets=frame.buckets, mask=frame.mask, sizes=frame.sizes)
+    return Folder(folder, **dataclasses.asdict(frame))
 
 
 @contextmanager
@@ -260,10 +295,13 @@ def decoded(file: IO[bytes] | Path, name: str) -> Iterator[Image.Image]:
         ) from error
 
 
-def picture_files(folder: Path, mask: Masking) -> list[Path]:
-    """Return the pictures in a folder and its subfolders, in the order of their names, without masks in files."""
+def picture_files(folder: Path, frame: Frame) -> list[Path]:
+    """Return the pictures in a folder and its subfolders, in the order of their names, without the files beside them.
+
+    frame: says which files stand beside the pictures.
+    """
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    return [path for path in found if mask != "file" or not path.name.endswith(MASK_SUFFIX)]
+    return [path for path in found if not path.name.endswith(tuple(f".{kind}.png" for kind in frame.beside))]
 
 
 def _read_metadata(folder: Path) -> list[tuple[Path, str]]:
@@ -285,8 +323,8 @@ def _read_metadata(folder: Path) -> list[tuple[Path, str]]:
     return items
 
 
-def _read_captions(folder: Path, mask: Masking) -> list[tuple[Path, str]]:
-    pictures = picture_files(folder, mask)
+def _read_captions(folder: Path, frame: Frame) -> list[tuple[Path, str]]:
+    pictures = picture_files(folder, frame)
     missing = [path.relative_to(folder) for path in pictures if not path.with_suffix(".txt").is_file()]
     if missing:
         raise ValueError(
@@ -302,6 +340,12 @@ def _read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error}): save it as UTF-8") from error
+
+
+def _cropped(picture: Image.Image, size: Size) -> Tensor:
+    """Scale a picture, and crop it about its center: uint8 3 h w."""
+    fitted = ImageOps.fit(_on_white(picture), size, Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).contiguous()
 
 
 def _on_white(picture: Image.Image) -> Image.Image:

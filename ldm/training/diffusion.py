@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ldm.conditioning import Condition, condition
 from ldm.config import BASE_CONDITIONING, ModelConfig
-from ldm.diffusion.denoiser import Bind, classifier_free, guided, parametrize
+from ldm.diffusion.denoiser import Bind, Network, classifier_free, guided, parametrize
 from ldm.diffusion.samplers import ddim
 from ldm.diffusion.schedule import NoiseSchedule, to_ve
 from ldm.models.text import TextEncoder
@@ -124,13 +124,15 @@ class DiffusionObjective(Objective):
         return self._errors(batch, lambda z, t, c: self.networks.unet(z, t, c.context, c.vector))
 
     def _errors(
-        self, batch: Batch, predict: Callable[[Tensor, Tensor, Condition], Tensor]
+        self, batch: Batch, predict: Callable[[Tensor, Tensor, Condition], Tensor], keep: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss and the log of a batch. keep: b, whether a caption is shown; None: chosen at random."""
         images, captions, more = batch[0], batch[1], extras(batch)
         with torch.no_grad():
             x0 = self._posterior(images).sample()
-        keep = (torch.rand(len(captions)) >= self.weights.caption_dropout).tolist()
-        shown = [caption if kept else None for caption, kept in zip(captions, keep, strict=True)]
+        if keep is None:
+            keep = torch.rand(len(captions)) >= self.weights.caption_dropout
+        shown = [caption if kept else None for caption, kept in zip(captions, keep.tolist(), strict=True)]
         given = self._given(self.networks.text_encoder, shown, images, more)
 
         t = spread_timesteps(len(images), len(self.schedule)).to(images.device)
@@ -211,19 +213,23 @@ class DiffusionObjective(Objective):
         return self._sampled(self.networks.unet.bind, self.networks.text_encoder, prompts, batch)
 
     def _sampled(self, bind: Bind, text_encoder: TextEncoder, prompts: Sequence[str], batch: Batch) -> Tensor:
-        size = self._size(batch[0])
-        height, width = (side // self.vae.config.factor for side in size)
-        noise = torch.randn(
-            len(prompts), self.vae.config.latent_channels, height, width, generator=torch.Generator().manual_seed(0)
-        ).to(batch[0].device)
-        return self.draw(bind, text_encoder, prompts, noise)
+        return self.draw(bind, text_encoder, prompts, self._noise(len(prompts), batch[0]))
+
+    def _noise(self, count: int, images: Tensor) -> Tensor:
+        """Return the noise of `count` sample pictures, as large as `images`. It is the same at each call."""
+        height, width = (side // self.vae.config.factor for side in self._size(images))
+        shape = count, self.vae.config.latent_channels, height, width
+        return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(images.device)
 
     def draw(self, bind: Bind, text_encoder: TextEncoder, prompts: Sequence[str], noise: Tensor) -> Tensor:
         """Return one guided picture for each prompt, n 3 h w, from noise: n c h/f w/f of unit variance."""
         size = [side * self.vae.config.factor for side in noise.shape[-2:]]
-        sigmas = self.schedule.steps(25, "trailing")
         conditions = [self._condition(text_encoder, t, size) for t in (prompts, [None] * len(prompts))]
-        network = guided(bind, conditions, classifier_free(self.config.guidance_scale))
+        return self._decoded(guided(bind, conditions, classifier_free(self.config.guidance_scale)), noise)
+
+    def _decoded(self, network: Network, noise: Tensor) -> Tensor:
+        """Return the pictures that a guided network makes in 25 steps from noise of unit variance."""
+        sigmas = self.schedule.steps(25, "trailing")
         denoise = parametrize(network, self.schedule, self.prediction)
         *_, last = ddim(denoise, to_ve(noise, sigmas[0]), sigmas)
         return self.vae.decode(last.latents)

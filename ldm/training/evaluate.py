@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from ldm.models.vae import VAE
-from ldm.training.checker import Checker, Seen
+from ldm.training.checker import Checker, Found, Seen
 from ldm.training.grounds import GROUNDS
 from ldm.training.kid import features, kid
 from ldm.training.objects import MANY, MASS, Sprites
@@ -93,10 +93,19 @@ def judge(scene: Scene, seen: Seen) -> dict[str, bool]:
         }
     (found,) = seen.objects
     named = found.name == scene.objects[0]
-    size = min(SIZES, key=lambda size: abs(math.log(SIZES[size] / found.size)))
-    place = min(PLACES, key=lambda place: math.dist(PLACES[place], (found.x, found.y)))
-    verdict |= {"object": named, "style": named and found.style == scene.style, "size": named and size == scene.size}
-    return verdict | {"place": named and place == scene.place}
+    verdict |= {"object": named, "style": named and found.style == scene.style}
+    verdict["size"] = named and nearest_size(found) == scene.size
+    return verdict | {"place": named and nearest_place(found) == scene.place}
+
+
+def nearest_size(found: Found) -> str:
+    """Return the key of SIZES that is nearest to the size of an object."""
+    return min(SIZES, key=lambda size: abs(math.log(SIZES[size] / found.size)))
+
+
+def nearest_place(found: Found) -> str:
+    """Return the key of PLACES that is nearest to the center of an object."""
+    return min(PLACES, key=lambda place: math.dist(PLACES[place], (found.x, found.y)))
 
 
 def objects_to_find(scene: Scene) -> int:

@@ -36,7 +36,7 @@ def new_ip_adapter(unet: UNet, image_dim: int, tokens: int) -> IPAdapter:
 
 
 class Embeddings(nn.Module):
-    """From images, b 3 h w in [-1, 1], to "picture": b d, their embeddings by a vision tower."""
+    """From images, b 3 h w in [-1, 1], to "embedding": b d, their embeddings by a vision tower."""
 
     def __init__(self, tower: nn.Module) -> None:
         """tower: transformers' `CLIPVisionModelWithProjection`."""
@@ -46,13 +46,13 @@ class Embeddings(nn.Module):
     def forward(self, images: Tensor) -> Mapping[str, Tensor]:
         """Return the embeddings by their name."""
         tower: Any = self.tower
-        return {"picture": tower(seen(images, tower.config.image_size)).image_embeds}
+        return {"embedding": tower(seen(images, tower.config.image_size)).image_embeds}
 
 
 class ImagePromptObjective(DiffusionObjective):
     """Train an IP-Adapter for a fixed model.
 
-    The batches have the moments of latents, and "picture": b d, the embeddings of the images. Some captions and some
+    The batches have the moments of latents, and "embedding": b d, those of the images. Some captions and some
     pictures are left out, so that each of them works alone, and for guidance. A left-out picture is an embedding of
     zeros.
     """
@@ -70,7 +70,7 @@ class ImagePromptObjective(DiffusionObjective):
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the mean weighted squared error of one batch at random timesteps."""
-        pictures = extras(batch)["picture"]
+        pictures = extras(batch)["embedding"]
         keep = torch.rand(len(pictures), 1) >= self.picture_dropout
         tokens = self.adapter.image_proj(pictures * keep.to(pictures))
 
@@ -81,7 +81,7 @@ class ImagePromptObjective(DiffusionObjective):
 
     def sample(self, batch: Batch) -> Tensor:
         """Return pictures of the batch and, in the next row, those that they prompt without text: 2 * SHOWN 3 h w."""
-        moments, embeddings = batch[0][:SHOWN], extras(batch)["picture"][:SHOWN]
+        moments, embeddings = batch[0][:SHOWN], extras(batch)["embedding"][:SHOWN]
         tokens, negative = (self.adapter.image_proj(e) for e in (embeddings, torch.zeros_like(embeddings)))
         prompted = ImagePrompted(self.networks.unet, [Applied(self.adapter, tokens, negative)])
         texts = [""] * len(moments)

@@ -29,7 +29,8 @@ Row = Mapping[str, Tensor]  # what is kept of one example
 class Latents(Some):
     """The first examples of a data set as moments: (the mean and std of the latents: 2c h w, caption).
 
-    The other tensors of the examples are kept, too: a mask as large as the latents.
+    The other tensors of the examples are kept, too: a mask as large as the latents. "source", the picture before an
+    edit, becomes "picture": c h w; see `picture_latents`.
     """
 
     def __init__(
@@ -65,12 +66,13 @@ class Latents(Some):
         for shape in {example[0].shape: None for example in examples.values()}:
             group = [i for i in indices if examples[i][0].shape == shape]
             batch = collate([examples[i] for i in group])
-            images = batch[0].to(device)
+            images, found = batch[0].to(device), dict(extras(batch))
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
                 moments = torch.cat(self.vae.encode(images), dim=1)
-                more = self.also(images) if self.also else {}
-            made = {"moments": moments, **more}
-            found = {**extras(batch), **{name: tensor.half().cpu() for name, tensor in made.items()}}
+                more = dict(self.also(images)) if self.also else {}
+                if "source" in found:
+                    more["picture"] = picture_latents(self.vae, found.pop("source").to(device))
+            found |= {name: tensor.half().cpu() for name, tensor in {"moments": moments, **more}.items()}
             if "mask" in found:
                 found["mask"] = F.interpolate(found["mask"], moments.shape[-2:], mode="area").half()
             rows |= zip(group, _rows(found), strict=True)
@@ -80,6 +82,14 @@ class Latents(Some):
         more = {name: tensor.float() for name, tensor in self.rows[index].items()}
         moments = more.pop("moments")
         return (moments, self.caption(index), more) if more else (moments, self.caption(index))
+
+
+def picture_latents(vae: VAE, pictures: Tensor) -> Tensor:
+    """Return the latents that an editing model is given: the mode of the VAE's distribution, not scaled.
+
+    pictures: b 3 h w in [0, 1]. See `ldm.editing`.
+    """
+    return vae.encode(2 * pictures - 1).mode() / vae.config.scaling_factor
 
 
 class Texts(Some):

@@ -105,10 +105,12 @@ class Painter:
         pixels[..., 3] /= 255
         return pixels
 
-    def paint(self, scene: Scene, rng: np.random.Generator) -> NDArray[np.uint8]:
+    def paint(
+        self, scene: Scene, rng: np.random.Generator, place_rng: np.random.Generator | None = None
+    ) -> NDArray[np.uint8]:
         """Draw `scene` as h w 3. The place of a single object varies a little at random.
 
-        A style that is not given is random, too.
+        A style that is not given is random, too. place_rng: draws the place, instead of `rng`.
 
         Objects fill whole cells of the GRID. A moved object then has the same latents, moved: a model learns it faster.
         """
@@ -121,7 +123,7 @@ class Painter:
         placed = []
         cells, side = round(GRID * size), round(self.side * size)
         for name, (x, y) in zip(names, centers, strict=True):
-            jitter = rng.uniform(-0.04, 0.04, 2) * (len(centers) == 1)
+            jitter = (place_rng or rng).uniform(-0.04, 0.04, 2) * (len(centers) == 1)
             left, top = (
                 round(np.clip(round(GRID * c - cells / 2), 0, GRID - cells) * self.side / GRID)
                 for c in (x + jitter[0], y + jitter[1])

@@ -19,25 +19,27 @@ import torch
 from PIL import Image
 
 from ldm.training.buckets import Size
-from ldm.training.data import MASK_SUFFIX, SUFFIXES, Frame, Pictures, decoded, upright_size
+from ldm.training.data import BESIDE, SUFFIXES, Frame, Pictures, decoded, upright_size
 
 TEXT, JSON = ".txt", ".json"
+FILES = ("picture", "caption", *BESIDE)  # of each example; the place of a file that is not used is that of the picture
 
 
 class Shards(Pictures):
     """The pictures of tar files.
 
     The files of one picture follow each other, such as 0001.jpg, 0001.txt. Their names are equal up to the first dot.
-    The caption is the whole file .txt, or the string "text" or "caption" in the file .json. The mask is .mask.png.
+    The caption is the whole file .txt, or the string "text" or "caption" in the file .json. The mask is .mask.png, and
+    the picture before an edit .before.png.
     """
 
     def __init__(self, paths: Sequence[Path], frame: Frame) -> None:
-        """Raises ValueError for a file that is no plain tar or is cut off, and for a picture without caption or mask.
+        """Raises ValueError for a file that is no plain tar or is cut off, and for a picture that lacks a file.
 
         A damaged picture is found when it is reached, or at once if the sizes of the pictures are needed.
         """
         self.paths = list(paths)
-        places = array("q")  # of each example: the tar; offset and size of picture, caption and mask; 1 for JSON
+        places = array("q")  # of each example: the tar; offset and size of the files in FILES; 1 for JSON
         sizes: list[Size] = []
         for number, path in enumerate(self.paths):
             for row, size in _examples(path, frame):
@@ -45,7 +47,7 @@ class Shards(Pictures):
                 sizes += [] if size is None else [size]
         if not places:
             raise ValueError(f"there are no pictures in {self.paths[0]} and the {len(paths) - 1} tar files after it")
-        self.places = torch.tensor(places).reshape(-1, 8)
+        self.places = torch.tensor(places).reshape(-1, 2 + 2 * len(FILES))
         self.shards = self.places[:, 0]
         super().__init__(frame, sizes)
 
@@ -57,7 +59,7 @@ class Shards(Pictures):
         content, name = self._read(index, "caption")
         try:
             text = content.decode("utf-8-sig")
-            if self.places[index, 7]:
+            if self.places[index, -1]:
                 row = json.loads(text)
                 text = row["text"] if "text" in row else row["caption"]
             return text.strip()
@@ -71,14 +73,14 @@ class Shards(Pictures):
         content, name = self._read(index, "picture")
         return decoded(io.BytesIO(content), name)
 
-    def open_mask(self, index: int) -> AbstractContextManager[Image.Image]:
-        """Open the mask of a picture."""
-        content, name = self._read(index, "mask")
+    def open_beside(self, index: int, kind: str) -> AbstractContextManager[Image.Image]:
+        """Open what is stored beside a picture; see `Pictures.open_beside`."""
+        content, name = self._read(index, kind)
         return decoded(io.BytesIO(content), name)
 
     def _read(self, index: int, what: str) -> tuple[bytes, str]:
         """Return the content of one file of an example, and a name for messages."""
-        at = 1 + 2 * ("picture", "caption", "mask").index(what)
+        at = 1 + 2 * FILES.index(what)
         number, (offset, size) = int(self.places[index, 0]), self.places[index, at : at + 2].tolist()
         with self.paths[number].open("rb") as file:
             file.seek(offset)
@@ -99,10 +101,13 @@ def _examples(path: Path, frame: Frame) -> Iterator[tuple[list[int], Size | None
                     raise ValueError(
                         f"picture {key} in {path} has no caption: add {key}{TEXT} or {key}{JSON} beside it"
                     )
-                mask = files.get(MASK_SUFFIX) if frame.mask == "file" else picture
-                if mask is None:
-                    raise ValueError(f"picture {key} in {path} has no mask: add {key}{MASK_SUFFIX} beside it")
-                places = [place for file in (picture, caption, mask) for place in (file.offset_data, file.size)]
+                for kind in frame.beside:
+                    if f".{kind}.png" not in files:
+                        raise ValueError(
+                            f"picture {key} in {path} has no {BESIDE[kind]}: add {key}.{kind}.png beside it"
+                        )
+                others = (files[f".{kind}.png"] if kind in frame.beside else picture for kind in BESIDE)
+                places = [place for file in (picture, caption, *others) for place in (file.offset_data, file.size)]
                 yield [*places, int(TEXT not in files)], _size(tar, picture, path, frame)
     except tarfile.ReadError as error:
         raise ValueError(

@@ -16,7 +16,7 @@ class Table(Pictures):
     """The rows of a folder with Parquet files, or of one that `datasets.Dataset.save_to_disk` wrote.
 
     The column "image" holds the files of pictures, as the feature `datasets.Image` or as bytes. The caption is the
-    column "text" or "caption". The mask is the column "mask".
+    column "text" or "caption". The mask is the column "mask", and the picture before an edit the column "before".
     """
 
     def __init__(self, folder: Path, frame: Frame) -> None:
@@ -29,7 +29,7 @@ class Table(Pictures):
         parquet = sorted(str(file) for file in folder.glob("*.parquet"))
         rows = datasets.Dataset.from_parquet(parquet) if parquet else datasets.load_from_disk(str(folder))
         caption = next((name for name in CAPTIONS if name in rows.column_names), None)
-        wanted = ["image"] + ["mask"] * (frame.mask == "file")
+        wanted = ["image", *frame.beside]
         if caption is None or not set(wanted) <= set(rows.column_names):
             raise ValueError(
                 f"the table in {folder} must have the columns {', '.join(wanted)} and text or caption, and it has "
@@ -61,9 +61,9 @@ class Table(Pictures):
         """Open a picture; see `Pictures.open`."""
         return self._file("image", index)
 
-    def open_mask(self, index: int) -> AbstractContextManager[Image.Image]:
-        """Open the mask of a picture."""
-        return self._file("mask", index)
+    def open_beside(self, index: int, kind: str) -> AbstractContextManager[Image.Image]:
+        """Open what a row has beside its picture; see `Pictures.open_beside`."""
+        return self._file(kind, index)
 
     def _file(self, column: str, index: int) -> AbstractContextManager[Image.Image]:
         stored = self.files[column][index][column] or {}

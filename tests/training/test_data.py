@@ -299,6 +299,42 @@ def test_a_mask_beside_a_picture_is_cropped_with_it_and_is_no_picture_itself(tmp
         folder[0]
 
 
+def test_the_picture_before_an_edit_is_cropped_as_the_one_after_it(tmp_path):
+    save(tmp_path / "a.jpg", (32, 16), text="make it dark")
+    before = Image.new("RGBA", (32, 16), "blue")
+    before.paste((0, 0, 0, 0), (16, 0, 32, 16))
+    before.save(tmp_path / "a.before.png")
+    Image.new("L", (32, 16)).save(tmp_path / "a.mask.png")
+    folder = DataConfig(size=8, folder=tmp_path, mask="file").open(pairs=True)
+    assert len(folder) == 1
+    image, instruction, more = folder[0]
+    assert (image.shape, instruction, more.keys()) == ((3, 8, 8), "make it dark", {"mask", "source"})
+    assert more["source"][:2, 4, 0].max() < 9  # blue
+    assert more["source"][:2, 4, 7].min() > 246  # transparent parts become white
+    _, _, found = collate([folder[0]])
+    assert found["source"].max() == 1
+
+    Image.new("L", (16, 16)).save(tmp_path / "a.before.png")
+    error = r"picture before the edit of picture 0 \('make it dark'\) has 16 x 16 pixels, and the picture 32 x 16"
+    with pytest.raises(ValueError, match=error):
+        folder[0]
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_pictures_without_the_picture_before_the_edit_are_counted_before_the_training(tmp_path, listed):
+    for name in ("a", "b"):
+        save(tmp_path / f"{name}.jpg", (8, 8), text="make it dark")
+    if listed:
+        rows = [{"file_name": f"{name}.jpg", "text": "make it dark"} for name in ("a", "b")]
+        (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    Image.new("L", (8, 8)).save(tmp_path / "a.before.png")
+    error = r"1 of 2 pictures in .* have no picture before the edit, the first is .*b\.jpg: save it as .*b\.before\.png"
+    with pytest.raises(ValueError, match=error):
+        DataConfig(size=8, folder=tmp_path).open(pairs=True)
+    Image.new("L", (8, 8)).save(tmp_path / "b.before.png")
+    assert [DataConfig(size=8, folder=tmp_path).open(pairs=True).caption(i) for i in range(2)] == ["make it dark"] * 2
+
+
 def test_the_alpha_channel_can_be_the_mask(tmp_path):
     picture = Image.new("RGBA", (8, 8), (255, 0, 0, 255))
     picture.paste((0, 0, 0, 0), (0, 0, 4, 8))

@@ -183,7 +183,7 @@ def test_a_left_out_picture_is_an_embedding_of_zeros(folder):
     def loss(dropout, pictures):
         torch.manual_seed(0)
         objective = ImagePromptObjective(pipe, adapter, DiffusionLoss(caption_dropout=0.0), dropout)
-        return objective((moments, captions, {"picture": pictures}))[0]
+        return objective((moments, captions, {"embedding": pictures}))[0]
 
     assert torch.equal(loss(0.999999, pictures), loss(0.0, torch.zeros(4, 6)))
     assert not torch.equal(loss(0.0, pictures), loss(0.0, torch.zeros(4, 6)))

@@ -68,6 +68,20 @@ def test_each_example_of_the_tar_files_comes_once_in_an_epoch_in_the_order_of_th
     assert sorted(captions) == [f"{number} {i}" for number in range(3) for i in range(4)]
 
 
+def test_pictures_before_an_edit_stand_in_tar_files_beside_those_after_it(tmp_path):
+    files = {"1.png": encoded("red"), "1.txt": "make it red", "1.before.png": encoded("blue")}
+    dataset = DataConfig(size=8, folder=tar(tmp_path / "a.tar", files).parent).open(pairs=True)
+    image, instruction, more = dataset[0]
+    assert (instruction, more.keys()) == ("make it red", {"source"})
+    assert (image[:, 0, 0].tolist(), more["source"][:, 0, 0].tolist()) == ([255, 0, 0], [0, 0, 255])
+    del files["1.before.png"]
+    tar(tmp_path / "a.tar", files)
+    with pytest.raises(
+        ValueError, match=r"picture 1 in .* has no picture before the edit: add 1\.before\.png beside it"
+    ):
+        DataConfig(size=8, folder=tmp_path).open(pairs=True)
+
+
 def test_buckets_masks_and_sizes_work_in_tar_files_as_in_folders(tmp_path):
     path = tar(
         tmp_path / "a.tar",

@@ -71,6 +71,17 @@ def test_the_rows_of_a_table_are_pictures_with_captions_masks_and_sizes(tmp_path
     assert dataset[1][2]["mask"].min() == 255
 
 
+def test_a_table_of_edits_has_a_column_of_the_pictures_before(tmp_path, table):
+    (tmp_path / "state.json").touch()
+    table["before"] = [encoded("green", (40, 20)), encoded("white")]
+    image, instruction, more = DataConfig(size=16, folder=tmp_path).open(pairs=True)[0]
+    assert (instruction, more.keys()) == ("a red one", {"source"})
+    assert (image[:, 0, 0].tolist(), more["source"][:, 0, 0].tolist()) == ([255, 0, 0], [0, 128, 0])
+    del table["before"]
+    with pytest.raises(ValueError, match="must have the columns image, before and text or caption, and it has image"):
+        DataConfig(size=16, folder=tmp_path).open(pairs=True)
+
+
 def test_mistakes_in_a_table_are_named(tmp_path, table):
     (tmp_path / "state.json").touch()
     table["text"][1] = None

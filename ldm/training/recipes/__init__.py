@@ -8,6 +8,7 @@ from ldm.training.recipes.consistency import ConsistencyRecipe, LCMRecipe
 from ldm.training.recipes.controlnet import ControlNetRecipe
 from ldm.training.recipes.diffusion import LDMRecipe
 from ldm.training.recipes.dreambooth import DreamBoothRecipe
+from ldm.training.recipes.editing import EditRecipe
 from ldm.training.recipes.image_prompt import ImagePromptRecipe
 from ldm.training.recipes.lora import LoraRecipe
 from ldm.training.recipes.reward import RewardRecipe
@@ -21,6 +22,7 @@ __all__ = [
     "ConsistencyRecipe",
     "ControlNetRecipe",
     "DreamBoothRecipe",
+    "EditRecipe",
     "ImagePromptRecipe",
     "LCMRecipe",
     "LDMRecipe",
@@ -39,6 +41,7 @@ RECIPES: dict[str, type[Recipe]] = {
     "controlnet": ControlNetRecipe,
     "vision": VisionRecipe,
     "ip_adapter": ImagePromptRecipe,
+    "edit": EditRecipe,
     "lora": LoraRecipe,
     "dreambooth": DreamBoothRecipe,
     "textual_inversion": TextualInversionRecipe,

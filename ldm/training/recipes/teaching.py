@@ -12,7 +12,7 @@ from torch import nn
 
 from ldm.atomic import beside
 from ldm.checkpoint.parts import TOWERS, Model
-from ldm.training.data import DataConfig, picture_files
+from ldm.training.data import DataConfig, Frame, picture_files
 from ldm.training.diffusion import DiffusionLoss
 from ldm.training.distributed import first_process_first
 from ldm.training.lessons import Lesson, LessonScenes
@@ -67,7 +67,7 @@ def captioned(data: DataConfig, captions: Sequence[str], listing: Path, *, sizes
         raise ValueError("captions in the recipe are for your own pictures: give their folder under [data]")
     if data.keep_out and len(captions) > 1:
         raise ValueError("with several captions, each picture is also trained on: give one caption, or omit keep_out")
-    names = picture_files(data.folder.resolve(), data.mask)
+    names = picture_files(data.folder.resolve(), Frame(mask=data.mask))
     with first_process_first():
         write_list(listing, [{"file_name": str(name), "text": caption} for caption in captions for name in names])
     return dataclasses.replace(data, folder=listing if names else data.folder).open(sizes=sizes)
