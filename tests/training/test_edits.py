@@ -95,12 +95,12 @@ def test_the_kinds_of_edits_have_their_shares():
     [
         (FROG, {"objects": ("owl",)}, "turn the frog into an owl"),
         (BOTH, {"objects": ("frog", "fries")}, "turn the owl into fries"),
-        (FROG, {"ground": "beach"}, "put it on the beach"),
-        (FROG, {"ground": "night"}, "show it at night"),
-        (BOTH, {"style": "flat"}, "make them flat"),
-        (Scene(("grapes",), "sea", "flat"), {"size": "big"}, "make them big"),
-        (Scene(("frog",), "sea", "flat", place="at the top"), {"place": ""}, "move it to the middle"),
-        (FROG, {"place": "on the left"}, "move it to the left"),
+        (FROG, {"ground": "beach"}, "put the frog on the beach"),
+        (FROG, {"ground": "night"}, "show the frog at night"),
+        (BOTH, {"style": "flat"}, "make the frog and the owl flat"),
+        (Scene(("grapes",), "sea", "flat"), {"size": "big"}, "make the grapes big"),
+        (Scene(("frog",), "sea", "flat", place="at the top"), {"place": ""}, "move the frog to the middle"),
+        (FROG, {"place": "on the left"}, "move the frog to the left"),
     ],
 )
 def test_the_instruction_says_the_edit_in_english(scene, change, said):
