@@ -1,7 +1,8 @@
 """Make the pictures of docs/gallery.md again: `python -m tests.gallery`.
 
 The command runs all bash and Python blocks of the page in order, in a new folder that holds `weights`. Then it replaces
-the pictures in docs/gallery/ by the new ones of the same names.
+the pictures in docs/gallery/ by the new ones of the same names. Blocks of the language "sh" need a model that is not
+bundled: they are not run, and their pictures stay.
 """
 
 import os
@@ -20,7 +21,7 @@ PAGE = ROOT / "docs" / "gallery.md"
 
 def blocks() -> Iterator[tuple[str, str]]:
     """Return the language and the text of each block of code on the page."""
-    yield from re.findall(r"^```(bash|python)\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    yield from re.findall(r"^```(bash|python|sh)\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 
 
 def commands(text: str) -> list[list[str]]:
@@ -36,6 +37,12 @@ def pictures() -> list[str]:
     return sorted(set(re.findall(r"\bgallery/([\w.-]+\.(?:png|webp))", PAGE.read_text(encoding="utf-8"))))
 
 
+def renewed() -> list[str]:
+    """Return the names of the pictures that the bash and Python blocks make."""
+    text = "".join(text for language, text in blocks() if language != "sh")
+    return [name for name in pictures() if name in text]
+
+
 def run(folder: Path) -> None:
     """Run all blocks in `folder`. Raises AssertionError for a command that fails."""
     (folder / "weights").symlink_to(ROOT / "weights")
@@ -43,7 +50,7 @@ def run(folder: Path) -> None:
     for language, text in blocks():
         if language == "python":
             exec(compile(text, str(PAGE), "exec"), {})
-        else:
+        elif language == "bash":
             for words in commands(text):
                 assert cli.main(words) == 0, words
 
@@ -54,7 +61,7 @@ def main() -> None:
         run(Path(name))
         target = ROOT / "docs" / "gallery"
         target.mkdir(exist_ok=True)
-        for picture in pictures():
+        for picture in renewed():
             shutil.copy(Path(name) / picture, target / picture)
 
 
