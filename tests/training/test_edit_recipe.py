@@ -207,6 +207,15 @@ def test_the_result_edits_in_diffusers_as_it_does_here(write, pairs):
     assert np.abs(difference).max() <= 2  # rounding
 
 
+def test_the_text_encoder_learns_if_asked_for(write, model_folder):
+    pipe, start = load(write("train_text_encoder = true").run(CPU)), load(model_folder)
+    moved = [
+        (new - old).abs().max() for new, old in zip(*(m.text_encoder.parameters() for m in (pipe, start)), strict=True)
+    ]
+    assert 1e-4 < max(moved) < 0.01
+    assert pipe.unet.down[0].conv.weight[:, 4:].any()
+
+
 @pytest.mark.slow
 def test_an_editing_model_is_trained_further_and_guidance_can_be_set(write, tmp_path):
     first = write("guidance_scale = 2.0").run(CPU)
