@@ -21,7 +21,9 @@ PAGE = ROOT / "docs" / "gallery.md"
 
 def blocks() -> Iterator[tuple[str, str]]:
     """Return the language and the text of each block of code on the page."""
-    yield from re.findall(r"^```(bash|python|sh)\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    yield from re.findall(
+        r"^```(bash|python|sh)\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
 
 
 def commands(text: str) -> list[list[str]]:

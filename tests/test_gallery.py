@@ -23,7 +23,9 @@ def test_every_command_of_the_gallery_is_one_that_the_parser_knows(monkeypatch):
         set_defaults(parser, **defaults | {"run": parsed.append})
 
     monkeypatch.setattr(argparse.ArgumentParser, "set_defaults", set_no_run)
-    commands = [words for language, text in gallery.blocks() if language != "python" for words in gallery.commands(text)]
+    commands = [
+        words for language, text in gallery.blocks() if language != "python" for words in gallery.commands(text)
+    ]
     for words in commands:
         assert cli.main(words) == 0, words
     assert len(parsed) == len(commands) > 5

@@ -1,17 +1,28 @@
 """The objective of an IP-Adapter: with it, a fixed UNet predicts better, because it sees the picture (Ye et al. 2023).
 
-The vision tower is fixed, too, so the embedding of each picture is computed once, when its latents are encoded.
+The vision tower is fixed, too, so the features of each picture are computed once, when its latents are encoded.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.checkpoint.ip_adapters import TOKENS
 from ldm.checkpoint.parts import Model
 from ldm.conditioning import Condition
-from ldm.models.ip_adapter import Applied, ImageProjection, ImagePrompted, IPAdapter, cross_attentions
+from ldm.models.ip_adapter import (
+    HEAD_DIM,
+    Applied,
+    ImageProjection,
+    ImagePrompted,
+    IPAdapter,
+    Resampler,
+    cross_attentions,
+)
 from ldm.models.unet import UNet
 from ldm.training.diffusion import DiffusionLoss, DiffusionObjective, Networks
 from ldm.training.loop import Batch, extras
@@ -20,48 +31,109 @@ from ldm.training.vision import seen
 SHOWN = 8  # sample pictures, each below the picture that is its prompt
 
 
-def new_ip_adapter(unet: UNet, image_dim: int, tokens: int) -> IPAdapter:
+@dataclass(frozen=True)
+class ResamplerConfig:
+    """The sizes of the projection of an IP-Adapter Plus. The defaults are those of the published one for SD 1.5."""
+
+    tokens: int = 16
+    dim: int = 768
+    layers: int = 4
+    mlp: int = 3072
+
+    def __post_init__(self) -> None:
+        if self.dim % HEAD_DIM:
+            raise ValueError(
+                f"dim of a resampler must be a multiple of {HEAD_DIM}, the width of its heads, got {self.dim}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagePromptLoss(DiffusionLoss):
+    """The weights of a `DiffusionLoss`, the share of left-out pictures, and the weight of the captions' tokens."""
+
+    picture_dropout: float = 0.05  # share of examples without their picture, as in the authors' code
+    token_weight: float = 0.0  # of the error between the image tokens and the tokens of the caption; 0: as the paper
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.picture_dropout < 1:
+            raise ValueError(f"picture_dropout must be at least 0 and less than 1, got {self.picture_dropout}")
+        if not self.token_weight >= 0:
+            raise ValueError(f"token_weight must be at least 0, got {self.token_weight}")
+
+
+def new_ip_adapter(unet: UNet, tower: Any, resampler: ResamplerConfig | None = None) -> IPAdapter:
     """Return a new IP-Adapter, whose keys and values of pictures are those that `unet` has for texts.
 
-    image_dim: the width of the embedding of a picture. tokens: image tokens.
+    tower: transformers' `CLIPVisionModelWithProjection`. resampler: of an IP-Adapter Plus; None: a plain IP-Adapter.
     """
-    attentions = cross_attentions(unet)
-    context_dim = unet.config.context_dim
-    widths = [attention.to_k.out_features for attention in attentions]
-    adapter = IPAdapter(ImageProjection(image_dim, context_dim, tokens), image_dim, context_dim, widths)
-    for new, old in ((adapter.to_k, [a.to_k for a in attentions]), (adapter.to_v, [a.to_v for a in attentions])):
-        for ours, theirs in zip(new, old, strict=True):
-            ours.load_state_dict(theirs.state_dict())
+    attentions, context_dim = cross_attentions(unet), unet.config.context_dim
+    projection: ImageProjection | Resampler
+    if resampler is None:
+        image_dim = tower.config.projection_dim
+        projection = ImageProjection(image_dim, context_dim, TOKENS)
+    else:
+        image_dim, sizes = tower.config.hidden_size, resampler
+        projection = Resampler(image_dim, context_dim, sizes.tokens, dim=sizes.dim, mlp=sizes.mlp, layers=sizes.layers)
+    adapter = IPAdapter(projection, image_dim, context_dim, [each.to_k.out_features for each in attentions])
+    for keys, values, own in zip(adapter.to_k, adapter.to_v, attentions, strict=True):
+        keys.load_state_dict(own.to_k.state_dict())
+        values.load_state_dict(own.to_v.state_dict())
     return adapter
 
 
-class Embeddings(nn.Module):
-    """From images, b 3 h w in [-1, 1], to "embedding": b d, their embeddings by a vision tower."""
+class Features(nn.Module):
+    """From images, b 3 h w in [-1, 1], to "features", what an IP-Adapter reads of them.
 
-    def __init__(self, tower: nn.Module) -> None:
-        """tower: transformers' `CLIPVisionModelWithProjection`."""
+    They are b d, the embeddings by a vision tower, or for an IP-Adapter Plus b m d, its last hidden states but one.
+    """
+
+    def __init__(self, tower: nn.Module, *, patches: bool) -> None:
+        """tower: transformers' `CLIPVisionModelWithProjection`. patches: whether the adapter is an IP-Adapter Plus."""
         super().__init__()
-        self.tower = tower
+        self.tower, self.patches = tower, patches
 
     def forward(self, images: Tensor) -> Mapping[str, Tensor]:
-        """Return the embeddings by their name."""
+        """Return the features by their name."""
         tower: Any = self.tower
-        return {"embedding": tower(seen(images, tower.config.image_size)).image_embeds}
+        return {"features": self.of(seen(images, tower.config.image_size))}
+
+    @torch.no_grad()
+    def of(self, pixels: Tensor) -> Tensor:
+        """Return the features of normalized pixels, b 3 size size."""
+        tower: Any = self.tower
+        found: Tensor = (
+            tower(pixels, output_hidden_states=True).hidden_states[-2] if self.patches else tower(pixels).image_embeds
+        )
+        return found
+
+    def left_out(self) -> Tensor:
+        """Return the features of no picture, one row: zeros, or for an IP-Adapter Plus those of a gray picture."""
+        tower: Any = self.tower
+        size = tower.config.image_size
+        found = self.of(torch.zeros(1, 3, size, size, device=next(tower.parameters()).device))
+        return found if self.patches else torch.zeros_like(found)
 
 
 class ImagePromptObjective(DiffusionObjective):
     """Train an IP-Adapter for a fixed model.
 
-    The batches have the moments of latents, and "embedding": b d, those of the images. Some captions and some
-    pictures are left out, so that each of them works alone, and for guidance. A left-out picture is an embedding of
-    zeros.
+    The batches have the moments of latents, and "features", see `Features`. Some captions and some pictures are left
+    out, so that each of them works alone, and for guidance.
+
+    `token_weight` adds the mean squared error between the image tokens and the first tokens of the caption, as the text
+    encoder gives them. The UNet can read such tokens from the start, so that far fewer steps are needed.
     """
 
-    def __init__(self, model: Model, adapter: IPAdapter, weights: DiffusionLoss, picture_dropout: float) -> None:
-        """Freeze all networks of `model`. `adapter` is trained. picture_dropout: the share of left-out pictures."""
+    weights: ImagePromptLoss
+
+    def __init__(self, model: Model, adapter: IPAdapter, weights: ImagePromptLoss, left_out: Tensor) -> None:
+        """Freeze all networks of `model`. `adapter` is trained. left_out: the features of no picture, one row."""
         super().__init__(model.config, Networks(model.unet, model.text_encoder), model.vae, weights)
         self.networks.eval().requires_grad_(False)
-        self.adapter, self.picture_dropout = adapter.requires_grad_(True), picture_dropout
+        self.adapter = adapter.requires_grad_(True)
+        self.left_out: Tensor
+        self.register_buffer("left_out", left_out, persistent=False)
 
     @property
     def trained(self) -> nn.Module:
@@ -69,20 +141,29 @@ class ImagePromptObjective(DiffusionObjective):
         return self.adapter
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the mean weighted squared error of one batch at random timesteps."""
-        pictures = extras(batch)["embedding"]
-        keep = torch.rand(len(pictures), 1) >= self.picture_dropout
-        tokens = self.adapter.image_proj(pictures * keep.to(pictures))
+        """Return the mean weighted squared error of one batch at random timesteps. The log has that of the tokens."""
+        features = extras(batch)["features"]
+        keep = (torch.rand(len(features)) >= self.weights.picture_dropout).to(features.device)
+        chosen = torch.where(keep.reshape(-1, *[1] * (features.dim() - 1)), features, self.left_out.to(features))
+        tokens = self.adapter.image_proj(chosen)
 
         def predict(z: Tensor, t: Tensor, given: Condition) -> Tensor:
             return ImagePrompted(self.networks.unet, [Applied(self.adapter, tokens, tokens)]).bind(given)(z, t)
 
-        return self._errors(batch, predict)
+        loss, logs = self._errors(batch, predict)
+        if not self.weights.token_weight:
+            return loss, logs
+        with torch.no_grad():
+            context = self.networks.text_encoder.encode(batch[1]).context[:, 1:]  # without the begin token
+        count = min(tokens.shape[1], context.shape[1])
+        errors = F.mse_loss(tokens[:, :count].float(), context[:, :count].float(), reduction="none").mean(dim=(1, 2))
+        error = (errors * keep).sum() / keep.sum().clamp(min=1)
+        return loss + self.weights.token_weight * error, logs | {"tokens": error}
 
     def sample(self, batch: Batch) -> Tensor:
         """Return pictures of the batch and, in the next row, those that they prompt without text: 2 * SHOWN 3 h w."""
-        moments, embeddings = batch[0][:SHOWN], extras(batch)["embedding"][:SHOWN]
-        tokens, negative = (self.adapter.image_proj(e) for e in (embeddings, torch.zeros_like(embeddings)))
+        moments, features = batch[0][:SHOWN], extras(batch)["features"][:SHOWN]
+        tokens, negative = (self.adapter.image_proj(f) for f in (features, self.left_out.to(features)))
         prompted = ImagePrompted(self.networks.unet, [Applied(self.adapter, tokens, negative)])
         texts = [""] * len(moments)
         made = self._sampled(prompted.bind, self.networks.text_encoder, texts, (moments, texts))

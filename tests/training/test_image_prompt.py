@@ -13,10 +13,10 @@ from ldm.checkpoint.files import save
 from ldm.checkpoint.ip_adapters import load_image_encoder, load_ip_adapter, save_image_encoder, save_ip_adapter
 from ldm.checkpoint.parts import Model
 from ldm.checkpoint.tensors import TensorFiles
+from ldm.image_prompt import image_tokens
 from ldm.models.ip_adapter import cross_attentions
 from ldm.training import loop
-from ldm.training.diffusion import DiffusionLoss
-from ldm.training.image_prompt import ImagePromptObjective, new_ip_adapter
+from ldm.training.image_prompt import Features, ImagePromptLoss, ImagePromptObjective, ResamplerConfig, new_ip_adapter
 from ldm.training.likeness import likeness
 from ldm.training.recipes import read_recipe
 from ldm.training.vision import TowerConfig, VisionObjective, inverse_frequency, seen
@@ -56,6 +56,15 @@ out = "{out}/ip"
 model = "{out}/model"
 encoder = "{out}/vision/image_encoder"
 latents = 3
+"""
+PLUS = """
+[resampler]
+tokens = 3
+dim = 64
+layers = 1
+mlp = 8
+[loss]
+token_weight = 1.0
 """
 
 
@@ -132,33 +141,30 @@ def test_the_labels_of_a_picture_are_the_rare_tokens_of_its_caption():
     assert logs["found"] == (logits.argmax(1) == torch.tensor([cat, cat, dog])).float().mean()
 
 
-def test_an_ip_adapter_is_trained_for_a_model_that_stays_and_changes_its_pictures(folder, monkeypatch):
-    before = {
-        path: path.read_bytes() for part in ("model", "vision") for path in (folder / part).rglob("*.safetensors")
-    }
+@pytest.mark.parametrize(("more", "name"), [("", "proj.weight"), (PLUS, "latents")], ids=["plain", "plus"])
+def test_an_ip_adapter_is_trained_for_a_model_that_stays_and_changes_its_pictures(
+    folder, tmp_path, monkeypatch, more, name
+):
+    fixed = [path for part in ("model", "vision") for path in (folder / part).rglob("*.safetensors")]
+    before = {path: path.read_bytes() for path in fixed}
     seeds = torch.manual_seed
     monkeypatch.setattr(loop.torch, "manual_seed", lambda seed: seeds(0))  # the same noise in each step
-    path = recipe(folder, IP_ADAPTER + DATA, steps=6).run(CPU)
+    own = recipe(folder, IP_ADAPTER.replace("{out}/ip", str(tmp_path / "ip")) + more + DATA, steps=6)
+    path = own.run(CPU)
     monkeypatch.undo()
-    assert path == folder / "ip" / "ip-adapter.safetensors"
+    assert path == tmp_path / "ip" / "ip-adapter.safetensors"
     assert {path: path.read_bytes() for path in before} == before
-    assert losses(folder / "ip")[-1] < losses(folder / "ip")[0]
+    assert losses(tmp_path / "ip")[-1] < losses(tmp_path / "ip")[0]
 
     pipe = ldm.load(folder / "model", ldm.Placement("cpu"))
     adapter = load_ip_adapter(path, unet=pipe.unet)
     moved = adapter.to_k[0].weight - cross_attentions(pipe.unet)[0].to_k.weight
     assert 0 < moved.abs().max() < 0.2  # it started from the keys of texts, and learned
-    names = set(TensorFiles([path]).shapes)
-    assert {"image_proj.proj.weight", "image_proj.norm.weight", "ip_adapter.1.to_k_ip.weight"} <= names
+    assert {f"image_proj.{name}", "ip_adapter.1.to_k_ip.weight"} <= set(TensorFiles([path]).shapes)
+    prompts = [ldm.ImagePrompt(path, folder / "pictures" / f"{color}.png", own.encoder) for color in COLORS[:2]]
     pictures = [
-        pipe.generate(ldm.Request("", steps=2, seed=1, image_prompts=prompts))[0].tobytes()
-        for prompts in (
-            (),
-            *(
-                (ldm.ImagePrompt(path, folder / "pictures" / f"{color}.png", folder / "vision" / "image_encoder"),)
-                for color in COLORS[:2]
-            ),
-        )
+        pipe.generate(ldm.Request("", steps=2, seed=1, image_prompts=given))[0].tobytes()
+        for given in ((), *((prompt,) for prompt in prompts))
     ]
     assert len(set(pictures)) == 3
 
@@ -174,24 +180,54 @@ def test_embeddings_of_another_vision_tower_are_not_used(folder):
     save_image_encoder(kept, own.encoder, dtype=torch.float16)
 
 
-def test_a_left_out_picture_is_an_embedding_of_zeros(folder):
-    pipe = ldm.load(folder / "model", ldm.Placement("cpu"))
-    adapter = new_ip_adapter(pipe.unet, 6, 4)
+@pytest.fixture
+def pipe(folder):
+    return ldm.load(folder / "model", ldm.Placement("cpu"))
+
+
+@pytest.mark.parametrize("resampler", [None, ResamplerConfig(3, 64, 1, 8)], ids=["plain", "plus"])
+def test_a_left_out_picture_has_the_features_that_stand_for_none_in_a_request(folder, pipe, resampler):
+    tower = load_image_encoder(folder / "vision" / "image_encoder")
+    features = Features(tower, patches=resampler is not None)
+    adapter = new_ip_adapter(pipe.unet, tower, resampler)
     moments, captions = torch.rand(4, 2 * pipe.config.vae.latent_channels, 8, 8), ["a red wall"] * 4
-    pictures = torch.randn(4, 6)
+    images = torch.rand(4, 3, 32, 32) * 2 - 1
+    shown, left_out = features(images)["features"], features.left_out()
+    _, negative = image_tokens(adapter, tower, Image.new("RGB", (32, 32)))
+    torch.testing.assert_close(adapter.image_proj(left_out), negative)
 
-    def loss(dropout, pictures):
+    def loss(dropout, given):
         torch.manual_seed(0)
-        objective = ImagePromptObjective(pipe, adapter, DiffusionLoss(caption_dropout=0.0), dropout)
-        return objective((moments, captions, {"embedding": pictures}))[0]
+        weights = ImagePromptLoss(caption_dropout=0.0, picture_dropout=dropout)
+        objective = ImagePromptObjective(pipe, adapter, weights, left_out)
+        return objective((moments, captions, {"features": given}))[0]
 
-    assert torch.equal(loss(0.999999, pictures), loss(0.0, torch.zeros(4, 6)))
-    assert not torch.equal(loss(0.0, pictures), loss(0.0, torch.zeros(4, 6)))
+    assert torch.equal(loss(0.999999, shown), loss(0.0, left_out.expand_as(shown)))
+    assert not torch.equal(loss(0.0, shown), loss(0.0, left_out.expand_as(shown)))
 
 
-def test_a_saved_ip_adapter_is_read_back(folder, tmp_path):
-    pipe = ldm.load(folder / "model", ldm.Placement("cpu"))
-    adapter = new_ip_adapter(pipe.unet, 6, 4)
+def test_the_error_of_the_tokens_is_that_of_the_captions_first_tokens_without_left_out_pictures(folder, pipe):
+    adapter = new_ip_adapter(pipe.unet, load_image_encoder(folder / "vision" / "image_encoder"))
+    moments, captions = torch.rand(2, 2 * pipe.config.vae.latent_channels, 8, 8), ["a red wall", "a blue wall"]
+    features = torch.randn(2, 6)
+    context = pipe.text_encoder.encode(captions).context[:, 1:5]
+    expected = (adapter.image_proj(features) - context).square().mean()
+
+    def error(dropout):
+        torch.manual_seed(0)
+        weights = ImagePromptLoss(picture_dropout=dropout, token_weight=2.0)
+        objective = ImagePromptObjective(pipe, adapter, weights, torch.zeros(1, 6))
+        loss, logs = objective((moments, captions, {"features": features}))
+        return loss, logs
+
+    loss, logs = error(0.0)
+    torch.testing.assert_close(logs["tokens"], expected)
+    torch.testing.assert_close(loss, logs["mse"] + 2 * expected)
+    assert error(0.999999)[1]["tokens"] == 0
+
+
+def test_a_saved_ip_adapter_is_read_back(folder, pipe, tmp_path):
+    adapter = new_ip_adapter(pipe.unet, load_image_encoder(folder / "vision" / "image_encoder"))
     save_ip_adapter(adapter, tmp_path / "a.safetensors")
     found = load_ip_adapter(tmp_path / "a.safetensors", unet=pipe.unet)
     for name, value in adapter.state_dict().items():
@@ -202,7 +238,9 @@ def test_a_saved_ip_adapter_is_read_back(folder, tmp_path):
     ("change", "message"),
     [
         (("latents = 3", "latents = 0"), "latents must be at least 1, got 0"),
-        (("latents = 3", "latents = 3\npicture_dropout = 1.0"), "picture_dropout must be at least 0 and less than 1"),
+        (("latents = 3", "latents = 3\n[loss]\npicture_dropout = 1.0"), "picture_dropout must be at least 0 and less"),
+        (("latents = 3", "latents = 3\n[loss]\ntoken_weight = -1.0"), "token_weight must be at least 0, got -1.0"),
+        (("latents = 3", "latents = 3\n[resampler]\ndim = 10"), "dim of a resampler must be a multiple of 64, .*, got 10"),
     ],
 )
 def test_wrong_values_are_refused(folder, change, message):
