@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.checkpoint.ip_adapters import TOKENS
@@ -49,17 +48,14 @@ class ResamplerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ImagePromptLoss(DiffusionLoss):
-    """The weights of a `DiffusionLoss`, the share of left-out pictures, and the weight of the captions' tokens."""
+    """The weights of a `DiffusionLoss`, and the share of left-out pictures."""
 
     picture_dropout: float = 0.05  # share of examples without their picture, as in the authors' code
-    token_weight: float = 0.0  # of the error between the image tokens and the tokens of the caption; 0: as the paper
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.picture_dropout < 1:
             raise ValueError(f"picture_dropout must be at least 0 and less than 1, got {self.picture_dropout}")
-        if not self.token_weight >= 0:
-            raise ValueError(f"token_weight must be at least 0, got {self.token_weight}")
 
 
 def new_ip_adapter(unet: UNet, tower: Any, resampler: ResamplerConfig | None = None) -> IPAdapter:
@@ -120,9 +116,6 @@ class ImagePromptObjective(DiffusionObjective):
 
     The batches have the moments of latents, and "features", see `Features`. Some captions and some pictures are left
     out, so that each of them works alone, and for guidance.
-
-    `token_weight` adds the mean squared error between the image tokens and the first tokens of the caption, as the text
-    encoder gives them. The UNet can read such tokens from the start, so that far fewer steps are needed.
     """
 
     weights: ImagePromptLoss
@@ -141,7 +134,7 @@ class ImagePromptObjective(DiffusionObjective):
         return self.adapter
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the mean weighted squared error of one batch at random timesteps. The log has that of the tokens."""
+        """Return the mean weighted squared error of one batch at random timesteps."""
         features = extras(batch)["features"]
         keep = (torch.rand(len(features)) >= self.weights.picture_dropout).to(features.device)
         chosen = torch.where(keep.reshape(-1, *[1] * (features.dim() - 1)), features, self.left_out.to(features))
@@ -150,15 +143,7 @@ class ImagePromptObjective(DiffusionObjective):
         def predict(z: Tensor, t: Tensor, given: Condition) -> Tensor:
             return ImagePrompted(self.networks.unet, [Applied(self.adapter, tokens, tokens)]).bind(given)(z, t)
 
-        loss, logs = self._errors(batch, predict)
-        if not self.weights.token_weight:
-            return loss, logs
-        with torch.no_grad():
-            context = self.networks.text_encoder.encode(batch[1]).context[:, 1:]  # without the begin token
-        count = min(tokens.shape[1], context.shape[1])
-        errors = F.mse_loss(tokens[:, :count].float(), context[:, :count].float(), reduction="none").mean(dim=(1, 2))
-        error = (errors * keep).sum() / keep.sum().clamp(min=1)
-        return loss + self.weights.token_weight * error, logs | {"tokens": error}
+        return self._errors(batch, predict)
 
     def sample(self, batch: Batch) -> Tensor:
         """Return pictures of the batch and, in the next row, those that they prompt without text: 2 * SHOWN 3 h w."""

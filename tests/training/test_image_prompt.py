@@ -63,8 +63,6 @@ tokens = 3
 dim = 64
 layers = 1
 mlp = 8
-[loss]
-token_weight = 1.0
 """
 
 
@@ -206,26 +204,6 @@ def test_a_left_out_picture_has_the_features_that_stand_for_none_in_a_request(fo
     assert not torch.equal(loss(0.0, shown), loss(0.0, left_out.expand_as(shown)))
 
 
-def test_the_error_of_the_tokens_is_that_of_the_captions_first_tokens_without_left_out_pictures(folder, pipe):
-    adapter = new_ip_adapter(pipe.unet, load_image_encoder(folder / "vision" / "image_encoder"))
-    moments, captions = torch.rand(2, 2 * pipe.config.vae.latent_channels, 8, 8), ["a red wall", "a blue wall"]
-    features = torch.randn(2, 6)
-    context = pipe.text_encoder.encode(captions).context[:, 1:5]
-    expected = (adapter.image_proj(features) - context).square().mean()
-
-    def error(dropout):
-        torch.manual_seed(0)
-        weights = ImagePromptLoss(picture_dropout=dropout, token_weight=2.0)
-        objective = ImagePromptObjective(pipe, adapter, weights, torch.zeros(1, 6))
-        loss, logs = objective((moments, captions, {"features": features}))
-        return loss, logs
-
-    loss, logs = error(0.0)
-    torch.testing.assert_close(logs["tokens"], expected)
-    torch.testing.assert_close(loss, logs["mse"] + 2 * expected)
-    assert error(0.999999)[1]["tokens"] == 0
-
-
 def test_a_saved_ip_adapter_is_read_back(folder, pipe, tmp_path):
     adapter = new_ip_adapter(pipe.unet, load_image_encoder(folder / "vision" / "image_encoder"))
     save_ip_adapter(adapter, tmp_path / "a.safetensors")
@@ -239,8 +217,10 @@ def test_a_saved_ip_adapter_is_read_back(folder, pipe, tmp_path):
     [
         (("latents = 3", "latents = 0"), "latents must be at least 1, got 0"),
         (("latents = 3", "latents = 3\n[loss]\npicture_dropout = 1.0"), "picture_dropout must be at least 0 and less"),
-        (("latents = 3", "latents = 3\n[loss]\ntoken_weight = -1.0"), "token_weight must be at least 0, got -1.0"),
-        (("latents = 3", "latents = 3\n[resampler]\ndim = 10"), "dim of a resampler must be a multiple of 64, .*, got 10"),
+        (
+            ("latents = 3", "latents = 3\n[resampler]\ndim = 10"),
+            "dim of a resampler must be a multiple of 64",
+        ),
     ],
 )
 def test_wrong_values_are_refused(folder, change, message):
