@@ -123,6 +123,14 @@ def _shape(tensors: Tensors, name: str, dims: int = 2) -> tuple[int, ...]:
     return shape
 
 
+def check_transformers() -> None:
+    """Raise ValueError if transformers, which the extra `vision` installs, is not there."""
+    if find_spec("transformers") is None:
+        raise ValueError(
+            "image prompts need transformers, which is not installed: install the extra with pip install 'ldm[vision]'"
+        )
+
+
 def load_image_encoder(
     path: str | Path, *, dtype: torch.dtype | None = torch.float32, device: torch.device | str = "cpu"
 ) -> Any:
@@ -133,10 +141,7 @@ def load_image_encoder(
     with its width.
     Raises ValueError without transformers, and for anything but a vision tower of CLIP.
     """
-    if find_spec("transformers") is None:
-        raise ValueError(
-            "image prompts need transformers, which is not installed: install the extra with pip install 'ldm[vision]'"
-        )
+    check_transformers()
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection  # takes seconds
 
     path = Path(path)

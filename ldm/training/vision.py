@@ -9,12 +9,13 @@ have any size. An IP-Adapter needs such a tower for a model whose text encoder i
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from ldm.checkpoint.ip_adapters import check_transformers
 from ldm.image_prompt import pixels
 from ldm.images import to_pil
 from ldm.models.tokens import Tokenizer
@@ -39,9 +40,15 @@ class TowerConfig:
     projection: int = 192  # width of the embedding
 
     def build(self, size: int) -> "CLIPVisionModelWithProjection":
-        """Return a new tower for pictures of `size` pixels. Raises ValueError for sizes that do not fit together."""
+        """Return a new tower for pictures of `size` pixels.
+
+        Raises ValueError for sizes below 1 or that do not fit together, and without transformers.
+        """
+        check_transformers()
         from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection  # takes seconds
 
+        if small := [name for name, value in asdict(self).items() if value < 1]:
+            raise ValueError(f"{' and '.join(small)} under [tower] must be at least 1")
         if self.width % self.heads or size % self.patch:
             raise ValueError(
                 f"the width must be a multiple of the heads, and the size of the pictures one of the patch, got width "
@@ -83,7 +90,7 @@ class VisionObjective(Objective):
         most = int(present.sum(dim=1).max())
         order = logits.argsort(dim=1, descending=True)[:, :most]
         counted = torch.arange(most, device=order.device) < present.sum(dim=1, keepdim=True)
-        found = present.gather(1, order)[counted].float().mean()
+        found = (present.gather(1, order) & counted).sum() / counted.sum().clamp(min=1)
         return -(labels * logits.log_softmax(dim=1)).sum(dim=1).mean(), {"found": found}
 
     def labels(self, captions: Sequence[str]) -> Tensor:
@@ -110,13 +117,19 @@ class VisionObjective(Objective):
 def inverse_frequency(tokenizer: Tokenizer, dataset: Dataset) -> Tensor:
     """Return log(N / (1 + n)) for each token, at least 0, where n of N captions of the data have the token: vocabulary.
 
-    N is at most COUNTED (Huang et al. 2024, section 3.2).
+    N is at most COUNTED (Huang et al. 2024, section 3.2). Raises ValueError if all tokens of the captions have 0.
     """
     total = min(COUNTED, len(dataset))
     counts = torch.zeros(len(tokenizer.vocab))
     for i in range(total):
         counts[sorted(set(tokenizer.encode(dataset.caption(i))))] += 1
-    return (total / (1 + counts)).log().clamp(min=0)
+    rarity = (total / (1 + counts)).log().clamp(min=0)
+    if not rarity[counts > 0].any():
+        raise ValueError(
+            f"the {total} captions have no words that tell the pictures apart, so a vision tower can learn nothing: "
+            "write captions that differ, for at least 3 pictures"
+        )
+    return rarity
 
 
 def seen(images: Tensor, size: int) -> Tensor:

@@ -15,6 +15,7 @@ from ldm.checkpoint.parts import Model
 from ldm.checkpoint.tensors import TensorFiles
 from ldm.image_prompt import image_tokens
 from ldm.models.ip_adapter import cross_attentions
+from ldm.models.tokens import Tokenizer
 from ldm.training import loop
 from ldm.training.image_prompt import Features, ImagePromptLoss, ImagePromptObjective, ResamplerConfig, new_ip_adapter
 from ldm.training.likeness import likeness
@@ -217,10 +218,7 @@ def test_a_saved_ip_adapter_is_read_back(folder, pipe, tmp_path):
     [
         (("latents = 3", "latents = 0"), "latents must be at least 1, got 0"),
         (("latents = 3", "latents = 3\n[loss]\npicture_dropout = 1.0"), "picture_dropout must be at least 0 and less"),
-        (
-            ("latents = 3", "latents = 3\n[resampler]\ndim = 10"),
-            "dim of a resampler must be a multiple of 64",
-        ),
+        (("latents = 3", "latents = 3\n[resampler]\ndim = 10"), "dim of a resampler must be a multiple of 64"),
     ],
 )
 def test_wrong_values_are_refused(folder, change, message):
@@ -228,7 +226,35 @@ def test_wrong_values_are_refused(folder, change, message):
         recipe(folder, IP_ADAPTER.replace(*change) + DATA)
 
 
+@pytest.mark.parametrize("captions", [["a wall"] * 4, ["a cat", "a dog"], ["", ""]])
+def test_captions_without_words_that_tell_pictures_apart_are_refused(captions):
+    class Captions:
+        def __len__(self):
+            return len(captions)
+
+        def caption(self, index):
+            return captions[index]
+
+    with pytest.raises(ValueError, match="have no words that tell the pictures apart"):
+        inverse_frequency(Tokenizer.official(), Captions())
+
+
+def test_the_log_is_finite_for_a_batch_without_known_words():
+    objective = VisionObjective(Tokenizer.official(), TowerConfig(8, 1, 2, 16, 16, 6).build(32), torch.ones(49408))
+    loss, logs = objective((torch.zeros(2, 3, 32, 32), ["", ""]))
+    assert loss == 0
+    assert logs["found"] == 0
+
+
+def test_a_new_tower_without_transformers_is_refused(monkeypatch):
+    monkeypatch.setattr("ldm.checkpoint.ip_adapters.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="which is not installed: install the extra"):
+        TowerConfig().build(32)
+
+
 def test_sizes_of_a_tower_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="heads and patch under \\[tower\\] must be at least 1"):
+        TowerConfig(heads=0, patch=0).build(32)
     with pytest.raises(ValueError, match="width 10, heads 4, size 32, patch 16"):
         TowerConfig(width=10).build(32)
 

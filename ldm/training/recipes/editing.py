@@ -28,8 +28,7 @@ class EditRecipe(ModelRecipe):
     def run(self, device: torch.device) -> Path:
         """Train the networks; return the model's folder. Raises as `Recipe.run` does."""
         refuse_keys(self.data, "keep_out", "layout")
-        start = self.load(device)
-        model = self._editing(start)
+        model = self._editing(self.load(device))
         dataset = self.data.open(sizes=model.config.unet.is_sdxl, pairs=True)
         if self.latents:
             dataset = self.encoded(dataset, self.latents, model.vae)

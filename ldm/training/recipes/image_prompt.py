@@ -32,7 +32,7 @@ class ImagePromptRecipe(ModelRecipe):
         tower = load_image_encoder(self.encoder, device=device)
         features = Features(tower, patches=self.resampler is not None)
         dataset = self.data.open(sizes=model.config.unet.is_sdxl)
-        values = ("data.", "encoder", "resampler")
+        values = ("data.", "resampler")
         dataset = self.encoded(dataset, self.latents, model.vae, values=values, also=features)
         torch.manual_seed(self.loop.seed)
         adapter = new_ip_adapter(model.unet, tower, self.resampler).to(device)
