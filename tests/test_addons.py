@@ -61,14 +61,14 @@ def test_the_controlnet_of_edges_follows_its_hint():
 
 
 @pytest.mark.slow
-def test_an_image_prompt_brings_its_colors():
+def test_an_image_prompt_brings_its_ground():
     pytest.importorskip("transformers")
     folder = ADDONS / "image_prompt"
     pictures = [ROOT / "docs" / "gallery" / name for name in ("panda.png", "wide.png")]  # on red, and in the snow
     pipe, shares = load(), []
     for picture in pictures:
         prompt = ldm.ImagePrompt(folder / "ip-adapter.safetensors", picture, folder / "image_encoder")
-        pixels = np.asarray(pipe.generate(ldm.Request("", steps=10, seed=1, image_prompts=(prompt,)))[0], float)
+        pixels = np.asarray(pipe.generate(ldm.Request("a 3D frog", steps=10, seed=1, image_prompts=(prompt,)))[0], float)
         shares.append(float(pixels[:8, :, 0].mean() - pixels[:8, :, 2].mean()))
     print(f"red less blue at the top of the pictures: {shares}")
     assert shares[0] > shares[1] + 60
