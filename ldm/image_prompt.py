@@ -79,7 +79,7 @@ def image_tokens(adapter: IPAdapter, encoder: Any, picture: Image.Image) -> tupl
     if width != adapter.image_dim:
         raise ValueError(
             f"the IP-Adapter reads features of width {adapter.image_dim}, and the image encoder gives {width}: use "
-            "the encoder of its authors (ViT-H for most, ViT-bigG for ip-adapter_sdxl)"
+            "the encoder that it was trained with (ViT-H for most, ViT-bigG for ip-adapter_sdxl)"
         )
     seen = pixels(picture, config.image_size).to(next(encoder.parameters()))
     if adapter.reads_patches:

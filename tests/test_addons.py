@@ -68,7 +68,9 @@ def test_an_image_prompt_brings_its_ground():
     pipe, shares = load(), []
     for picture in pictures:
         prompt = ldm.ImagePrompt(folder / "ip-adapter.safetensors", picture, folder / "image_encoder")
-        pixels = np.asarray(pipe.generate(ldm.Request("a 3D frog", steps=10, seed=1, image_prompts=(prompt,)))[0], float)
+        pixels = np.asarray(
+            pipe.generate(ldm.Request("a 3D frog", steps=10, seed=1, image_prompts=(prompt,)))[0], float
+        )
         shares.append(float(pixels[:8, :, 0].mean() - pixels[:8, :, 2].mean()))
     print(f"red less blue at the top of the pictures: {shares}")
     assert shares[0] > shares[1] + 60

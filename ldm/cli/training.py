@@ -47,7 +47,7 @@ def add(commands: Commands) -> None:
     other.add_argument("--recipe", type=Path, help="measure instead what this recipe with a [lesson] has taught")
     add_options(command, ldm.Request, ASKED)
     add_options(command, ldm.Placement)
-    command.add_argument("--checker", action="store_true", help="measure also the checker itself, on true renders")
+    other.add_argument("--checker", action="store_true", help="measure also the checker itself, on true renders")
     command.add_argument("--json", action="store_true", help="print the results of all pictures as JSON")
 
 
@@ -85,6 +85,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     from ldm.training.lessons import measure, table
     from ldm.training.objects import FLUENT, FONT, emoji_sprites
 
+    if (args.ip_adapter is None) != (args.image_encoder is None):
+        raise ValueError("--ip-adapter and --image-encoder belong together: give both or neither")
     if args.image_guidance is not None and not args.edit:
         raise ValueError("--image-guidance is for --edit: leave it out, or add --edit")
     asked = ldm.Request("", **given(args, ldm.Request, ASKED))
@@ -95,8 +97,6 @@ def _evaluate(args: argparse.Namespace) -> None:
     if args.metrics is not None:
         metrics.run(args, asked, placement)
         return
-    if (args.ip_adapter is None) != (args.image_encoder is None):
-        raise ValueError("--ip-adapter and --image-encoder belong together: give both or neither")
     files = args.font or FONT, args.fluent or FLUENT
     lesson = _lesson(args.recipe) if args.recipe is not None else None
     sprites = lesson.sprites(*files) if lesson else emoji_sprites(*files)

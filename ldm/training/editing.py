@@ -60,7 +60,7 @@ class EditObjective(DiffusionObjective):
 
         Some examples have no instruction, some no picture, and some neither (section 3.2.1).
         """
-        text, kept = shown(torch.rand(len(batch[0])), self.weights.caption_dropout)
+        text, kept = kept_inputs(torch.rand(len(batch[0])), self.weights.caption_dropout)
         picture = self._picture(batch)
         picture = picture * kept.to(picture)[:, None, None, None]
         unet = self.networks.unet
@@ -73,7 +73,7 @@ class EditObjective(DiffusionObjective):
             return more["picture"] if "picture" in more else picture_latents(self.vae, more["source"])
 
     def sample(self, batch: Batch) -> Tensor:
-        """Return the pictures before an edit, decoded, and in the next row those after it: 2 * SHOWN 3 h w."""
+        """Return the pictures before an edit, decoded, each above the one after it: SHOWN 3 2h w."""
         images, instructions = batch[0][:SHOWN], batch[1][:SHOWN]
         picture = self._picture(batch)[:SHOWN]
         size = self._size(images)
@@ -90,11 +90,10 @@ class EditObjective(DiffusionObjective):
         network = guided(taking_pictures(self.networks.unet.bind), conditions, rule)
         after = self._decoded(network, self._noise(len(instructions), images))
         before = self.vae.decode(picture * self.vae.config.scaling_factor)
-        half = len(after) // 2  # rows of four, as the loop's grid has them
-        return torch.cat([before[:half], after[:half], before[half:], after[half:]])
+        return torch.cat([before, after], dim=2)
 
 
-def shown(draws: Tensor, share: float) -> tuple[Tensor, Tensor]:
+def kept_inputs(draws: Tensor, share: float) -> tuple[Tensor, Tensor]:
     """Tell which examples keep their instruction, and which keep their picture: b booleans each.
 
     A `share` of the examples loses the instruction alone, as many lose the picture alone, and as many lose both.

@@ -146,12 +146,11 @@ class ImagePromptObjective(DiffusionObjective):
         return self._errors(batch, predict)
 
     def sample(self, batch: Batch) -> Tensor:
-        """Return pictures of the batch and, in the next row, those that they prompt without text: 2 * SHOWN 3 h w."""
+        """Return pictures of the batch, each above the one that it prompts without text: SHOWN 3 2h w."""
         moments, features = batch[0][:SHOWN], extras(batch)["features"][:SHOWN]
         tokens, negative = (self.adapter.image_proj(f) for f in (features, self.left_out.to(features)))
         prompted = ImagePrompted(self.networks.unet, [Applied(self.adapter, tokens, negative)])
         texts = [""] * len(moments)
         made = self._sampled(prompted.bind, self.networks.text_encoder, texts, (moments, texts))
         true = self.vae.decode(self._posterior(moments).mode())
-        half = len(made) // 2  # rows of four, as the loop's grid has them
-        return torch.cat([true[:half], made[:half], true[half:], made[half:]])
+        return torch.cat([true, made], dim=2)

@@ -51,15 +51,15 @@ class Latents(Some):
         Raises ValueError if `folder` has latents of another source or encoder.
         """
         super().__init__(dataset, torch.arange(min(count, len(dataset))))
-        self.vae, self.also, self.bf16 = vae, also, bf16
+        self.vae, self.bf16 = vae, bf16
         encoder = {n: t for n, t in vae.state_dict().items() if n.startswith(("encoder.", "quant_conv."))}
         networks = {"encoder": _digest(encoder, str(vae.config.scaling_factor))}
         if also:
             networks["also"] = _digest(also.state_dict())
         text = json.dumps({**source, **networks})
-        self.rows = _kept(folder, "latents", len(self), PART, lambda indices: text, self._encode)
+        self.rows = _kept(folder, "latents", len(self), PART, lambda indices: text, lambda i: self._encode(i, also))
 
-    def _encode(self, indices: range) -> list[Row]:
+    def _encode(self, indices: range, also: nn.Module | None) -> list[Row]:
         examples = {i: self.dataset[i] for i in indices}
         rows: dict[int, Row] = {}
         device = next(self.vae.parameters()).device
@@ -69,7 +69,7 @@ class Latents(Some):
             images, found = batch[0].to(device), dict(extras(batch))
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
                 moments = torch.cat(self.vae.encode(images), dim=1)
-                more = dict(self.also(images)) if self.also else {}
+                more = dict(also(images)) if also else {}
                 if "source" in found:
                     more["picture"] = picture_latents(self.vae, found.pop("source").to(device))
             found |= {name: tensor.half().cpu() for name, tensor in {"moments": moments, **more}.items()}

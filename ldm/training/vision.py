@@ -88,7 +88,7 @@ class VisionObjective(Objective):
         logits, labels = self.classify(self._embed(batch[0])), self.labels(batch[1])
         present = labels > 0
         most = int(present.sum(dim=1).max())
-        order = logits.argsort(dim=1, descending=True)[:, :most]
+        order = logits.topk(most, dim=1).indices
         counted = torch.arange(most, device=order.device) < present.sum(dim=1, keepdim=True)
         found = (present.gather(1, order) & counted).sum() / counted.sum().clamp(min=1)
         return -(labels * logits.log_softmax(dim=1)).sum(dim=1).mean(), {"found": found}
@@ -106,22 +106,22 @@ class VisionObjective(Objective):
         return embeddings
 
     def sample(self, batch: Batch) -> Tensor:
-        """Return pictures of the batch and, in the next row, those most similar to them: 2 * SHOWN 3 h w."""
+        """Return pictures of the batch, each above the most similar one: SHOWN 3 2h w."""
         images, embeddings = batch[0], nn.functional.normalize(self._embed(batch[0]), dim=-1)
         cosines = (embeddings @ embeddings.T).fill_diagonal_(-1)
         near = images[cosines.argmax(dim=1)][:SHOWN]
-        half = len(near) // 2  # rows of four, as the loop's grid has them
-        return torch.cat([images[:half], near[:half], images[half : len(near)], near[half:]])
+        return torch.cat([images[:SHOWN], near], dim=2)
 
 
 def inverse_frequency(tokenizer: Tokenizer, dataset: Dataset) -> Tensor:
     """Return log(N / (1 + n)) for each token, at least 0, where n of N captions of the data have the token: vocabulary.
 
-    N is at most COUNTED (Huang et al. 2024, section 3.2). Raises ValueError if all tokens of the captions have 0.
+    N is about COUNTED, or all captions if there are fewer (Huang et al. 2024, section 3.2).
+    Raises ValueError if all tokens of the captions have 0.
     """
-    total = min(COUNTED, len(dataset))
-    counts = torch.zeros(len(tokenizer.vocab))
-    for i in range(total):
+    chosen = range(0, len(dataset), max(1, len(dataset) // COUNTED))  # from all parts: a folder may be sorted
+    total, counts = len(chosen), torch.zeros(len(tokenizer.vocab))
+    for i in chosen:
         counts[sorted(set(tokenizer.encode(dataset.caption(i))))] += 1
     rarity = (total / (1 + counts)).log().clamp(min=0)
     if not rarity[counts > 0].any():

@@ -94,8 +94,8 @@ class LDMRecipe(Recipe):
         if channels != (vae.config.latent_channels,) * 2:
             raise ValueError(
                 f"in_channels and out_channels of [unet] must be {vae.config.latent_channels}, as many as the latents "
-                f"of the VAE {self.vae or self.start} have, got {channels[0]} and {channels[1]}; models for inpainting "
-                "or editing take more channels and cannot be trained"
+                f"of the VAE {self.vae or self.start} have, got {channels[0]} and {channels[1]}; models for editing "
+                'have recipe = "edit", and models for inpainting cannot be trained'
             )
 
     def _config(self, start: Model | None, unet: UNetConfig, vae: VAE, tokenizer: Tokenizer) -> ModelConfig:

@@ -37,6 +37,7 @@ class ImagePromptRecipe(ModelRecipe):
         torch.manual_seed(self.loop.seed)
         adapter = new_ip_adapter(model.unet, tower, self.resampler).to(device)
         objective = ImagePromptObjective(model, adapter, self.loss, features.left_out())
+        del tower, features  # a large tower would take memory during the training
         choose_attention(objective, device)
         average = train(objective, dataset, self.loop, self.out, self.fixed_values())
         assert isinstance(average, IPAdapter)
