@@ -216,14 +216,14 @@ def test_a_saved_ip_adapter_is_read_back(folder, pipe, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("latents = 3", "latents = 0"), "latents must be at least 1, got 0"),
+        (("latents = 3", "latents = -1"), "pictures to encode, latents, must be at least 1, got -1"),
         (("latents = 3", "latents = 3\n[loss]\npicture_dropout = 1.0"), "picture_dropout must be at least 0 and less"),
         (("latents = 3", "latents = 3\n[resampler]\ndim = 10"), "dim of a resampler must be a multiple of 64"),
     ],
 )
 def test_wrong_values_are_refused(folder, change, message):
     with pytest.raises(ValueError, match=message):
-        recipe(folder, IP_ADAPTER.replace(*change) + DATA)
+        recipe(folder, IP_ADAPTER.replace(*change) + DATA).run(CPU)
 
 
 @pytest.mark.parametrize("captions", [["a wall"] * 4, ["a cat", "a dog"], ["", ""]])

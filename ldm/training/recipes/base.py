@@ -77,7 +77,10 @@ class Recipe(ABC):
         """Return the first `count` examples as latents, which stay in `folder` below `out`. One process encodes them.
 
         values: the beginnings of the names of the recipe's values that the data depend on. also: see `Latents`.
+        Raises ValueError for a count below 1.
         """
+        if count < 1:
+            raise ValueError(f"the number of pictures to encode, latents, must be at least 1, got {count}")
         source = {name: value for name, value in self.fixed_values().items() if name.startswith(values)}
         with first_process_first():
             return Latents(dataset, count, vae, self.out / folder, source, also, bf16=self.loop.bf16)

@@ -21,10 +21,6 @@ class ImagePromptRecipe(ModelRecipe):
     resampler: ResamplerConfig | None = None  # train an IP-Adapter Plus, which reads patches; None: a plain one
     loss: ImagePromptLoss = field(default_factory=ImagePromptLoss)
 
-    def __post_init__(self) -> None:
-        if self.latents < 1:
-            raise ValueError(f"latents must be at least 1, got {self.latents}")
-
     def run(self, device: torch.device) -> Path:
         """Train the IP-Adapter; return its file. Raises as `Recipe.run` does."""
         refuse_keys(self.data, "keep_out")
