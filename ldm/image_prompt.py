@@ -82,14 +82,18 @@ def image_tokens(adapter: IPAdapter, encoder: Any, picture: Image.Image) -> tupl
             "the encoder that it was trained with (ViT-H for most, ViT-bigG for ip-adapter_sdxl)"
         )
     seen = pixels(picture, config.image_size).to(next(encoder.parameters()))
-    if adapter.reads_patches:
-        both = torch.cat([seen, torch.zeros_like(seen)])
-        features = encoder(both, output_hidden_states=True).hidden_states[-2]
-    else:
-        embedding = encoder(seen).image_embeds
-        features = torch.cat([embedding, torch.zeros_like(embedding)])
-    tokens, negative = adapter.image_proj(features).chunk(2)
+    patches = adapter.reads_patches
+    found = features(encoder, torch.cat([seen, torch.zeros_like(seen)]) if patches else seen, patches=patches)
+    tokens, negative = adapter.image_proj(found if patches else torch.cat([found, torch.zeros_like(found)])).chunk(2)
     return tokens, negative
+
+
+def features(encoder: Any, seen: Tensor, *, patches: bool) -> Tensor:
+    """Return the last hidden states but one of normalized pixels, b m d, or without `patches` the embeddings: b d."""
+    found: Tensor = (
+        encoder(seen, output_hidden_states=True).hidden_states[-2] if patches else encoder(seen).image_embeds
+    )
+    return found
 
 
 @contextmanager

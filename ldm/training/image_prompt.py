@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ldm.checkpoint.ip_adapters import TOKENS
 from ldm.checkpoint.parts import Model
 from ldm.conditioning import Condition
+from ldm.image_prompt import features
 from ldm.models.ip_adapter import (
     HEAD_DIM,
     Applied,
@@ -97,11 +98,7 @@ class Features(nn.Module):
     @torch.no_grad()
     def of(self, pixels: Tensor) -> Tensor:
         """Return the features of normalized pixels, b 3 size size."""
-        tower: Any = self.tower
-        found: Tensor = (
-            tower(pixels, output_hidden_states=True).hidden_states[-2] if self.patches else tower(pixels).image_embeds
-        )
-        return found
+        return features(self.tower, pixels, patches=self.patches)
 
     def left_out(self) -> Tensor:
         """Return the features of no picture, one row: zeros, or for an IP-Adapter Plus those of a gray picture."""
@@ -135,9 +132,9 @@ class ImagePromptObjective(DiffusionObjective):
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the mean weighted squared error of one batch at random timesteps."""
-        features = extras(batch)["features"]
-        keep = (torch.rand(len(features)) >= self.weights.picture_dropout).to(features.device)
-        chosen = torch.where(keep.reshape(-1, *[1] * (features.dim() - 1)), features, self.left_out.to(features))
+        pictures = extras(batch)["features"]
+        keep = (torch.rand(len(pictures)) >= self.weights.picture_dropout).to(pictures.device)
+        chosen = torch.where(keep.reshape(-1, *[1] * (pictures.dim() - 1)), pictures, self.left_out.to(pictures))
         tokens = self.adapter.image_proj(chosen)
 
         def predict(z: Tensor, t: Tensor, given: Condition) -> Tensor:
@@ -147,8 +144,8 @@ class ImagePromptObjective(DiffusionObjective):
 
     def sample(self, batch: Batch) -> Tensor:
         """Return pictures of the batch, each above the one that it prompts without text: SHOWN 3 2h w."""
-        moments, features = batch[0][:SHOWN], extras(batch)["features"][:SHOWN]
-        tokens, negative = (self.adapter.image_proj(f) for f in (features, self.left_out.to(features)))
+        moments, shown = batch[0][:SHOWN], extras(batch)["features"][:SHOWN]
+        tokens, negative = (self.adapter.image_proj(f) for f in (shown, self.left_out.to(shown)))
         prompted = ImagePrompted(self.networks.unet, [Applied(self.adapter, tokens, negative)])
         texts = [""] * len(moments)
         made = self._sampled(prompted.bind, self.networks.text_encoder, texts, (moments, texts))
